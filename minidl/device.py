@@ -1,0 +1,175 @@
+"""Where arrays live: NumPy on the CPU, CuPy on an NVIDIA GPU. Choice of a device, allocation, threads."""
+
+import functools
+import os
+import re
+import sys
+import threading
+import weakref
+from collections import defaultdict
+
+import numpy as np
+
+from minidl import host_build
+from minidl.errors import DeviceError
+
+
+def array_module(array):
+    """The module, numpy or cupy, that `array` belongs to."""
+    if isinstance(array, np.ndarray):
+        return np
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return cupy
+    raise TypeError(f"a numpy or cupy array is needed, got {type(array).__module__}.{type(array).__name__}")
+
+
+class Device:
+    """A place for arrays and kernels.
+
+    name: "cpu" or "cuda:N"; xp: numpy or cupy; description: one phrase for people.
+    """
+
+    def __init__(self, name, xp, description):
+        self.name, self.xp, self.description = name, xp, description
+
+    def synchronize(self):
+        """Wait until everything launched so far is done, so that a clock can be read."""
+        if self.name != "cpu":
+            self.xp.cuda.get_current_stream().synchronize()
+
+    def array(self, values, dtype=None):
+        """`values` (a NumPy array or a sequence) as a contiguous array on this device."""
+        return self.xp.ascontiguousarray(self.xp.asarray(values, dtype=dtype))
+
+    def to_host(self, array):
+        """An array of this device as a NumPy array. Waits for the device."""
+        return array if self.name == "cpu" else array.get()
+
+
+def select(name="auto"):
+    """"auto", "cpu", "cuda" or "cuda:N" -> Device. "auto" is the first GPU, or the CPU where there is none.
+
+    Raises DeviceError for a GPU that is not there, saying what is missing.
+    """
+    if name == "cpu":
+        return _cpu()
+    match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
+    if not match:
+        raise DeviceError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
+    missing = _missing_for_gpu()
+    if missing and name == "auto":
+        return _cpu()
+    if missing:
+        raise DeviceError(f"--device {name}: {missing}")
+    return _gpu(int(match[1] or 0))
+
+
+def _cpu():
+    return Device("cpu", np, f"CPU, {cpu_threads()} threads")
+
+
+def _gpu(index):
+    import cupy
+
+    count = cupy.cuda.runtime.getDeviceCount()
+    if index >= count:
+        raise DeviceError(f"--device cuda:{index}: this machine has {count} GPU(s), numbered from 0")
+    cupy.cuda.Device(index).use()
+    properties = cupy.cuda.runtime.getDeviceProperties(index)
+    memory = properties["totalGlobalMem"] / 2**30
+    return Device(f"cuda:{index}", cupy, f"{properties['name'].decode()} (cuda:{index}), {memory:.0f} GiB")
+
+
+def _missing_for_gpu():
+    """What keeps this process from using a GPU, as a phrase with its remedy, or None."""
+    install = "`pip install 'minidl[cuda13]'` (driver 580 or newer; older ones: minidl[cuda12])"
+    try:
+        import cupy
+    except ImportError:
+        return f"CuPy is not installed: {install}"
+    except OSError as error:  # no home folder to keep its compiled kernels in
+        return f"CuPy cannot be imported: {error}; set CUPY_CACHE_DIR to a folder that can be written"
+    if not cupy.cuda.is_available():
+        return "no NVIDIA GPU or driver found: see that `nvidia-smi` lists one, or use --device cpu"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+        from cupy_backends.cuda.libs import cublas  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        return f"a CUDA library is missing ({error}): {install}"
+    return None
+
+
+def cpu_threads():
+    """Threads that kernels and BLAS use on the CPU: $OMP_NUM_THREADS, or all cores this process may use."""
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    if setting.isdigit() and int(setting) > 0:
+        return int(setting)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def host_threads():
+    """The thread team of this process, a ctypes library with `run_on_team` and `set_team_size`."""
+    team = host_build.library(host_build.OPS / "host_threads.cpp", "fast")
+    team.set_team_size(cpu_threads())
+    return team
+
+
+def empty(shape, dtype, like):
+    """An uninitialized array beside `like` (an array or a Device), from that device's memory pool."""
+    xp = like.xp if isinstance(like, Device) else array_module(like)
+    return _host_pool.empty(shape, np.dtype(dtype)) if xp is np else xp.empty(shape, dtype)
+
+
+class HostPool:
+    """Memory of large NumPy arrays, kept for the next array of the same size, as CuPy does on a GPU.
+
+    Fresh pages from the operating system cost more time than the arithmetic on them. What is kept unused never
+    exceeds the most that was in use at one time.
+    """
+
+    SMALLEST = 1 << 18  # bytes; malloc keeps smaller blocks by itself
+
+    def __init__(self):
+        self._free = defaultdict(list)  # size -> blocks; sizes in the order of their last use
+        self._free_bytes = self._used_bytes = self._peak_bytes = 0
+        self._lock = threading.RLock()  # finalizers may run in the middle of anything
+
+    def empty(self, shape, dtype):
+        """An uninitialized array (shape), C-contiguous, whose memory returns here when its last view is gone."""
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if size < self.SMALLEST:
+            return np.empty(shape, dtype)
+        with self._lock:
+            blocks = self._free.get(size)
+            if blocks:
+                block = blocks.pop()
+                self._free_bytes -= size
+            else:
+                block = np.empty(size, np.uint8)
+            self._used_bytes += size
+            self._peak_bytes = max(self._peak_bytes, self._used_bytes)
+        # All views of an array keep alive the first one that stands on a foreign buffer: `owner`, not `block`.
+        owner = np.frombuffer(block.data, np.uint8)
+        weakref.finalize(owner, self._take_back, block).atexit = False
+        return owner.view(dtype).reshape(shape)
+
+    def _take_back(self, block):
+        with self._lock:
+            size = block.nbytes
+            self._used_bytes -= size
+            self._free_bytes += size
+            self._free[size] = self._free.pop(size, [])  # now the most recently used size
+            self._free[size].append(block)
+            while self._free_bytes > self._peak_bytes:
+                oldest = next(iter(self._free))
+                blocks = self._free[oldest]
+                if blocks:
+                    blocks.pop()
+                    self._free_bytes -= oldest
+                else:
+                    del self._free[oldest]
+
+
+_host_pool = HostPool()

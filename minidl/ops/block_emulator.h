@@ -1,0 +1,213 @@
+// A whole CUDA block on one core: its threads are fibers that run, in turn, from barrier to barrier; its blocks run
+// one after another, the last first, so that nothing can rely on their order. Faults that real hardware leaves
+// undefined end the launch with a message:
+//
+//   * a barrier that not all threads reach, or that they reach at different lines
+//   * shared memory read before it is written, or outside its bounds
+//   * shared memory that two threads touch, one of them writing, with no barrier in between
+#pragma once
+#include <stdlib.h>
+#include <ucontext.h>
+
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define MINIDL_ASAN
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define MINIDL_ASAN
+#endif
+#endif
+#ifdef MINIDL_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+static dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+enum State { RUNNABLE, WAITING, FINISHED };
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    State state;
+    int line;  // of the barrier where it waits
+    void* asan_stack;
+};
+
+static const size_t STACK_BYTES = 256 * 1024;
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static void* scheduler_asan_stack;
+static const void* scheduler_bottom;
+static size_t scheduler_bytes;
+static int current;                        // the running fiber
+static unsigned long long block_number;    // counts all blocks of all launches
+static unsigned long long phase;           // what lies between two barriers is one phase; counts on from block to block
+static const Launch* launch;
+static bool faulted;
+static void (*block_body)(const void*);
+static const void* block_context;
+
+inline void to_scheduler(bool for_ever) {
+    Fiber& self = fibers[current];
+#ifdef MINIDL_ASAN
+    __sanitizer_start_switch_fiber(for_ever ? nullptr : &self.asan_stack, scheduler_bottom, scheduler_bytes);
+#endif
+    swapcontext(&self.context, &scheduler);
+#ifdef MINIDL_ASAN
+    __sanitizer_finish_switch_fiber(self.asan_stack, nullptr, nullptr);
+#endif
+}
+
+inline void to_fiber(int index) {
+    current = index;
+    threadIdx = {(unsigned)index, 0};
+#ifdef MINIDL_ASAN
+    __sanitizer_start_switch_fiber(&scheduler_asan_stack, fibers[index].stack.data(), STACK_BYTES);
+#endif
+    swapcontext(&scheduler, &fibers[index].context);
+#ifdef MINIDL_ASAN
+    __sanitizer_finish_switch_fiber(scheduler_asan_stack, nullptr, nullptr);
+#endif
+}
+
+inline void fiber_main() {
+#ifdef MINIDL_ASAN
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_bytes);
+#endif
+    block_body(block_context);
+    fibers[current].state = FINISHED;
+    to_scheduler(true);
+}
+
+template <class... Values>
+inline void describe_fault(const char* format, Values... values) {
+    if (!faulted) snprintf(launch->message, launch->message_size, format, values...);
+    faulted = true;
+}
+
+// Called in a fiber, which never goes on.
+template <class... Values>
+inline void fault(const char* format, Values... values) {
+    describe_fault(format, values...);
+    fibers[current].state = FINISHED;
+    to_scheduler(true);
+}
+
+inline void barrier(int line) {
+    fibers[current].state = WAITING;
+    fibers[current].line = line;
+    to_scheduler(false);
+}
+
+inline void check_barrier() {
+    const Fiber& first = fibers[0];
+    for (int i = 1; i < (int)blockDim.x; ++i) {
+        const Fiber& other = fibers[i];
+        if (other.state == first.state && (other.state == FINISHED || other.line == first.line)) continue;
+        const int at[2] = {first.state == FINISHED ? 0 : first.line, other.state == FINISHED ? 0 : other.line};
+        describe_fault("divergent barrier in block (%u, %u): thread 0 at line %d, thread %d at line %d (line 0: it has ended)",
+                       blockIdx.x, blockIdx.y, at[0], i, at[1]);
+        return;
+    }
+}
+
+inline void run_block() {
+    ++block_number;
+    for (int i = 0; i < (int)blockDim.x; ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.state = RUNNABLE;
+        fiber.stack.resize(STACK_BYTES);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = STACK_BYTES;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main, 0);
+    }
+    do {
+        ++phase;
+        for (int i = 0; i < (int)blockDim.x && !faulted; ++i) to_fiber(i);
+        if (!faulted) check_barrier();
+    } while (!faulted && fibers[0].state == WAITING);
+}
+
+// A __shared__ array that remembers who touched each element, and in which phase.
+template <class T, int SIZE>
+class Shared {
+    static const int NOBODY = -1, SEVERAL = -2;
+    struct Cell {
+        T value;
+        unsigned long long block;  // in which it was last written
+        unsigned long long phase;  // in which it was last touched
+        int writer, reader;        // in that phase
+    };
+    struct Element {
+        Shared& array;
+        int index;
+        operator T() const { return array.read(index); }
+        void operator=(T value) { array.write(index, value); }
+        void operator=(const Element& other) { array.write(index, T(other)); }
+        void operator+=(T value) { array.write(index, array.read(index) + value); }
+    };
+
+    const char* name;
+    Cell cells[SIZE] = {};
+
+    Cell& touch(int index) {
+        Cell& cell = cells[index];
+        if (cell.phase != phase) cell.writer = cell.reader = NOBODY;
+        cell.phase = phase;
+        return cell;
+    }
+    T read(int index) {
+        Cell& cell = touch(index);
+        if (cell.block != block_number) fault("thread %d reads %s[%d] before anyone wrote it", current, name, index);
+        if (cell.writer != NOBODY && cell.writer != current)
+            fault("race: thread %d reads %s[%d], thread %d wrote it, no barrier in between", current, name, index, cell.writer);
+        cell.reader = cell.reader == NOBODY || cell.reader == current ? current : SEVERAL;
+        return cell.value;
+    }
+    void write(int index, T value) {
+        Cell& cell = touch(index);
+        if (cell.writer != NOBODY && cell.writer != current)
+            fault("race: thread %d writes %s[%d], thread %d wrote it, no barrier in between", current, name, index, cell.writer);
+        if (cell.reader != NOBODY && cell.reader != current)
+            fault("race: thread %d writes %s[%d], another thread read it, no barrier in between", current, name, index);
+        cell.block = block_number;
+        cell.writer = current;
+        cell.value = value;
+    }
+
+  public:
+    explicit Shared(const char* its_name) : name(its_name) {}
+    Element operator[](long long index) {
+        if (index < 0 || index >= SIZE) fault("thread %d: %s[%lld] is outside 0..%d", current, name, index, SIZE - 1);
+        return {*this, (int)index};
+    }
+};
+
+}  // namespace emulator
+
+#define SHARED(type, name, size) static emulator::Shared<type, size> name(#name)
+#define SIMD
+#define SIMD_SUM(...)
+#define __syncthreads() emulator::barrier(__LINE__)
+
+template <class Block>
+int run_grid(const Launch& launch, const Block& block) {
+    using namespace emulator;
+    emulator::launch = &launch;
+    faulted = false;
+    block_body = [](const void* context) { (*(const Block*)context)(); };
+    block_context = &block;
+    gridDim = {launch.grid_x, launch.grid_y};
+    blockDim = {launch.threads, 1};
+    if (fibers.size() < launch.threads) fibers.resize(launch.threads);
+    for (long long b = (long long)launch.grid_x * launch.grid_y - 1; b >= 0 && !faulted; --b) {
+        blockIdx = {(unsigned)(b % launch.grid_x), (unsigned)(b / launch.grid_x)};
+        run_block();
+    }
+    return faulted;
+}

@@ -1,0 +1,85 @@
+// The vocabulary in which every kernel of minidl is written. One text, four targets:
+//
+//   GPU (NVRTC)        a block is its threads
+//   host, fast         a block is one thread: loops are unit-stride and vectorize, barriers vanish
+//   host, emulate      a block is all its threads, as fibers, with real barriers and watched shared memory
+//   host, sanitize     the same under AddressSanitizer and UndefinedBehaviorSanitizer
+//
+// Two types, set by the loader: `real` is how tensors are stored (float, double, half, bfloat16), `acc` how
+// they are computed with (float; double for double). Convert on load, acc(x[i]), and on store, real(v).
+//
+// The one rule: any launch shape is right. Work is dealt out by the loops below, never by
+// `if (threadIdx.x < n)`, and no kernel may rely on the number of threads or blocks.
+//
+// Indices: rows and whole tensors are counted in `long long`, positions within a row in `int`.
+#pragma once
+
+#ifdef __CUDACC_RTC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define SHARED(type, name, size) __shared__ type name[size]
+#define SIMD
+#define SIMD_SUM(...)
+#else
+#include "cuda_on_host.h"
+#endif
+
+typedef REAL real;
+typedef ACC acc;
+
+#define MAX_THREADS 1024  // of one block: CUDA's own limit
+
+// The grid's threads share the elements 0..n-1 of a flat array. Iterations must be independent of each other.
+#ifdef MINIDL_FAST
+#define GRID_LOOP(i, n) SIMD for (long long i = share_begin(n); i < share_begin(n, 1); ++i)
+__device__ __forceinline__ long long share_begin(long long n, int next = 0) {
+    return n * ((long long)blockIdx.x + next) / gridDim.x;
+}
+#else
+#define GRID_LOOP(i, n)                                                               \
+    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < (n);     \
+         i += gridDim.x * (long long)blockDim.x)
+#endif
+
+// The block's threads share the positions begin..end-1 of a row. The iterations must be independent of each
+// other, except for the sums named in BLOCK_LOOP_SUM, which may be added up in any order.
+#define BLOCK_LOOP(i, begin, end) SIMD for (int i = (begin) + (int)threadIdx.x; i < (end); i += (int)blockDim.x)
+#define BLOCK_LOOP_SUM(i, begin, end, ...) \
+    SIMD_SUM(__VA_ARGS__) for (int i = (begin) + (int)threadIdx.x; i < (end); i += (int)blockDim.x)
+
+// The sum over the block's threads, returned to all of them. All must call it. The order of additions depends
+// on the number of threads alone, so results repeat bit for bit.
+__device__ __forceinline__ acc block_sum(acc value) {
+    SHARED(acc, partial, MAX_THREADS);
+    partial[threadIdx.x] = value;
+    __syncthreads();
+    for (int width = blockDim.x; width > 1;) {
+        const int half_width = (width + 1) / 2;  // of an odd width, the middle one waits
+        if ((int)threadIdx.x + half_width < width) partial[threadIdx.x] += partial[threadIdx.x + half_width];
+        __syncthreads();
+        width = half_width;
+    }
+    const acc sum = partial[0];
+    __syncthreads();  // nobody may start the next block_sum before all have read partial[0]
+    return sum;
+}
+
+// Philox4x32-10: 128 random bits as a pure function of key and counter, so that nothing has to be stored.
+// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+struct Random4 {
+    unsigned bits[4];
+};
+
+__device__ __forceinline__ Random4 philox(unsigned long long key, unsigned c0, unsigned c1, unsigned c2, unsigned c3) {
+    unsigned k0 = (unsigned)key, k1 = (unsigned)(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const unsigned long long p0 = 0xD2511F53ULL * c0, p1 = 0xCD9E8D57ULL * c2;
+        c0 = (unsigned)(p1 >> 32) ^ c1 ^ k0;
+        c1 = (unsigned)p1;
+        c2 = (unsigned)(p0 >> 32) ^ c3 ^ k1;
+        c3 = (unsigned)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}

@@ -1,0 +1,120 @@
+// The subset of CUDA C++ that minidl's kernels use, for a host compiler. See common.cuh for the four targets.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <utility>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+
+struct dim3 {
+    unsigned x, y;
+};
+
+// ---- 16-bit floating-point storage: round to nearest, ties to even, NaN stays NaN -----------------------------
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+    __nv_bfloat16() = default;
+    explicit __nv_bfloat16(float value) {
+        const uint32_t b = bits_of(value);
+        bits = value != value ? 0x7FFF : (b + 0x7FFF + ((b >> 16) & 1)) >> 16;
+    }
+    operator float() const { return float_of((uint32_t)bits << 16); }
+};
+
+struct __half {
+    uint16_t bits;
+    __half() = default;
+    explicit __half(float value) {
+        const uint32_t b = bits_of(value), sign = (b >> 16) & 0x8000, magnitude = b & 0x7FFFFFFF;
+        if (magnitude > 0x7F800000) bits = 0x7FFF;                  // NaN
+        else if (magnitude >= 0x477FF000) bits = sign | 0x7C00;     // rounds to 65536 or more: infinity
+        else if (magnitude < 0x38800000)                            // subnormal: the addition rounds to 2^-24
+            bits = sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f));
+        else bits = sign | ((magnitude - 0x38000000 + 0x0FFF + ((magnitude >> 13) & 1)) >> 13);
+    }
+    operator float() const {
+        const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, magnitude = (uint32_t)(bits & 0x7FFF) << 13;
+        if (magnitude >= 0x0F800000) return float_of(sign | (magnitude + 0x70000000));   // infinity, NaN
+        return float_of(sign | bits_of(float_of(magnitude) * 0x1p112f));                 // exact, subnormals too
+    }
+};
+
+// ---- a launch, as the loader hands it over ---------------------------------------------------------------------
+
+struct Launch {
+    unsigned grid_x, grid_y, threads;
+    char* message;  // where a fault is described
+    int message_size;
+};
+
+template <class... Parameters, size_t... I>
+inline void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<Parameters*>(arguments[I])...);
+}
+
+template <class... Parameters>
+inline void call(void (*kernel)(Parameters...), void** arguments) {
+    call(kernel, arguments, std::index_sequence_for<Parameters...>());
+}
+
+// The loader appends EXPORT(name) for each kernel of a file. The return value is 0, or 1 for a fault.
+#define EXPORT(kernel)                                                              \
+    extern "C" int launch_##kernel(const Launch* launch, void** arguments) {        \
+        return run_grid(*launch, [=] { call(kernel, arguments); });                 \
+    }
+
+#ifdef MINIDL_FAST  // ---- one thread a block, blocks in parallel ----------------------------------------------------
+
+#define SHARED(type, name, size) type name[size]
+#define PRAGMA(text) _Pragma(#text)
+#define SIMD PRAGMA(omp simd)
+#define SIMD_SUM(...) PRAGMA(omp simd reduction(+ : __VA_ARGS__))
+#define __syncthreads()
+
+static constexpr dim3 threadIdx{0, 0}, blockDim{1, 1};
+static thread_local dim3 blockIdx, gridDim;
+
+// host_threads.cpp: run body(context, part) for the parts 0..parts-1, a core each, and wait for all.
+typedef void (*Team)(void (*body)(void* context, int part, int parts), void* context);
+static Team team;
+extern "C" void set_team(Team of_process) { team = of_process; }
+
+template <class Block>
+int run_grid(const Launch& launch, const Block& block) {
+    const auto run_part = [&](int part, int parts) {
+        const long long blocks = (long long)launch.grid_x * launch.grid_y;
+        gridDim = {launch.grid_x, launch.grid_y};
+        for (long long b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) {
+            blockIdx = {(unsigned)(b % launch.grid_x), (unsigned)(b / launch.grid_x)};
+            block();
+        }
+    };
+    if ((long long)launch.grid_x * launch.grid_y == 1) {  // waking a team costs more than most single blocks
+        run_part(0, 1);
+        return 0;
+    }
+    team([](void* context, int part, int parts) { (*(decltype(&run_part))context)(part, parts); }, (void*)&run_part);
+    return 0;
+}
+
+#else
+#include "block_emulator.h"
+#endif
