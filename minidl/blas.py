@@ -126,7 +126,7 @@ class _Cublas:
         from cupy_backends.cuda.libs import cublas  # loads the library that CuPy was built for
 
         major = cublas.getVersion(cupy.cuda.device.get_cublas_handle()) // 10000
-        self._library = ctypes.CDLL(f"cublas64_{major}.dll" if ctypes.sizeof(ctypes.c_wchar) == 2 else f"libcublas.so.{major}")
+        self._library = ctypes.CDLL(f"libcublas.so.{major}")  # already in the process: the same copy
         self._current_stream = cupy.cuda.get_current_stream
         self._workspace = cupy.cuda.alloc(_WORKSPACE_BYTES)
         self._handle = ctypes.c_void_p()

@@ -1,0 +1,49 @@
+"""A labelled set of images in host memory."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minidl.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images, their labels, and what turns their bytes into numbers of zero mean and unit variance.
+
+    images: uint8 (M, 3, H, W), C-contiguous; channels red, green, blue.
+    labels: int32 (M,), each an index into `classes`.
+    classes: the class names.
+    mean, std: one float per channel, of pixels scaled to 0..1 (a byte divided by 255).
+
+    Raises DataError where an argument is not as described.
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple
+    mean: tuple
+    std: tuple
+
+    def __post_init__(self):
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise DataError(f"{self.name}: images are {images.dtype} {images.shape}, need uint8 (M, 3, H, W)")
+        if not images.flags.c_contiguous:
+            raise DataError(f"{self.name}: images have strides {images.strides}, need a C-contiguous array")
+        if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+            raise DataError(f"{self.name}: labels are {labels.dtype} {labels.shape}, need int32 ({len(images)},)")
+        check_labels(self.name, labels, len(self.classes))
+        if len(self.mean) != 3:
+            raise DataError(f"{self.name}: mean is {self.mean}, need 3 numbers")
+        if len(self.std) != 3 or min(self.std) <= 0:
+            raise DataError(f"{self.name}: std is {self.std}, need 3 numbers above 0")
+
+
+def check_labels(where, labels, classes):
+    """Raises DataError that begins with `where` and names the first of labels (M,) outside 0..classes-1."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        record = wrong[0]
+        raise DataError(f"{where}: record {record}: label {labels[record]} is not in 0..{classes - 1}")

@@ -1,0 +1,37 @@
+"""Batches from uint8 images on the device: choice, augmentation, normalization. Formulas: augment.cu."""
+
+import numpy as np
+
+from minidl.device import empty
+from minidl.kernels import Kernels, blocks_for
+from minidl.ops.window import threads_along
+
+KERNELS = Kernels("augment.cu")
+
+
+def draw(indices, labels, step, image_size, *, key, padding=0, flips=False, cutout=0):
+    """indices int32 (N) into labels int32 (M) -> draws int32 (5, N), batch labels int32 (N).
+
+    draws, one column per image: shift down and right in -padding..padding, flip, top and left of the cutout square of
+    side `cutout`. A pure function of key (64 bits), the number in step (int64, one element on the device) and n.
+    """
+    batch = indices.shape[0]
+    draws = empty((5, batch), np.int32, like=indices)
+    batch_labels = empty((batch,), np.int32, like=indices)
+    KERNELS.augment_draw[blocks_for(batch, 128), 128](
+        indices, labels, step, draws, batch_labels, batch, *image_size, key, padding, int(flips), cutout)
+    return draws, batch_labels
+
+
+def apply(images, indices, draws, scale, shift, *, dtype, reflect=False, cutout=0):
+    """images uint8 (M, C, H, W), indices int32 (N), draws as from `draw` -> x (C, H, W, N) of `dtype`.
+
+    Pixel values v become v * scale[c] + shift[c]. Outside the image: 0, the mean colour; or with `reflect` the image
+    mirrored about its border pixels. scale, shift: (C) of the accumulation type.
+    """
+    _, channels, height, width = images.shape
+    batch = indices.shape[0]
+    x = empty((channels, height, width, batch), dtype, like=images)
+    KERNELS.augment_apply[channels * height, threads_along(batch)](
+        images, indices, draws, scale, shift, x, channels, height, width, batch, int(reflect), cutout)
+    return x

@@ -1,0 +1,25 @@
+"""The bias of convolutions and linear layers. Formulas: bias.cu."""
+
+from minidl.device import empty
+from minidl.kernels import Kernels, blocks_for
+
+KERNELS = Kernels("bias.cu")
+THREADS = 256
+TILE = 4096  # values of a row that one block takes
+
+
+def add(y, bias, columns=slice(None)):
+    """y (O, ...) seen as a matrix (O, P): add bias (O) to the range `columns` (a slice) of each row, in place."""
+    row = y.size // y.shape[0]
+    begin, end, _ = columns.indices(row)
+    KERNELS.bias_add[(-(-(end - begin) // TILE), y.shape[0]), THREADS](y, bias, row, begin, end - begin, TILE)
+
+
+def gradient(dy, dbias):
+    """dy (O, ...): overwrite dbias (O) with the sum of each row."""
+    rows = dy.shape[0]
+    row = dy.size // rows
+    tiles = -(-row // TILE)
+    tile_sums = empty((rows, tiles), dbias.dtype, like=dy)
+    KERNELS.bias_tile_sums[(tiles, rows), THREADS](dy, tile_sums, row, TILE)
+    KERNELS.bias_combine_sums[blocks_for(rows, 32), 32](tile_sums, dbias, rows, tiles)

@@ -1,0 +1,58 @@
+// Convolution (cross-correlation, as in every framework) as a matrix product over unfolded windows:
+//
+//   y[o, oy, ox, n]  = bias[o] + sum over (c, ky, kx) of weight[o, c, ky, kx] * x[c, oy*stride - padding + ky, ...]
+//
+//   cols[(c, ky, kx), (oy, ox, n)] = x[c, oy*stride - padding + ky, ox*stride - padding + kx, n], 0 outside
+//   Y (O, P') = W (O, K) @ cols (K, P'),   K = C*kh*kw, P' = H'*W'*N;  with groups, a stack of such products
+//
+//   dW = dY @ cols^T        dbias = sum of dY over P'        dx = col2im(W^T @ dY), the adjoint of im2col
+//
+// A chunk is a range of output rows: `cols` then has row_count of the H' rows. Chellapilla, Puri, Simard,
+// "High performance convolutional neural networks for document processing", 2006. Grid: im2col, one block per row of
+// cols and output row; col2im, per channel and input row. Threads run along the batch.
+#include "window.cuh"
+
+extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__ cols, int height, int width, int out_width,
+                                  int batch, int kernel_h, int kernel_w, int stride, int padding, int row_begin,
+                                  int row_count) {
+    const int kx = blockIdx.x % kernel_w, ky = blockIdx.x / kernel_w % kernel_h, c = blockIdx.x / kernel_w / kernel_h;
+    const int iy = (row_begin + (int)blockIdx.y) * stride - padding + ky;
+    const real* x_row = x + ((long long)c * height + iy) * width * batch;
+    real* out = cols + ((long long)blockIdx.x * row_count + blockIdx.y) * out_width * batch;
+    for (int ox = 0; ox < out_width; ++ox, out += batch) {
+        const int ix = ox * stride - padding + kx;
+        if (iy >= 0 && iy < height && ix >= 0 && ix < width) {
+            const real* pixel = x_row + (long long)ix * batch;
+            BLOCK_LOOP(n, 0, batch) out[n] = pixel[n];
+        } else {
+            BLOCK_LOOP(n, 0, batch) out[n] = real(acc(0));
+        }
+    }
+}
+
+// dx rows iy_begin .. iy_begin + gridDim.x/channels - 1 of each channel, from the chunk's dcols. Rows below
+// `covered` hold the sums of earlier chunks and are added to; the others are overwritten.
+extern "C" __global__ void col2im(const real* __restrict__ dcols, real* __restrict__ dx, int channels, int height, int width,
+                                  int out_width, int batch, int kernel_h, int kernel_w, int stride, int padding,
+                                  int row_begin, int row_count, int iy_begin, int covered) {
+    const int rows = gridDim.x / channels, c = blockIdx.x / rows, iy = iy_begin + (int)blockIdx.x % rows;
+    int oy_begin = first_window(iy, kernel_h, stride, padding);
+    if (oy_begin < row_begin) oy_begin = row_begin;
+    const int oy_end = end_of_windows(iy, stride, padding, row_begin + row_count);
+    const bool adds = iy < covered;
+    for (int ix = 0; ix < width; ++ix) {
+        const int ox_begin = first_window(ix, kernel_w, stride, padding);
+        const int ox_end = end_of_windows(ix, stride, padding, out_width);
+        real* pixel = dx + (((long long)c * height + iy) * width + ix) * batch;
+        BLOCK_LOOP(n, 0, batch) {
+            acc sum = adds ? acc(pixel[n]) : acc(0);
+            for (int oy = oy_begin; oy < oy_end; ++oy)
+                for (int ox = ox_begin; ox < ox_end; ++ox) {
+                    const int ky = iy + padding - oy * stride, kx = ix + padding - ox * stride;
+                    const long long row = ((long long)c * kernel_h + ky) * kernel_w + kx;
+                    sum += acc(dcols[((row * row_count + oy - row_begin) * out_width + ox) * batch + n]);
+                }
+            pixel[n] = real(sum);
+        }
+    }
+}

@@ -1,0 +1,35 @@
+"""Dropout and channel dropout. Formulas: dropout.cu. Each is its own backward: apply it to dy at the same step."""
+
+from minidl.device import empty
+from minidl.kernels import Kernels, blocks_for
+from minidl.ops.window import threads_along
+
+KERNELS = Kernels("dropout.cu")
+THREADS = 256
+
+
+def apply(x, rate, key, layer, step):
+    """x of any shape -> y: each element 0 with probability `rate`, else x / (1 - rate).
+
+    The decision is a pure function of key (64 bits), layer (32 bits), the number in step (an int64 array of one
+    element, on the device of x) and the element's position. Raises ValueError unless 0 <= rate < 1.
+    """
+    y = empty(x.shape, x.dtype, like=x)
+    KERNELS.dropout[blocks_for(x.size), THREADS](x, step, y, x.size, key, layer, *_decision(rate))
+    return y
+
+
+def apply_to_channels(x, rate, key, layer, step):
+    """x (C, H, W, N) -> y: as `apply`, with one decision for each channel of each image."""
+    channels, height, width, batch = x.shape
+    y = empty(x.shape, x.dtype, like=x)
+    KERNELS.dropout_channels[channels, threads_along(batch)](
+        x, step, y, height * width, batch, key, layer, *_decision(rate))
+    return y
+
+
+def _decision(rate):
+    """The number below which random 32 bits drop an element, and the factor of those kept."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout: rate {rate} is not in 0 <= rate < 1")
+    return round(rate * 2**32), 1 / (1 - rate)

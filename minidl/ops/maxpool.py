@@ -1,0 +1,38 @@
+"""Max-pooling. Formulas: maxpool.cu."""
+
+import numpy as np
+
+from minidl.device import empty
+from minidl.kernels import Kernels
+from minidl.ops.window import output_size, threads_along
+
+KERNELS = Kernels("maxpool.cu")
+
+
+def forward(x, window, stride, padding=0):
+    """x (C, H, W, N), window (kh, kw) -> y (C, H', W', N), winner (C, H', W', N).
+
+    H' = floor((H + 2 * padding - kh) / stride) + 1. winner, uint16: the place ky * kw + kx of each maximum in its
+    window, for `backward`. Raises ValueError for a window larger than the padded image, of more than 65,536
+    pixels, or one that could lie in the padding alone (padding > half of it).
+    """
+    channels, height, width, batch = x.shape
+    out_height, out_width = output_size("max-pool", (height, width), window, stride, padding)
+    if 2 * padding > min(window):
+        raise ValueError(f"max-pool: padding {padding} is more than half of the window {window[0]}x{window[1]}")
+    if window[0] * window[1] > 1 << 16:
+        raise ValueError(f"max-pool: window {window[0]}x{window[1]} has more than 65536 pixels")
+    y = empty((channels, out_height, out_width, batch), x.dtype, like=x)
+    winner = empty(y.shape, np.uint16, like=x)
+    KERNELS.maxpool_forward[channels * out_height, threads_along(batch)](
+        x, y, winner, height, width, out_height, out_width, batch, *window, stride, padding)
+    return y, winner
+
+
+def backward(dy, winner, x_shape, window, stride, padding=0):
+    """dy, winner (C, H', W', N) as in `forward` -> dx of shape x_shape (C, H, W, N)."""
+    channels, height, width, batch = x_shape
+    dx = empty(x_shape, dy.dtype, like=dy)
+    KERNELS.maxpool_backward[channels * height, threads_along(batch)](
+        dy, winner, dx, height, width, *dy.shape[1:3], batch, *window, stride, padding)
+    return dx

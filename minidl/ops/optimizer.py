@@ -1,0 +1,40 @@
+"""The update of all parameters at once. Formulas, and the meaning of `state`: optimizer.cu.
+
+Arguments: data, grad and the moments (n) of the accumulation type; weights (n), the copy that layers compute with,
+of the type of storage, or `data` itself where the two types are one; state (6), the numbers of the current step.
+"""
+
+from minidl.kernels import Kernels, blocks_for
+
+KERNELS = Kernels("optimizer.cu")
+THREADS = 256
+# Places in `state`.
+LR, STEP, SCALE, GOOD_STEPS, SKIPPED_IN_ROW, NONFINITE = range(6)
+STATE_SIZE = 6
+
+
+def check(grad, state):
+    """Note in state[NONFINITE] whether any gradient is Inf or NaN; the step is then skipped."""
+    KERNELS.optimizer_check[blocks_for(grad.size), THREADS](grad, state, grad.size)
+
+
+def sgd(data, grad, velocity, weights, state, *, momentum, weight_decay, nesterov):
+    """One step of SGD with momentum (Nesterov's or the classical), in place."""
+    KERNELS.sgd_step[blocks_for(data.size), THREADS](
+        data, grad, velocity, weights, state, data.size, momentum, weight_decay, int(nesterov))
+
+
+def adam(data, grad, first_moment, second_moment, weights, state, *, beta1, beta2, eps, weight_decay):
+    """One step of Adam, in place."""
+    KERNELS.adam_step[blocks_for(data.size), THREADS](
+        data, grad, first_moment, second_moment, weights, state, data.size, beta1, beta2, eps, weight_decay)
+
+
+def advance(state, growth_interval):
+    """Count the step in `state`, and adapt its loss scale (0: never grows)."""
+    KERNELS.optimizer_advance[1, 1](state, growth_interval)
+
+
+def cast(data, weights):
+    """weights = data, in the type of storage."""
+    KERNELS.cast_weights[blocks_for(data.size), THREADS](data, weights, data.size)

@@ -1,0 +1,25 @@
+"""Sliding windows, for convolution and pooling: sizes, and what is refused."""
+
+
+def pair(size):
+    """A number, or a pair (height, width) -> the pair."""
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+def output_size(op, size, window, stride, padding):
+    """(H, W) of the input, (kh, kw) of the window -> (H', W') of the output.
+
+    H' = floor((H + 2 * padding - kh) / stride) + 1. Raises ValueError, naming `op`, for an impossible window.
+    """
+    if stride < 1 or padding < 0 or min(window) < 1:
+        raise ValueError(f"{op}: window {window}, stride {stride}, padding {padding}: "
+                         "window and stride must be at least 1, padding at least 0")
+    padded = tuple(length + 2 * padding for length in size)
+    if window[0] > padded[0] or window[1] > padded[1]:
+        raise ValueError(f"{op}: window {window[0]}x{window[1]} is larger than the padded image {padded[0]}x{padded[1]}")
+    return tuple((length - side) // stride + 1 for length, side in zip(padded, window))
+
+
+def threads_along(batch):
+    """Threads of a block whose loops run along the batch: whole warps, at most 256."""
+    return min(256, -(-batch // 32) * 32)
