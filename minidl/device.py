@@ -11,7 +11,7 @@ from collections import defaultdict
 import numpy as np
 
 from minidl import host_build
-from minidl.errors import DeviceError
+from minidl.errors import DeviceError, UsageError
 
 
 def array_module(array):
@@ -50,13 +50,13 @@ class Device:
 def select(name="auto"):
     """"auto", "cpu", "cuda" or "cuda:N" -> Device. "auto" is the first GPU, or the CPU where there is none.
 
-    Raises DeviceError for a GPU that is not there, saying what is missing.
+    Raises DeviceError for a GPU that is not there, saying what is missing, and UsageError for another name.
     """
     if name == "cpu":
         return _cpu()
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not match:
-        raise DeviceError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
+        raise UsageError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
     missing = _missing_for_gpu()
     if missing and name == "auto":
         return _cpu()

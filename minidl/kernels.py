@@ -17,6 +17,7 @@ import numpy as np
 
 from minidl import host_build
 from minidl.device import array_module, host_threads
+from minidl.errors import DeviceError
 from minidl.host_build import OPS, CompileError
 
 # C type -> NumPy type. `real` and `acc` depend on the arrays that a launch gets: see PRECISIONS.
@@ -59,6 +60,19 @@ def launch_settings(mode="fast", threads_per_block=None):
 def acc_dtype(dtype):
     """The type in which values stored as `dtype` are computed with and accumulated: float32, or float64."""
     return np.dtype(PRECISIONS[np.dtype(dtype).name][2])
+
+
+def storage_dtype(name):
+    """"float32", "float64", "float16" or "bfloat16" -> NumPy dtype. Raises DeviceError where bfloat16 needs ml_dtypes."""
+    name = str(name)
+    if name not in PRECISIONS:
+        raise ValueError(f"type {name!r} is not one of {', '.join(PRECISIONS)}")
+    if name == "bfloat16":
+        try:
+            import ml_dtypes  # noqa: F401 - teaches NumPy the type
+        except ImportError:
+            raise DeviceError("bfloat16 needs the package ml_dtypes: `pip install 'minidl[bf16]'`") from None
+    return np.dtype(name)
 
 
 def blocks_for(n, per_block=4096):

@@ -193,7 +193,7 @@ def load(cifar, folders):
     try:
         return _read(cifar, *_find(cifar, [Path(folder) for folder in folders]))
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from error
+        raise DataError(f"{cifar.title}: {error}") from error
 
 
 def _find(cifar, folders):
@@ -278,18 +278,23 @@ def _check_size(where, size, edition, file):
 
 
 def _read(cifar, edition, files):
-    """files: (where, File, bytes) in any order -> the training and the test Dataset"""
+    """files (where, File, bytes), in any order -> the training and the test Dataset"""
     parts = {}
     for where, file, raw in files:
         try:
             if file is edition.names:
-                classes = tuple(edition.class_names(raw))
+                names = edition.class_names(raw)
+                if len(names) != cifar.classes:
+                    raise ValueError(f"{len(names)} class names, expected {cifar.classes}")
             else:
                 images, labels = parts[file] = edition.images_and_labels(raw, file.records)
-        except ValueError as error:
-            raise DataError(f"{where}: {str(error)[:200]}") from error  # an error can quote all of a damaged file
-        if file is edition.names:
-            if len(classes) != cifar.classes:
-                raise DataError(f"{where}: {len(classes)} class names, expected {cifar.classes}")
-        else:
-            check_labels(where, labels, cifar.classes)
+                check_labels(labels, cifar.classes)
+        except ValueError as error:  # its text may quote a whole damaged file
+            raise DataError(f"{where}: {str(error)[:200]}") from error
+
+    def dataset(files):
+        images = np.ascontiguousarray(np.concatenate([parts[file][0] for file in files]))
+        labels = np.concatenate([parts[file][1] for file in files]).astype(np.int32)
+        return Dataset(cifar.name, images, labels, tuple(names), cifar.mean, cifar.std)
+
+    return dataset(edition.train), dataset([edition.test])

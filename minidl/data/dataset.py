@@ -34,16 +34,19 @@ class Dataset:
             raise DataError(f"{self.name}: images have strides {images.strides}, need a C-contiguous array")
         if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
             raise DataError(f"{self.name}: labels are {labels.dtype} {labels.shape}, need int32 ({len(images)},)")
-        check_labels(self.name, labels, len(self.classes))
+        try:
+            check_labels(labels, len(self.classes))
+        except ValueError as error:
+            raise DataError(f"{self.name}: {error}") from error
         if len(self.mean) != 3:
             raise DataError(f"{self.name}: mean is {self.mean}, need 3 numbers")
         if len(self.std) != 3 or min(self.std) <= 0:
             raise DataError(f"{self.name}: std is {self.std}, need 3 numbers above 0")
 
 
-def check_labels(where, labels, classes):
-    """Raises DataError that begins with `where` and names the first of labels (M,) outside 0..classes-1."""
+def check_labels(labels, classes):
+    """Raises ValueError that names the first of labels (M,) outside 0..classes-1, if any is."""
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if wrong.size:
         record = wrong[0]
-        raise DataError(f"{where}: record {record}: label {labels[record]} is not in 0..{classes - 1}")
+        raise ValueError(f"record {record}: label {labels[record]} is not in 0..{classes - 1}")

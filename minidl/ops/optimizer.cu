@@ -1,12 +1,12 @@
 // Optimizers, each one launch over the flat buffers of all parameters (n elements):
-// data and grad as acc, and `weights`, the copy in the type of storage that the layers compute with.
+// master and grad as acc, and `data`, the copy in the type of storage that the layers compute with.
 //
-//   g = grad / state[SCALE] + weight_decay * data          (coupled L2, on every parameter, as PyTorch's)
+//   g = grad / state[SCALE] + weight_decay * master          (coupled L2, on every parameter, as PyTorch's)
 //
 //   SGD, Sutskever et al., ICML 2013:   v = momentum * v + g
-//     data -= lr * v, or with Nesterov  data -= lr * (g + momentum * v)
+//     master -= lr * v, or with Nesterov  master -= lr * (g + momentum * v)
 //   Adam, Kingma, Ba, arXiv 1412.6980:  m = beta1 * m + (1 - beta1) * g,  v = beta2 * v + (1 - beta2) * g^2
-//     data -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+//     master -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 //
 // What changes from step to step is in device memory, `state`, so that a captured step can be replayed: the host
 // writes LR; optimizer_advance writes the rest after each step. Loss scaling (Micikevicius et al., arXiv 1710.03740)
@@ -23,35 +23,35 @@ extern "C" __global__ void optimizer_check(const acc* __restrict__ grad, acc* __
     }
 }
 
-extern "C" __global__ void sgd_step(acc* data, const acc* grad, acc* velocity, real* weights, const acc* state, long long n,
+extern "C" __global__ void sgd_step(acc* master, const acc* grad, acc* velocity, real* data, const acc* state, long long n,
                                     acc momentum, acc weight_decay, int nesterov) {
     if (state[NONFINITE] != 0) return;
     const acc lr = state[LR], inverse_scale = 1 / state[SCALE];
     const acc g_share = nesterov ? 1 : 0, v_share = nesterov ? momentum : 1;
     GRID_LOOP(i, n) {
-        const acc g = grad[i] * inverse_scale + weight_decay * data[i];
+        const acc g = grad[i] * inverse_scale + weight_decay * master[i];
         const acc v = momentum * velocity[i] + g;
-        const acc updated = data[i] - lr * (g_share * g + v_share * v);
+        const acc updated = master[i] - lr * (g_share * g + v_share * v);
         velocity[i] = v;
-        data[i] = updated;
-        weights[i] = real(updated);
+        master[i] = updated;
+        data[i] = real(updated);
     }
 }
 
-extern "C" __global__ void adam_step(acc* data, const acc* grad, acc* first_moment, acc* second_moment, real* weights,
+extern "C" __global__ void adam_step(acc* master, const acc* grad, acc* first_moment, acc* second_moment, real* data,
                                      const acc* state, long long n, acc beta1, acc beta2, acc eps, acc weight_decay) {
     if (state[NONFINITE] != 0) return;
     const acc inverse_scale = 1 / state[SCALE], t = state[STEP] + 1;
     const acc step_size = state[LR] / (1 - pow(beta1, t)), second_correction = 1 / (1 - pow(beta2, t));
     GRID_LOOP(i, n) {
-        const acc g = grad[i] * inverse_scale + weight_decay * data[i];
+        const acc g = grad[i] * inverse_scale + weight_decay * master[i];
         const acc m = beta1 * first_moment[i] + (1 - beta1) * g;
         const acc v = beta2 * second_moment[i] + (1 - beta2) * g * g;
-        const acc updated = data[i] - step_size * m / (sqrt(v * second_correction) + eps);
+        const acc updated = master[i] - step_size * m / (sqrt(v * second_correction) + eps);
         first_moment[i] = m;
         second_moment[i] = v;
-        data[i] = updated;
-        weights[i] = real(updated);
+        master[i] = updated;
+        data[i] = real(updated);
     }
 }
 
@@ -75,7 +75,7 @@ extern "C" __global__ void optimizer_advance(acc* state, acc growth_interval) {
     }
 }
 
-// weights = data, in the type of storage.
-extern "C" __global__ void cast_weights(const acc* data, real* weights, long long n) {
-    GRID_LOOP(i, n) weights[i] = real(data[i]);
+// data = master, in the type of storage.
+extern "C" __global__ void optimizer_cast(const acc* master, real* data, long long n) {
+    GRID_LOOP(i, n) data[i] = real(master[i]);
 }

@@ -1,7 +1,7 @@
 """The update of all parameters at once. Formulas, and the meaning of `state`: optimizer.cu.
 
-Arguments: data, grad and the moments (n) of the accumulation type; weights (n), the copy that layers compute with,
-of the type of storage, or `data` itself where the two types are one; state (6), the numbers of the current step.
+Arguments: master, grad and the moments (n) of the accumulation type; data (n), the copy that layers compute with,
+of the type of storage, or `master` itself where the two types are one; state (6), the numbers of the current step.
 """
 
 from minidl.kernels import Kernels, blocks_for
@@ -18,16 +18,16 @@ def check(grad, state):
     KERNELS.optimizer_check[blocks_for(grad.size), THREADS](grad, state, grad.size)
 
 
-def sgd(data, grad, velocity, weights, state, *, momentum, weight_decay, nesterov):
+def sgd(master, grad, velocity, data, state, *, momentum, weight_decay, nesterov):
     """One step of SGD with momentum (Nesterov's or the classical), in place."""
-    KERNELS.sgd_step[blocks_for(data.size), THREADS](
-        data, grad, velocity, weights, state, data.size, momentum, weight_decay, int(nesterov))
+    KERNELS.sgd_step[blocks_for(master.size), THREADS](
+        master, grad, velocity, data, state, master.size, momentum, weight_decay, int(nesterov))
 
 
-def adam(data, grad, first_moment, second_moment, weights, state, *, beta1, beta2, eps, weight_decay):
+def adam(master, grad, first_moment, second_moment, data, state, *, beta1, beta2, eps, weight_decay):
     """One step of Adam, in place."""
-    KERNELS.adam_step[blocks_for(data.size), THREADS](
-        data, grad, first_moment, second_moment, weights, state, data.size, beta1, beta2, eps, weight_decay)
+    KERNELS.adam_step[blocks_for(master.size), THREADS](
+        master, grad, first_moment, second_moment, data, state, master.size, beta1, beta2, eps, weight_decay)
 
 
 def advance(state, growth_interval):
@@ -35,6 +35,6 @@ def advance(state, growth_interval):
     KERNELS.optimizer_advance[1, 1](state, growth_interval)
 
 
-def cast(data, weights):
-    """weights = data, in the type of storage."""
-    KERNELS.cast_weights[blocks_for(data.size), THREADS](data, weights, data.size)
+def cast(master, data):
+    """data = master, in the type of storage."""
+    KERNELS.optimizer_cast[blocks_for(master.size), THREADS](master, data, master.size)

@@ -1,0 +1,495 @@
+"""Layers: they own parameters and running statistics, and compose the stateless functions of minidl.ops.
+
+Every layer has `forward(x)` and `backward(dy)`; arrays are (C, H, W, N), channels first and batch last. There is no
+autograd: a composition calls the backwards of its parts in reverse. In training, forward saves what backward needs
+and backward takes it, so memory is freed on the way back; in evaluation nothing is saved.
+
+    net = Sequential(conv=Conv2d(3, 16, 3, padding=1), norm=BatchNorm2d(16, relu=True))
+    net.initialize(device.select("cpu"), seed=0)
+    y = net.forward(x)
+    dx = net.backward(dy)          # and the gradients in net.parameters.grad, overwritten at each backward
+"""
+
+import math
+import zlib
+
+import numpy as np
+
+from minidl import initializers, random_keys
+from minidl.device import select
+from minidl.errors import CheckpointError
+from minidl.kernels import acc_dtype, storage_dtype
+from minidl.ops import add, avgpool, batchnorm, conv, dropout, linear, maxpool, optimizer, relu
+from minidl.ops.window import output_size, pair
+
+
+class Parameter:
+    """A tensor that is learned.
+
+    After `Layer.initialize`: `data`, what layers compute with, in the type of storage; `master`, what the optimizer
+    updates, float32 or float64 (the same array where the types are one); `grad`, like master. All are views of flat
+    buffers.
+    """
+
+    def __init__(self, shape, initializer):
+        self.shape, self.initializer = tuple(shape), initializer
+        self.size = math.prod(self.shape)
+        self.data = self.master = self.grad = None
+
+
+class Parameters:
+    """All parameters of a network in flat buffers, so that an optimizer is one launch.
+
+    data, master, grad: flat arrays as in Parameter; by_name: {name: Parameter}. Each tensor starts at a multiple of
+    64 elements, which suits vector loads and tensor cores; the gaps hold zeros, and stay zero.
+    """
+
+    ALIGNMENT = 64
+
+    def __init__(self, by_name, device, dtype):
+        self.by_name = by_name
+        offsets, size = [], 0
+        for parameter in by_name.values():
+            offsets.append(size)
+            size += -(-parameter.size // self.ALIGNMENT) * self.ALIGNMENT
+        acc = acc_dtype(dtype)
+        self.master, self.grad = (device.xp.zeros(size, acc) for _ in range(2))
+        self.data = self.master if dtype == acc else device.xp.zeros(size, dtype)
+        for parameter, begin in zip(by_name.values(), offsets):
+            for kind in ("data", "master", "grad"):
+                view = getattr(self, kind)[begin:begin + parameter.size].reshape(parameter.shape)
+                setattr(parameter, kind, view)
+
+    def count(self):
+        """Number of learned values, the gaps not counted."""
+        return sum(parameter.size for parameter in self.by_name.values())
+
+    def cast(self):
+        """Bring `data` up to date after `master` was changed by other means than an optimizer."""
+        optimizer.cast(self.master, self.data)
+
+
+class Layer:
+    """What all layers share. Parts of a layer, and its parameters, are simply its attributes."""
+
+    training = True
+    _saved = None
+
+    def forward(self, x):
+        """x (C, H, W, N) -> y."""
+        raise NotImplementedError
+
+    def backward(self, dy):
+        """dy, shaped like the last forward's y -> dx, shaped like its x. Overwrites the parameters' gradients."""
+        raise NotImplementedError
+
+    def output_shape(self, shape):
+        """(C, H, W) of the input -> (C, H, W) of the output. Raises ValueError where they do not fit."""
+        return shape
+
+    def macs(self, shape):
+        """Multiply-accumulates of convolutions and linear layers for one image of `shape` (C, H, W), forward."""
+        return 0
+
+    def skip_input_gradient(self):
+        """Nobody will read the dx of this layer: do not compute it where that costs something."""
+
+    # ---- parts
+
+    def children(self):
+        """{name: Layer}: the parts, in the order of their definition."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
+
+    def named_layers(self, prefix=""):
+        """Yield (dotted name, layer) for this layer, named "", and all below it."""
+        yield prefix, self
+        for name, child in self.children().items():
+            yield from child.named_layers(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self):
+        """{dotted name: Parameter} of this layer and all below it."""
+        return {f"{path}.{name}".lstrip("."): value for path, layer in self.named_layers()
+                for name, value in vars(layer).items() if isinstance(value, Parameter)}
+
+    def named_buffers(self):
+        """{dotted name: array} of what is kept but not learned: running statistics."""
+        return {f"{path}.{name}".lstrip("."): getattr(layer, name)
+                for path, layer in self.named_layers() for name in layer.buffers}
+
+    buffers = ()
+
+    # ---- state
+
+    def initialize(self, device=None, dtype="float32", seed=0):
+        """Put the network on a device and give its parameters their initial values. Returns the network.
+
+        device: a Device, by default the CPU. dtype: type of storage, float32, float64, bfloat16 or float16. The values
+        depend on (seed, name of the parameter) alone, not on device or type.
+        """
+        device = device or select("cpu")
+        dtype = storage_dtype(dtype)
+        self.device, self.dtype = device, dtype
+        self.step = device.xp.zeros(1, np.int64)  # of training; dropout masks depend on it
+        by_name = self.named_parameters()
+        self.parameters = Parameters(by_name, device, dtype)
+        for name, parameter in by_name.items():
+            rng = random_keys.generator(seed, random_keys.INITIALIZE, zlib.crc32(name.encode()))
+            values = parameter.initializer(rng, parameter.shape).astype(parameter.master.dtype)
+            parameter.master[...] = device.array(values)
+        self.parameters.cast()
+        for index, (_, layer) in enumerate(self.named_layers()):
+            layer.prepare(device, dtype, random_keys.philox_key(seed, random_keys.DROPOUT), index, self.step)
+        return self
+
+    def prepare(self, device, dtype, key, index, step):
+        """Allocate what this layer keeps besides parameters. key, index, step: its source of randomness."""
+
+    def state_dict(self):
+        """{name: NumPy array}: parameters and running statistics, with PyTorch's names and layouts."""
+        arrays = {name: parameter.master for name, parameter in self.named_parameters().items()} | self.named_buffers()
+        return {name: np.array(self.device.to_host(array)) for name, array in arrays.items()}
+
+    def load_state_dict(self, state):
+        """Take over {name: array}. Nothing changes unless every name and shape fits.
+
+        Names ending in num_batches_tracked, which PyTorch keeps and nobody needs, are passed over. Raises
+        CheckpointError with the first five mismatches.
+        """
+        arrays = {name: parameter.master for name, parameter in self.named_parameters().items()} | self.named_buffers()
+        state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
+        faults = [f"{name}: missing in the file" for name in arrays if name not in state]
+        faults += [f"{name}: not in the model" for name in state if name not in arrays]
+        faults += [f"{name}: file {tuple(state[name].shape)}, model {arrays[name].shape}"
+                   for name in arrays if name in state and tuple(state[name].shape) != arrays[name].shape]
+        if faults:
+            more = f"\n... and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise CheckpointError("the weights do not fit this network:\n" + "\n".join(faults[:5]) + more)
+        for name, array in arrays.items():
+            array[...] = self.device.array(np.asarray(state[name], dtype=array.dtype))
+        self.parameters.cast()
+
+    def train(self, training=True):
+        """Switch to training: batch statistics, dropout, and saving for backward."""
+        for _, layer in self.named_layers():
+            layer.training, layer._saved = training, None
+        return self
+
+    def eval(self):
+        """Switch to evaluation: running statistics, no dropout, nothing saved."""
+        return self.train(False)
+
+    def _save(self, *values):
+        if self.training:
+            self._saved = values
+
+    def _take(self):
+        if self._saved is None:
+            raise RuntimeError(f"{type(self).__name__}: backward needs a forward in training mode before it; "
+                               "each forward serves one backward")
+        values, self._saved = self._saved, None
+        return values
+
+    def _fits(self, shape, channels):
+        if len(shape) != 3 or shape[0] != channels:
+            raise ValueError(f"{type(self).__name__}: {channels} input channels are needed, got (C, H, W) = {tuple(shape)}")
+
+
+# ---- layers with parameters --------------------------------------------------------------------------------------
+
+
+class Conv2d(Layer):
+    """Convolution: x (C, H, W, N) -> y (O, H', W', N), H' = floor((H + 2 * padding - kh) / stride) + 1.
+
+    weight (O, C/groups, kh, kw), bias (O). Raises ValueError for groups that do not divide the channels.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1, bias=True,
+                 initializer=initializers.he_normal()):
+        for what, channels in (("input", in_channels), ("output", out_channels)):
+            if groups < 1 or channels % groups:
+                raise ValueError(f"Conv2d: {channels} {what} channels do not divide into {groups} groups")
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, pair(kernel_size)
+        self.stride, self.padding, self.groups = stride, padding, groups
+        self.weight = Parameter((out_channels, in_channels // groups, *self.kernel_size), initializer)
+        self.bias = Parameter((out_channels,), initializers.zeros) if bias else None
+        self.input_gradient = True
+
+    def output_shape(self, shape):
+        self._fits(shape, self.in_channels)
+        return self.out_channels, *output_size("Conv2d", shape[1:], self.kernel_size, self.stride, self.padding)
+
+    def macs(self, shape):
+        return self.weight.size * math.prod(self.output_shape(shape)[1:])
+
+    def skip_input_gradient(self):
+        self.input_gradient = False
+
+    def forward(self, x):
+        self._fits(x.shape[:-1], self.in_channels)
+        self._save(x)
+        return conv.forward(x, self.weight.data, self.bias and self.bias.master,
+                            stride=self.stride, padding=self.padding, groups=self.groups)
+
+    def backward(self, dy):
+        (x,) = self._take()
+        return conv.backward(dy, x, self.weight.data, self.weight.grad, self.bias and self.bias.grad,
+                             stride=self.stride, padding=self.padding, groups=self.groups,
+                             input_gradient=self.input_gradient)
+
+
+class BatchNorm2d(Layer):
+    """Batch normalization over (H, W, N) of each channel, optionally with the ReLU that follows it.
+
+    weight (gamma) and bias (beta) (C); running_mean, running_var (C), the variance unbiased, move by `momentum`
+    towards each batch (0.1 keeps 90 %). `forward(x, z)` is max(norm(x) + z, 0), the end of a residual block; its
+    backward then returns (dx, dz).
+    """
+
+    buffers = ("running_mean", "running_var")
+
+    def __init__(self, channels, eps=1e-5, momentum=0.1, relu=False):
+        self.channels, self.eps, self.momentum, self.relu = channels, eps, momentum, relu
+        self.weight = Parameter((channels,), initializers.ones)
+        self.bias = Parameter((channels,), initializers.zeros)
+
+    def prepare(self, device, dtype, key, index, step):
+        self.running_mean = device.xp.zeros(self.channels, acc_dtype(dtype))
+        self.running_var = device.xp.ones(self.channels, acc_dtype(dtype))
+
+    def output_shape(self, shape):
+        self._fits(shape, self.channels)
+        return shape
+
+    def forward(self, x, z=None):
+        self._fits(x.shape[:-1], self.channels)
+        y, mean, rstd = batchnorm.forward(
+            x, self.weight.master, self.bias.master, self.running_mean, self.running_var,
+            training=self.training, momentum=self.momentum, eps=self.eps, relu=self.relu, z=z)
+        self._save(x, mean, rstd, y if z is not None else None)
+        return y
+
+    def backward(self, dy):
+        x, mean, rstd, y = self._take()
+        return batchnorm.backward(dy, x, self.weight.master, self.bias.master, mean, rstd, self.weight.grad,
+                                  self.bias.grad, training=True, relu=self.relu, y=y)
+
+
+class Linear(Layer):
+    """Fully connected: x (C, H, W, N), C*H*W = in_features, or (in_features, N) -> y (out_features, N)."""
+
+    def __init__(self, in_features, out_features, bias=True, initializer=initializers.uniform_fan_in()):
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = Parameter((out_features, in_features), initializer)
+        self.bias = Parameter((out_features,), initializers.uniform_fan_in(in_features)) if bias else None
+        self.input_gradient = True
+
+    def output_shape(self, shape):
+        if math.prod(shape) != self.in_features:
+            raise ValueError(f"Linear: {self.in_features} input features are needed, got {tuple(shape)}")
+        return self.out_features, 1, 1
+
+    def macs(self, shape):
+        return self.weight.size
+
+    def skip_input_gradient(self):
+        self.input_gradient = False
+
+    def forward(self, x):
+        self.output_shape(x.shape[:-1])
+        self._save(x)
+        return linear.forward(x.reshape(self.in_features, -1), self.weight.data, self.bias and self.bias.master)
+
+    def backward(self, dy):
+        (x,) = self._take()
+        dx = linear.backward(dy, x.reshape(self.in_features, -1), self.weight.data, self.weight.grad,
+                             self.bias and self.bias.grad, input_gradient=self.input_gradient)
+        return dx.reshape(x.shape) if self.input_gradient else None
+
+
+# ---- layers without parameters -----------------------------------------------------------------------------------
+
+
+class ReLU(Layer):
+    """max(x, 0). After a BatchNorm2d, its `relu=True` does the same in one pass less."""
+
+    def forward(self, x):
+        y = relu.forward(x)
+        self._save(y)
+        return y
+
+    def backward(self, dy):
+        (y,) = self._take()
+        return relu.backward(dy, y)
+
+
+class _Pool2d(Layer):
+    """A window that slides over each channel; its stride is its size unless given."""
+
+    def __init__(self, kernel_size, stride=None, padding=0):
+        self.kernel_size, self.padding = pair(kernel_size), padding
+        self.stride = self.kernel_size[0] if stride is None else stride
+        if stride is None and self.kernel_size[0] != self.kernel_size[1]:
+            raise ValueError(f"{type(self).__name__}: window {self.kernel_size} is not square and needs a stride")
+
+    def output_shape(self, shape):
+        return shape[0], *output_size(type(self).__name__, shape[1:], self.kernel_size, self.stride, self.padding)
+
+
+class MaxPool2d(_Pool2d):
+    """Maximum over windows. Of equal values the first in reading order gets the gradient."""
+
+    def forward(self, x):
+        y, winner = maxpool.forward(x, self.kernel_size, self.stride, self.padding)
+        self._save(winner, x.shape)
+        return y
+
+    def backward(self, dy):
+        winner, x_shape = self._take()
+        return maxpool.backward(dy, winner, x_shape, self.kernel_size, self.stride, self.padding)
+
+
+class AvgPool2d(_Pool2d):
+    """Mean over windows; zeros of the padding count."""
+
+    def forward(self, x):
+        self._save(x.shape)
+        return avgpool.forward(x, self.kernel_size, self.stride, self.padding)
+
+    def backward(self, dy):
+        (x_shape,) = self._take()
+        return avgpool.backward(dy, x_shape, self.kernel_size, self.stride, self.padding)
+
+
+class GlobalMaxPool2d(Layer):
+    """Maximum over all pixels: x (C, H, W, N) -> y (C, 1, 1, N)."""
+
+    def output_shape(self, shape):
+        return shape[0], 1, 1
+
+    def forward(self, x):
+        y, winner = maxpool.forward(x, x.shape[1:3], stride=1)
+        self._save(winner, x.shape)
+        return y
+
+    def backward(self, dy):
+        winner, x_shape = self._take()
+        return maxpool.backward(dy, winner, x_shape, x_shape[1:3], stride=1)
+
+
+class GlobalAvgPool2d(Layer):
+    """Mean over all pixels: x (C, H, W, N) -> y (C, 1, 1, N)."""
+
+    def output_shape(self, shape):
+        return shape[0], 1, 1
+
+    def forward(self, x):
+        self._save(x.shape)
+        return avgpool.forward(x, x.shape[1:3], stride=1)
+
+    def backward(self, dy):
+        (x_shape,) = self._take()
+        return avgpool.backward(dy, x_shape, x_shape[1:3], stride=1)
+
+
+class Dropout(Layer):
+    """In training, sets each element to 0 with probability `rate` and divides the rest by 1 - rate."""
+
+    _apply = staticmethod(dropout.apply)
+
+    def __init__(self, rate):
+        if not 0 <= rate < 1:
+            raise ValueError(f"{type(self).__name__}: rate {rate} is not in 0 <= rate < 1")
+        self.rate = rate
+
+    def prepare(self, device, dtype, key, index, step):
+        self._key, self._index, self._step = key, index, step
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            self._save(None)
+            return x
+        # A copy: the step may have moved on when backward draws the same mask again.
+        step = self._step.copy()
+        self._save(step)
+        return self._apply(x, self.rate, self._key, self._index, step)
+
+    def backward(self, dy):
+        (step,) = self._take()
+        return dy if step is None else self._apply(dy, self.rate, self._key, self._index, step)
+
+
+class ChannelDropout(Dropout):
+    """Dropout of whole channels: one decision for each channel of each image."""
+
+    _apply = staticmethod(dropout.apply_to_channels)
+
+
+# ---- compositions ------------------------------------------------------------------------------------------------
+
+
+class Sequential(Layer):
+    """Layers one after another: Sequential(a, b) names them "0", "1"; Sequential(conv=a, norm=b) as given."""
+
+    def __init__(self, *layers, **named_layers):
+        for name, layer in {**{str(i): layer for i, layer in enumerate(layers)}, **named_layers}.items():
+            if hasattr(self, name):
+                raise ValueError(f"Sequential: a layer cannot be named {name!r}")
+            setattr(self, name, layer)
+
+    def output_shape(self, shape):
+        for layer in self.children().values():
+            shape = layer.output_shape(shape)
+        return shape
+
+    def macs(self, shape):
+        total = 0
+        for layer in self.children().values():
+            total += layer.macs(shape)
+            shape = layer.output_shape(shape)
+        return total
+
+    def skip_input_gradient(self):
+        first = next(iter(self.children().values()), None)
+        if first is not None:
+            first.skip_input_gradient()
+
+    def forward(self, x):
+        for layer in self.children().values():
+            x = layer.forward(x)
+        return x
+
+    def backward(self, dy):
+        for layer in reversed(self.children().values()):
+            dy = layer.backward(dy)
+        return dy
+
+
+class Residual(Layer):
+    """y = body(x) + shortcut(x), or with `norm`, a BatchNorm2d, y = max(norm(body(x)) + shortcut(x), 0).
+
+    shortcut: a Layer, or None for the identity.
+    """
+
+    def __init__(self, body, shortcut=None, norm=None):
+        self.body, self.norm, self.shortcut = body, norm, shortcut
+
+    def output_shape(self, shape):
+        out = self.body.output_shape(shape)
+        beside = self.shortcut.output_shape(shape) if self.shortcut else tuple(shape)
+        if tuple(out) != tuple(beside):
+            raise ValueError(f"Residual: the body gives {tuple(out)}, the shortcut {tuple(beside)}")
+        return out
+
+    def macs(self, shape):
+        return self.body.macs(shape) + (self.shortcut.macs(shape) if self.shortcut else 0)
+
+    def forward(self, x):
+        y = self.body.forward(x)
+        z = self.shortcut.forward(x) if self.shortcut else x
+        return self.norm.forward(y, z) if self.norm else add.forward(y, z)
+
+    def backward(self, dy):
+        dz = dy
+        if self.norm:
+            dy, dz = self.norm.backward(dy)
+        return add.forward(self.body.backward(dy), self.shortcut.backward(dz) if self.shortcut else dz)

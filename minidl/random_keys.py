@@ -1,0 +1,16 @@
+"""Randomness as a pure function of (seed, purpose, ...): nothing to save, and a run resumes exactly."""
+
+import numpy as np
+
+# Purposes: one number each, never reused.
+INITIALIZE, SHUFFLE, AUGMENT, DROPOUT = range(1, 5)
+
+
+def generator(seed, purpose, *more):
+    """A NumPy generator for host-side choices, such as the order of an epoch."""
+    return np.random.default_rng([seed, purpose, *more])
+
+
+def philox_key(seed, purpose):
+    """The 64-bit key of the kernels' generator."""
+    return int(np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)[0])

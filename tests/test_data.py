@@ -1,0 +1,809 @@
+"""Reading data sets: both editions agree, and damaged or hostile files end in one DataError with nothing run or written."""
+
+import contextlib
+import gzip
+import hashlib
+import itertools
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minidl import data
+from minidl.data import cifar, digits, plain_pickle
+from minidl.data.cifar import CIFAR10, CIFAR100, BinaryEdition, File
+from minidl.data.dataset import Dataset
+from minidl.errors import DataError, UsageError
+
+BINARY, PYTHON = CIFAR100.editions
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX users, permissions and commands")
+
+
+def python2_pickle(contents):
+    """A dictionary of text, lists and uint8 arrays as Python 2 and NumPy 1 wrote it: the format of the python editions."""
+    numbers = itertools.count(1)
+
+    def put():
+        number = next(numbers)
+        return b"q" + bytes([number]) if number < 256 else b"r" + number.to_bytes(4, "little")
+
+    def encode(value):
+        if isinstance(value, str):
+            short = len(value) < 256
+            length = b"U" + bytes([len(value)]) if short else b"T" + len(value).to_bytes(4, "little")
+            return length + value.encode() + put()
+        if isinstance(value, int):
+            return b"K" + bytes([value]) if 0 <= value < 256 else b"J" + value.to_bytes(4, "little", signed=True)
+        if isinstance(value, list):
+            return b"]" + put() + b"(" + b"".join(map(encode, value)) + b"e"
+        by_columns = not value.flags.c_contiguous
+        raw = value.tobytes("A")
+        return b"".join(
+            [
+                b"cnumpy.core.multiarray\n_reconstruct\n" + put() + b"cnumpy\nndarray\n" + put(),
+                b"K\x00\x85U\x01b\x87R" + put() + b"(K\x01" + b"".join(map(encode, value.shape)) + b"\x86",
+                b"cnumpy\ndtype\n" + put() + b"U\x02u1K\x00K\x01\x87R" + put(),
+                b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",
+                (b"\x88" if by_columns else b"\x89") + b"T" + len(raw).to_bytes(4, "little") + raw + b"tb",
+            ]
+        )
+
+    items = b"".join(encode(key) + encode(value) for key, value in contents.items())
+    return b"\x80\x02}" + put() + b"(" + items + b"u."
+
+
+def padded_pickle(contents, size):
+    """`python2_pickle` of contents and of a text that brings it to `size` bytes."""
+    missing = size - len(python2_pickle({**contents, "padding": "." * 256}))
+    return python2_pickle({**contents, "padding": "." * (256 + missing)})
+
+
+class Copy:
+    """A small data set with the names and formats of `original`, and its files as {folder: {name: bytes}}.
+
+    30 images, 20 of them for training. The table of official sizes follows the files, so that a test can change them.
+    """
+
+    def __init__(self, original):
+        self.original = original
+        rng = np.random.default_rng(0)
+        self.pixels = rng.integers(0, 256, (30, 3072), np.uint8)
+        self.labels = rng.integers(0, original.classes, 30)
+        self.names = [f"class_{i}" for i in range(original.classes)]
+        self.files = {edition.folder: dict(self._encode(edition)) for edition in original.editions}
+
+    def _encode(self, edition):
+        start = 0
+        for file in (*edition.train, edition.test):
+            chosen = slice(start, start + self._records(edition, file))
+            yield file.name, self.records(edition, self.pixels[chosen], self.labels[chosen].tolist())
+            start = chosen.stop
+        if isinstance(edition, BinaryEdition):
+            yield edition.names.name, "".join(f"{name}\n" for name in self.names).encode()
+        else:
+            yield edition.names.name, python2_pickle({edition.names_key: self.names})
+
+    @staticmethod
+    def _records(edition, file):
+        return 10 if file is edition.test else 20 // len(edition.train)
+
+    @staticmethod
+    def records(edition, pixels, labels):
+        if isinstance(edition, BinaryEdition):
+            return b"".join(bytes([7] * (edition.label_bytes - 1) + [label, *row]) for label, row in zip(labels, pixels))
+        return python2_pickle({"batch_label": "a batch", edition.labels_key: labels, "data": pixels})
+
+    @property
+    def cifar(self):
+        def sized(edition):
+            def resized(file):
+                records = self._records(edition, file) if file.records else 0
+                return File(file.name, len(self.files[edition.folder][file.name]), records)
+
+            train = tuple(map(resized, edition.train))
+            return replace(edition, train=train, test=resized(edition.test), names=resized(edition.names))
+
+        return replace(self.original, editions=tuple(map(sized, self.original.editions)))
+
+    def unpack(self, folder, folder_name):
+        place = folder / folder_name
+        place.mkdir(parents=True)
+        for name, raw in self.files[folder_name].items():
+            (place / name).write_bytes(raw)
+        return place
+
+    def pack(self, folder, edition, before=(), after=(), but=None):
+        """The archive of `edition`, without the file `but`, and with other members (TarInfo, bytes) at either end."""
+        files = [
+            (member(f"{edition.folder}/{name}", len(raw)), raw)
+            for name, raw in self.files[edition.folder].items()
+            if name != but
+        ]
+        path = folder / edition.archive
+        top = member(edition.folder, type=tarfile.DIRTYPE), b""
+        path.write_bytes(gzip.compress(tar_bytes([top, *before, *files, *after]), compresslevel=1))
+        return path
+
+
+def member(name, size=0, type=tarfile.REGTYPE, linkname=""):
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, type, linkname
+    return info
+
+
+def tar_bytes(members):
+    """Members (TarInfo, bytes) one after another. The sizes that they declare need not be true."""
+    blocks = [info.tobuf(tarfile.GNU_FORMAT) + raw + bytes(-len(raw) % 512) for info, raw in members]
+    return b"".join(blocks) + bytes(1024)
+
+
+def tree(folder):
+    """Every path below `folder`, with what would change if somebody wrote there."""
+    return {path: (path.lstat().st_mode, path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def assert_holds(copy, datasets):
+    train, test = datasets
+    assert train.classes == test.classes == tuple(copy.names)
+    for dataset, chosen in (train, slice(20)), (test, slice(20, 30)):
+        assert np.array_equal(dataset.images, copy.pixels[chosen].reshape(-1, 3, 32, 32))
+        assert np.array_equal(dataset.labels, copy.labels[chosen])
+
+
+def refusal(copy, folder):
+    """The one-line message with which `copy`, lying in `folder`, is refused."""
+    with pytest.raises(DataError) as caught:
+        cifar.load(copy.cifar, [folder])
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+@pytest.fixture(params=[CIFAR100, CIFAR10], ids=lambda original: original.name)
+def copy(request):
+    return Copy(request.param)
+
+
+@pytest.fixture
+def copy100():
+    return Copy(CIFAR100)
+
+
+# Finding and reading
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["binary", "python"])
+@pytest.mark.parametrize("form", ["folder", "parent", "archive"])
+def test_reads_each_edition_from_each_place(copy, number, form, tmp_path):
+    edition = copy.original.editions[number]
+    if form == "archive":
+        copy.pack(tmp_path, edition)
+        place = tmp_path
+    else:
+        place = copy.unpack(tmp_path, edition.folder)
+    before = tree(tmp_path)
+    assert_holds(copy, cifar.load(copy.cifar, [tmp_path if form == "parent" else place]))
+    assert tree(tmp_path) == before
+
+
+def test_editions_agree_at_official_size(tmp_path):
+    """Files of 155 MB with the official names and sizes, through the public entry."""
+    names = [f"c{i:05}" for i in range(100)]
+    digests = []
+    for edition in CIFAR100.editions:
+        place = tmp_path / edition.folder
+        place.mkdir()
+        for file in edition.train[0], edition.test:
+            pixels = np.resize(np.arange(251, dtype=np.uint8), (file.records, 3072))
+            labels = np.arange(file.records) * 7 % 100
+            if edition is BINARY:
+                raw = np.column_stack([labels // 5, labels, pixels]).astype(np.uint8).tobytes()
+            else:
+                raw = padded_pickle({"fine_labels": labels.tolist(), "data": pixels}, file.size)
+            (place / file.name).write_bytes(raw)
+            del raw, pixels
+        (place / edition.names.name).write_bytes(
+            "\n".join(names).encode().ljust(edition.names.size, b"\n")
+            if edition is BINARY
+            else padded_pickle({"fine_label_names": names}, edition.names.size)
+        )
+        train, test = data.load("cifar100", tmp_path)
+        assert len(train.images) == 50_000 and len(test.images) == 10_000
+        assert train.classes == test.classes == tuple(names)
+        digests.append([hashlib.md5(array).hexdigest() for array in (train.images, train.labels, test.images, test.labels)])
+        for file in place.iterdir():
+            file.unlink()  # 185 MB each, and pytest keeps the folders of three runs
+    assert digests[0] == digests[1]
+
+
+def test_unpacked_is_preferred_to_packed_and_binary_to_python(copy100, tmp_path):
+    """Each place holds different labels, so that what was read tells where it was read."""
+
+    def next_label():
+        copy100.labels[:] = (copy100.labels[0] + 1) % 100
+        copy100.files = {edition.folder: dict(copy100._encode(edition)) for edition in copy100.original.editions}
+        return copy100.labels[0]
+
+    def label_read():
+        return cifar.load(copy100.cifar, [tmp_path / "nothing", tmp_path])[0].labels[0]
+
+    expected = next_label()
+    copy100.pack(tmp_path, PYTHON)
+    assert label_read() == expected
+    expected = next_label()
+    copy100.pack(tmp_path, BINARY)
+    assert label_read() == expected
+    expected = next_label()
+    copy100.unpack(tmp_path, PYTHON.folder)
+    assert label_read() == expected
+    expected = next_label()
+    copy100.unpack(tmp_path, BINARY.folder)
+    assert label_read() == expected
+
+
+def test_half_unpacked_folder_gives_way_to_the_archive(copy100, tmp_path):
+    copy100.pack(tmp_path, BINARY)
+    (copy100.unpack(tmp_path, BINARY.folder) / "test.bin").unlink()
+    assert_holds(copy100, cifar.load(copy100.cifar, [tmp_path]))
+
+
+def test_array_stored_by_columns(copy100, tmp_path):
+    contents = {"fine_labels": copy100.labels[:20].tolist(), "data": np.asfortranarray(copy100.pixels[:20])}
+    copy100.files[PYTHON.folder]["train"] = python2_pickle(contents)
+    copy100.unpack(tmp_path, PYTHON.folder)
+    assert_holds(copy100, cifar.load(copy100.cifar, [tmp_path]))
+
+
+def test_default_folders(monkeypatch, tmp_path):
+    for variable in "MINIDL_DATA", "XDG_CACHE_HOME", "HOME":
+        monkeypatch.delenv(variable, raising=False)
+    assert data._default_folders() == [os.path.expanduser("~/.cache/minidl/data")]
+    monkeypatch.setenv("HOME", "/somebody")
+    assert data._default_folders() == ["/somebody/.cache/minidl/data"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    monkeypatch.setenv("MINIDL_DATA", "/named")
+    assert data._default_folders() == ["/named", "/cache/minidl/data"]
+    monkeypatch.setenv("MINIDL_DATA", "")
+    assert data._default_folders() == ["/cache/minidl/data"]
+
+
+def test_official_sizes():
+    for edition in CIFAR100.editions[0], CIFAR10.editions[0]:
+        for file in (*edition.train, edition.test):
+            assert file.size == file.records * (edition.label_bytes + 3072)
+    for dataset in CIFAR100, CIFAR10:
+        for edition in dataset.editions:
+            assert sum(file.records for file in edition.train) == 50_000 and edition.test.records == 10_000
+
+
+def test_unknown_name():
+    with pytest.raises(UsageError, match="data set 'mnist' is unknown, need one of cifar100, cifar10, digits"):
+        data.load("mnist")
+
+
+def test_import_opens_no_data():
+    """minidl.data opens its modules when it is imported, and nothing else below its folder."""
+    watch = "import sys; sys.addaudithook(lambda event, args: print(args[0]) if event == 'open' else None); import minidl.data"
+    opened = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, check=True).stdout.split()
+    own = [Path(path) for path in opened if f"{os.sep}minidl{os.sep}data{os.sep}" in path]
+    assert own and all(".py" in path.name for path in own)
+
+
+# Faults 1, 9: no data, awkward places
+
+
+def test_missing_data_message(tmp_path):
+    """Fault 1."""
+    start = time.perf_counter()
+    with pytest.raises(DataError) as caught:
+        data.load("cifar100", tmp_path)
+    assert time.perf_counter() - start < 1 and caught.value.exit_code == 3
+    text = str(caught.value)
+    assert text == f"""\
+CIFAR-100 was not found in {tmp_path}.
+It was looked for as one of
+  cifar-100-binary/ with train.bin, test.bin, fine_label_names.txt
+  cifar-100-python/ with train, test, meta
+  cifar-100-binary.tar.gz, md5 03b5dce01913d631647c71ecec9e9cb8
+  cifar-100-python.tar.gz, md5 eb9058c3a382ffc7106e4002c42a8d85
+Download an archive from https://www.cs.toronto.edu/~kriz/cifar.html and pass its folder with --data-dir,
+or choose the small data set that comes with minidl: --dataset digits"""
+
+
+def test_missing_data_message_names_every_folder(monkeypatch, tmp_path):
+    file = tmp_path / "cifar-100-binary.tar.gz"
+    file.touch()
+    monkeypatch.setenv("MINIDL_DATA", str(file))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        data.load("cifar10")
+    first = f"CIFAR-10 was not found in {file} (not a folder) or {tmp_path}/minidl/data (does not exist)."
+    assert str(caught.value).splitlines()[0] == first
+
+
+def test_path_with_spaces_and_letters_of_all_alphabets(copy, tmp_path):
+    folder = tmp_path / "meine Daten – данные 数据 é"
+    folder.mkdir()
+    copy.pack(folder, copy.original.editions[0])
+    assert_holds(copy, cifar.load(copy.cifar, [str(folder)]))
+
+
+@contextlib.contextmanager
+def stranger():
+    """Turns root, whom no permission binds, into a user without an entry in the user database."""
+    if os.getuid() != 0:
+        yield
+        return
+    os.setresuid(54321, 54321, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@needs_posix
+def test_no_home_and_no_user(monkeypatch):
+    for variable in "MINIDL_DATA", "XDG_CACHE_HOME", "HOME":
+        monkeypatch.delenv(variable, raising=False)
+    with stranger(), pytest.raises(DataError, match="CIFAR-10 was not found"):
+        data.load("cifar10")
+
+
+@needs_posix
+@pytest.mark.parametrize("locked", ["folder", "file", "archive"])
+def test_no_permission(copy100, locked):
+    with tempfile.TemporaryDirectory() as name:  # tmp_path lies in a folder that only its owner can enter
+        folder = Path(name)
+        folder.chmod(0o755)
+        path = copy100.pack(folder, BINARY) if locked == "archive" else copy100.unpack(folder, BINARY.folder)
+        (path / "train.bin" if locked == "file" else path).chmod(0)
+        with stranger():
+            assert "Permission denied" in refusal(copy100, folder)
+
+
+@needs_posix
+def test_read_only_folder(copy100, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    copy100.pack(folder, BINARY)
+    folder.chmod(0o555)
+    assert_holds(copy100, cifar.load(copy100.cifar, [folder]))
+    folder.chmod(0o755)
+
+
+# Fault 6: pickles
+
+
+class Call:
+    """Pickles as a call that unpickling carries out."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def text(string):
+    return b"U" + bytes([len(string)]) + string.encode()
+
+
+def in_the_array(command):
+    """A file of the official format in whose array another call stands where the dtype should be made."""
+    good = python2_pickle({"fine_labels": [1], "data": np.zeros((1, 3072), np.uint8)})
+    start, end = good.index(b"cnumpy\ndtype"), good.index(b"(K\x03U\x01|")
+    return good[:start] + b"cos\nsystem\n" + text(command) + b"\x85R" + good[end:]
+
+
+GADGETS = {
+    **{
+        f"os.system, protocol {protocol}": (
+            lambda command, code, protocol=protocol: pickle.dumps(Call(os.system, command), protocol),
+            f"{os.system.__module__}.system",
+        )
+        for protocol in range(6)
+    },
+    "eval": (lambda command, code: pickle.dumps(Call(eval, code)), "builtins.eval"),
+    "exec, Python 2 name": (lambda command, code: pickle.dumps(Call(exec, code), 2), "__builtin__.exec"),
+    "instance opcode": (lambda command, code: b"(" + text(command) + b"ios\nsystem\n.", "os.system"),
+    "in a list in the labels": (
+        lambda command, code: pickle.dumps({"fine_labels": [0, [(Call(os.system, command),)]]}),
+        "system",
+    ),
+    "in an array of objects": (
+        lambda command, code: pickle.dumps({"data": np.array([Call(os.system, command)], object)}),
+        "",
+    ),
+    "in the array": (lambda command, code: in_the_array(command), "os.system"),
+}
+
+
+@needs_posix
+@pytest.mark.parametrize("gadget", GADGETS)
+def test_pickle_that_calls_is_refused_and_nothing_runs(copy100, gadget, tmp_path):
+    write, name = GADGETS[gadget]
+    marker = tmp_path / "ran"
+    evil = write(f"touch {marker}", f"open({str(marker)!r}, 'w').close()")
+
+    with contextlib.suppress(Exception):
+        pickle.loads(evil, encoding="latin-1")
+    assert marker.exists(), "the gadget does not work: this test would prove nothing"
+    marker.unlink()
+
+    for file in "train", "meta":
+        copy = Copy(CIFAR100)
+        copy.files[PYTHON.folder][file] = evil
+        folder = tmp_path / file
+        place = copy.unpack(folder, PYTHON.folder)
+        text = refusal(copy, folder)
+        assert text.startswith(f"{place / file}: ") and name in text
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x80\x02Nr\xff\xff\xff\xff0.",  # memo index 2**32 - 1: `pickle` makes room for all below
+        b"\x80\x02}(" + b"K\x01" + b"\x85" * 300_000 + b"Nu.",  # a key of nested tuples: overflows the C stack
+        b"\x80\x02}(" + b"K\x01" + b"q\x01h\x01\x86" * 60 + b"Nu.",  # a key that takes 2**60 steps to hash
+        b"\x80\x02T\xff\xff\xff\x7f.",  # claims 2 GB of text
+        b"\x80\x02\x8b\xff\xff\xff\x7f.",  # claims an integer of 2 GB
+        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x3f.",  # claims 2**62 bytes
+        b"\x80\x04\x95" + b"\xff" * 7 + b"\x3f.",  # claims a frame of 2**62 bytes
+        b"\x80\x02" + b"}" * 20_000 + b".",  # 64 bytes of memory for each of the file
+        b"I" + b"9" * 100_000 + b"\n.",  # a number that takes long to convert
+    ],
+    ids=["memo", "nested", "repeated", "text", "integer", "bytes", "frame", "dictionaries", "digits"],
+)
+def test_pickle_that_would_exhaust_the_machine(raw, copy100, monkeypatch, tmp_path):
+    monkeypatch.setattr(plain_pickle, "MOST_OPCODES", 10_000 if raw.count(b"}") > 1 else 1_000_000)
+    copy100.files[PYTHON.folder]["train"] = raw
+    copy100.unpack(tmp_path, PYTHON.folder)
+    tracemalloc.start()
+    start = time.perf_counter()
+    refusal(copy100, tmp_path)
+    assert time.perf_counter() - start < 5
+    assert tracemalloc.get_traced_memory()[1] < 30e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (b"u1", b"i4", "does not hold a uint8 array (20, 3072)"),
+        (b"u1", b"O8", "does not hold a uint8 array"),
+        (b"K\x14J\x00\x0c\x00\x00\x86", b"K\x15J\x00\x0c\x00\x00\x86", "does not hold a uint8 array"),
+        (b"K\x14J\x00\x0c\x00\x00\x86", b"J\xff\xff\xff\x7fK\xff\x86", "does not hold a uint8 array"),
+        (b"T\x00\xf0\x00\x00", b"T\xff\xff\x00\x00", "bytes in a string4"),
+        (b"numpy\nndarray", b"numpy\nmemmap", "calls for 'numpy.memmap'"),
+        (b"numpy.core.multiarray\n_reconstruct", b"numpy\ndtype", "does not hold a uint8 array"),
+        (b"U\x04data", b"U\x04date", "does not hold a uint8 array"),
+        (b"fine_labels", b"fine_fables", "holds no list 'fine_labels' of int"),
+        (b"tbu.", b"ttbu.", "malformed pickle"),
+        (b"tbu.", b"tbu0.", "pickle opcode POP at byte"),
+        (b"tbu.", b"tb.", "holds no list"),
+        (b"tbu.", b"tbu", "exhausted before seeing STOP"),
+    ],
+)
+def test_python_file_of_wrong_content(copy100, old, new, message, tmp_path):
+    good = copy100.files[PYTHON.folder]["train"]
+    copy100.files[PYTHON.folder]["train"] = good.replace(old, new, 1)
+    copy100.unpack(tmp_path, PYTHON.folder)
+    assert message in refusal(copy100, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([*range(19)], "19 labels, expected 20"),
+        (["cat"] * 20, "holds no list 'fine_labels' of int"),
+        ([[1]] * 20, "holds no list 'fine_labels' of int"),
+        ([*range(19), -1], "record 19: label -1 is not in 0..99"),
+        ([*range(19), 2**31 - 1], "record 19: label 2147483647 is not in 0..99"),
+    ],
+)
+def test_python_file_of_wrong_labels(copy100, labels, message, tmp_path):
+    copy100.files[PYTHON.folder]["train"] = copy100.records(PYTHON, copy100.pixels[:20], labels)
+    copy100.unpack(tmp_path, PYTHON.folder)
+    assert message in refusal(copy100, tmp_path)
+
+
+def test_names_of_numpy_2(copy100, tmp_path):
+    good = copy100.files[PYTHON.folder]["train"]
+    copy100.files[PYTHON.folder]["train"] = good.replace(b"numpy.core", b"numpy._core")
+    copy100.unpack(tmp_path, PYTHON.folder)
+    assert_holds(copy100, cifar.load(copy100.cifar, [tmp_path]))
+
+
+def test_describe_agrees_with_pickle(copy100):
+    """What the own writer and reader make of the format is what `pickle` makes of it."""
+    raw = copy100.files[PYTHON.folder]["train"]
+    expected, described = pickle.loads(raw, encoding="latin-1"), plain_pickle.describe(raw)
+    assert np.array_equal(plain_pickle.uint8_array(described.pop("data"), (20, 3072)), expected.pop("data"))
+    assert described == expected
+    plain = {"a": [1, -2, 70_000, True, False, None, "text"], "b": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)], "c": {}}
+    raw = pickle.dumps(plain, 2).replace(b"X\x04\0\0\0", b"U\x04").replace(b"X\x01\0\0\0", b"U\x01")
+    assert plain_pickle.describe(raw) == plain
+
+
+# Fault 7: archives
+
+
+LOOSE = {
+    "parent": (member("../escaped", 4), b"evil"),
+    "deeper parent": (member("cifar-100-binary/../../escaped", 4), b"evil"),
+    "absolute": (member("/tmp/minidl-escaped", 4), b"evil"),
+    "symlink": (member("link", type=tarfile.SYMTYPE, linkname="/tmp"), b""),
+    "through the symlink": (member("link/minidl-escaped", 4), b"evil"),
+    "hardlink": (member("hard", type=tarfile.LNKTYPE, linkname="/etc/passwd"), b""),
+    "device": (member("device", type=tarfile.CHRTYPE), b""),
+    "block device": (member("disk", type=tarfile.BLKTYPE), b""),
+    "fifo": (member("fifo", type=tarfile.FIFOTYPE), b""),
+    "second": (member("cifar-100-binary/train.bin", 4), b"evil"),
+}
+
+
+def test_loose_members_are_passed_over(copy100, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    copy100.pack(folder, BINARY, after=LOOSE.values())
+    before = tree(tmp_path)
+    assert_holds(copy100, cifar.load(copy100.cifar, [folder]))
+    assert tree(tmp_path) == before
+    assert not os.path.lexists("/tmp/minidl-escaped")
+
+
+TEN_GB = 10 * 2**30
+
+
+@pytest.mark.parametrize(
+    "type, size, message",
+    [
+        (tarfile.SYMTYPE, 0, "not a regular file"),
+        (tarfile.LNKTYPE, 0, "not a regular file"),
+        (tarfile.CHRTYPE, 0, "not a regular file"),
+        (tarfile.BLKTYPE, 0, "not a regular file"),
+        (tarfile.FIFOTYPE, 0, "not a regular file"),
+        (tarfile.DIRTYPE, 0, "not a regular file"),
+        (tarfile.GNUTYPE_SPARSE, 0, "not a regular file"),
+        (tarfile.REGTYPE, TEN_GB, "10,737,418,240 bytes, expected 30,740 (10 records of 3074 bytes)"),
+        (tarfile.REGTYPE, 30_741, "30,741 bytes, expected 30,740 (10 records of 3074 bytes)"),
+        (tarfile.REGTYPE, 0, "0 bytes, expected 30,740"),
+    ],
+)
+def test_wanted_member_is_no_plain_file(copy100, type, size, message, tmp_path):
+    (tmp_path / "secret").write_bytes(copy100.files[BINARY.folder]["test.bin"])
+    bad = member("cifar-100-binary/test.bin", size, type, linkname=str(tmp_path / "secret"))
+    path = copy100.pack(tmp_path, BINARY, before=[(bad, b"")], but="test.bin")
+    before = tree(tmp_path)
+    assert refusal(copy100, tmp_path).startswith(f"{path}: cifar-100-binary/test.bin: {message}")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ([(member("huge", TEN_GB), b"")], "damaged archive: unexpected end of data"),
+        ([(member("zeros", 3_000_000), bytes(3_000_000))], "damaged archive: it unpacks to more than"),
+        ([(member("name", TEN_GB, tarfile.GNUTYPE_LONGNAME), bytes(3_000_000))], "damaged archive: it unpacks to more than"),
+        ([(member("name", 4, tarfile.GNUTYPE_LONGNAME), b"name")] * 900, "damaged archive"),
+    ],
+    ids=["10 GB declared", "3 MB", "long name", "long names nested"],
+)
+def test_archive_that_would_exhaust_the_machine(copy100, extra, message, tmp_path):
+    path = copy100.pack(tmp_path, BINARY, before=extra)
+    tracemalloc.start()
+    assert refusal(copy100, tmp_path).startswith(f"{path}: {message}")
+    assert tracemalloc.get_traced_memory()[1] < 30e6
+    tracemalloc.stop()
+
+
+def test_archive_without_a_member(copy100, tmp_path):
+    path = copy100.pack(tmp_path, BINARY, but="test.bin")
+    assert refusal(copy100, tmp_path) == f"{path}: cifar-100-binary/test.bin is missing"
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", gzip.compress(b""), gzip.compress(b"<html>404</html>")])
+def test_archive_that_is_none(copy100, content, tmp_path):
+    (tmp_path / BINARY.archive).write_bytes(content)
+    assert refusal(copy100, tmp_path).startswith(str(tmp_path / BINARY.archive))
+
+
+def test_archive_cut_anywhere(copy100, tmp_path):
+    path = copy100.pack(tmp_path, BINARY)
+    whole = path.read_bytes()
+    for length in [0, 1, 9, 10, 11, *range(0, len(whole), len(whole) // 20), *range(len(whole) - 9, len(whole))]:
+        path.write_bytes(whole[:length])
+        refusal(copy100, tmp_path)
+
+
+def test_archive_with_a_flipped_bit(copy100, tmp_path):
+    """Whatever bit it is: refused, or (in the time stamp of the gzip header) without effect."""
+    path = copy100.pack(tmp_path, BINARY)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for position in [*range(10), *(rng.randrange(len(whole)) for _ in range(60)), *range(len(whole) - 8, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            datasets = cifar.load(copy100.cifar, [tmp_path])
+        except DataError as error:
+            assert "\n" not in str(error)
+        else:
+            assert position < 10
+            assert_holds(copy100, datasets)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["pickle", "tar"])
+def test_random_damage_ends_in_a_message(copy100, packed, tmp_path):
+    """Bytes overwritten in the structure of a pickle, and in the headers of a tar whose gzip checksum is right."""
+    rng = random.Random(0)
+    good = copy100.files[PYTHON.folder]["train"]
+    headers = len(good) - 20 * 3072
+    place = None if packed else copy100.unpack(tmp_path, PYTHON.folder)
+    tar = gzip.decompress(copy100.pack(tmp_path, BINARY).read_bytes()) if packed else b""
+    for _ in range(300):
+        if packed:
+            raw = bytearray(tar)
+            start = rng.choice([0, 512, tar.index(b"cifar-100-binary/test.bin")])
+            for _ in range(rng.randrange(1, 4)):
+                raw[start + rng.randrange(512)] = rng.randrange(256)
+            header = raw[start : start + 512]
+            header[148:156] = b" " * 8
+            raw[start + 148 : start + 156] = b"%06o\0 " % sum(header)
+            (tmp_path / BINARY.archive).write_bytes(gzip.compress(bytes(raw), 1))
+        else:
+            raw = bytearray(good)
+            for _ in range(rng.randrange(1, 4)):
+                raw[rng.randrange(headers)] = rng.randrange(256)
+            (place / "train").write_bytes(raw)
+        with contextlib.suppress(DataError):
+            cifar.load(copy100.cifar, [tmp_path])
+
+
+# Fault 8: right size, wrong content
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["binary", "python"])
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+def test_label_out_of_range(copy, number, packed, tmp_path):
+    edition = copy.original.editions[number]
+    file = edition.train[-1].name
+    copy.files[edition.folder][file] = copy.records(edition, copy.pixels[:4], [0, 1, 250, 3])
+    if packed:
+        where = f"{copy.pack(tmp_path, edition)}: {edition.folder}/{file}"
+    else:
+        where = copy.unpack(tmp_path, edition.folder) / file
+    official = copy.cifar
+    small = replace(official.editions[number], train=(replace(official.editions[number].train[-1], records=4),))
+    with pytest.raises(DataError) as caught:
+        cifar.load(replace(official, editions=(small,)), [tmp_path])
+    assert str(caught.value) == f"{where}: record 2: label 250 is not in 0..{copy.original.classes - 1}"
+
+
+def test_record_of_one_byte_less(copy100, tmp_path):
+    """All later records are shifted, and pixels stand where labels should."""
+    raw = copy100.files[BINARY.folder]["train.bin"]
+    copy100.files[BINARY.folder]["train.bin"] = raw[:1000] + raw[1001:] + b"\0"
+    copy100.unpack(tmp_path, BINARY.folder)
+    assert "is not in 0..99" in refusal(copy100, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "edition, size, message",
+    [
+        (BINARY, 153_700_001, "153,700,001 bytes, expected 153,700,000 (50,000 records of 3074 bytes)"),
+        (BINARY, 153_650_000, "153,650,000 bytes, expected 153,700,000 (50,000 records of 3074 bytes)"),
+        (PYTHON, 155_249_917, "155,249,917 bytes, expected 155,249,918"),
+    ],
+)
+def test_size_that_is_not_official(edition, size, message, tmp_path):
+    place = tmp_path / edition.folder
+    place.mkdir()
+    for file in edition.files:
+        with open(place / file.name, "wb") as sparse:
+            sparse.truncate(size if file in edition.train else file.size)
+    with pytest.raises(DataError) as caught:
+        data.load("cifar100", tmp_path)
+    assert str(caught.value) == f"{place / edition.train[0].name}: {message}"
+
+
+@pytest.mark.parametrize(
+    "folder, raw, message",
+    [
+        (BINARY.folder, b"apple\n" * 99, "99 class names, expected 100"),
+        (BINARY.folder, b"\xff\n" * 100, "'ascii' codec can't decode byte 0xff"),
+        (PYTHON.folder, python2_pickle({"fine_label_names": ["apple"] * 101}), "101 class names, expected 100"),
+        (PYTHON.folder, python2_pickle({"fine_label_names": [1] * 100}), "holds no list 'fine_label_names' of str"),
+        (PYTHON.folder, python2_pickle({"coarse_label_names": [1] * 100}), "holds no list 'fine_label_names' of str"),
+        (PYTHON.folder, b"\x80\x02].", "holds no list 'fine_label_names' of str"),
+    ],
+)
+def test_class_names_of_wrong_content(copy100, folder, raw, message, tmp_path):
+    [name] = [edition.names.name for edition in copy100.original.editions if edition.folder == folder]
+    copy100.files[folder][name] = raw
+    place = copy100.unpack(tmp_path, folder)
+    text = refusal(copy100, tmp_path)
+    assert text.startswith(f"{place / name}: ") and message in text
+
+
+# Dataset
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"images": np.zeros((2, 3, 4, 4))}, "images are float64 (2, 3, 4, 4), need uint8 (M, 3, H, W)"),
+        ({"images": np.zeros((2, 1, 4, 4), np.uint8)}, "images are uint8 (2, 1, 4, 4), need uint8 (M, 3, H, W)"),
+        ({"images": np.zeros((2, 48), np.uint8)}, "images are uint8 (2, 48), need uint8 (M, 3, H, W)"),
+        ({"images": np.zeros((2, 3, 4, 8), np.uint8)[..., ::2]}, "strides (96, 32, 8, 2), need a C-contiguous array"),
+        ({"labels": np.zeros(2)}, "labels are float64 (2,), need int32 (2,)"),
+        ({"labels": np.zeros(3, np.int32)}, "labels are int32 (3,), need int32 (2,)"),
+        ({"labels": np.array([0, 2], np.int32)}, "record 1: label 2 is not in 0..1"),
+        ({"labels": np.array([-1, 5], np.int32)}, "record 0: label -1 is not in 0..1"),
+        ({"mean": (0.5, 0.5)}, "mean is (0.5, 0.5), need 3 numbers"),
+        ({"std": (0.5, 0.5)}, "std is (0.5, 0.5), need 3 numbers above 0"),
+        ({"std": (0.5, 0.5, 0.0)}, "std is (0.5, 0.5, 0.0), need 3 numbers above 0"),
+    ],
+)
+def test_dataset_refuses(change, message):
+    good = {
+        "name": "two",
+        "images": np.zeros((2, 3, 4, 4), np.uint8),
+        "labels": np.array([0, 1], np.int32),
+        "classes": ("a", "b"),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+    }
+    Dataset(**good)
+    with pytest.raises(DataError) as caught:
+        Dataset(**{**good, **change})
+    assert str(caught.value).startswith("two: ") and message in str(caught.value)
+
+
+# Digits
+
+
+def test_digits_are_all_there():
+    train, test = data.load("digits")
+    assert train.images.shape == (1437, 3, 32, 32) and test.images.shape == (360, 3, 32, 32)
+    assert np.bincount(train.labels).tolist() == [136, 154, 151, 135, 143, 143, 151, 153, 138, 133]
+    assert np.bincount(test.labels).tolist() == [42, 28, 26, 48, 38, 39, 30, 26, 36, 47]
+    assert (train.images.sum(), test.images.sum()) == (343_628_640, 86_153_808)
+    assert train.classes == tuple("0123456789")
+
+
+def test_first_digit():
+    """The first of the file, a zero, is the first of the test set."""
+    _, test = data.load("digits")
+    levels = """
+        0 0  5 13  9  1  0 0
+        0 0 13 15 10 15  5 0
+        0 3 15  2  0 11  8 0
+        0 4 12  0  0  8  8 0
+        0 5  8  0  0  9  8 0
+        0 4 11  0  1 12  7 0
+        0 2 14  5 10 12  0 0
+        0 0  6 13 10  0  0 0
+    """
+    expected = np.array([round(int(level) * 255 / 16) for level in levels.split()]).reshape(8, 8)
+    assert test.labels[0] == 0
+    assert np.array_equal(test.images[0], np.broadcast_to(np.kron(expected, np.ones((4, 4))), (3, 32, 32)))
+
+
+def test_digits_mean_and_std():
+    train, _ = data.load("digits")
+    pixels = train.images / 255
+    assert tuple(pixels.mean(axis=(0, 2, 3)).round(4)) == digits.MEAN == train.mean
+    assert tuple(pixels.std(axis=(0, 2, 3)).round(4)) == digits.STD == train.std
