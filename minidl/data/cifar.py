@@ -236,7 +236,7 @@ def _unpacked_files(edition, folder):
 def _archived_files(edition, path):
     wanted = {f"{edition.folder}/{file.name}": file for file in edition.files}
     with open(path, "rb") as packed:
-        stream = _Limited(gzip.GzipFile(fileobj=packed), sum(file.size for file in edition.files) + ARCHIVE_EXTRA)
+        stream = _Unpacked(packed, sum(file.size for file in edition.files) + ARCHIVE_EXTRA)
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:  # r|: forwards only, in small blocks
                 for member in tar:
@@ -248,27 +248,36 @@ def _archived_files(edition, path):
                         raise DataError(f"{where}: not a regular file")
                     _check_size(where, member.size, edition, file)
                     yield where, file, tar.extractfile(member).read()
-            while stream.read(65_536):  # to the end of the gzip file, where its checksum is
-                pass
+            stream.read_to_end()  # where the checksum of the gzip file is
         except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: damaged archive: {error}") from error
     for name in wanted:
         raise DataError(f"{path}: {name} is missing")
 
 
-class _Limited:
-    """A stream that refuses to yield more than `limit` bytes: a small gzip file can unpack to any size."""
+class _Unpacked:
+    """What a gzip file holds, from its begin to its end, if that is at most `limit` bytes: a small file can hold any amount."""
 
-    def __init__(self, stream, limit):
-        self._stream = stream
+    def __init__(self, packed, limit):
+        self._stream = gzip.GzipFile(fileobj=packed)
         self._limit = limit
-        self._left = limit
+        self._count = 0
 
     def read(self, size):
+        chunk = self._next(size)
+        if not chunk:  # tarfile, told of a member of 2**60 bytes, would go on reading nothing up to its end
+            raise EOFError("it ends too early")
+        return chunk
+
+    def read_to_end(self):
+        while self._next(65_536):
+            pass
+
+    def _next(self, size):
         chunk = self._stream.read(size)
-        self._left -= len(chunk)
-        if self._left < 0:
-            raise ValueError(f"it unpacks to more than {self._limit:,} bytes")
+        self._count += len(chunk)
+        if self._count > self._limit:
+            raise ValueError(f"it holds more than {self._limit:,} bytes")
         return chunk
 
 

@@ -24,9 +24,10 @@ extern "C" __global__ void bn_tile_moments(const real* __restrict__ x, acc* __re
                                            int row, int tile) {
     const real* x_row = x + (long long)blockIdx.y * row;
     const int begin = tile_begin(tile), end = tile_end(tile, row);
+    const acc first = acc(x_row[begin]);  // of the size of the mean: the sum is of deviations, and small
     acc sum = 0;
-    BLOCK_LOOP_SUM(i, begin, end, sum) sum += acc(x_row[i]);
-    const acc mean = block_sum(sum) / (end - begin);
+    BLOCK_LOOP_SUM(i, begin, end, sum) sum += acc(x_row[i]) - first;
+    const acc mean = first + block_sum(sum) / (end - begin);
     acc m2 = 0;
     BLOCK_LOOP_SUM(i, begin, end, m2) {
         const acc deviation = acc(x_row[i]) - mean;

@@ -1,0 +1,79 @@
+"""Fixtures: the targets that every op is tested on, and the command-line option --sanitize."""
+
+import os
+
+import numpy as np
+import pytest
+
+from minidl import device
+from minidl.kernels import acc_dtype, launch_settings, storage_dtype
+
+THREADS_PER_BLOCK = (1, 2, 32, 128)
+
+
+def gpu_present():
+    try:
+        import cupy
+    except (ImportError, OSError):
+        return False
+    return cupy.cuda.is_available()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--sanitize", action="store_true",
+                     help="run the emulated targets under AddressSanitizer and UndefinedBehaviorSanitizer instead of all "
+                          "targets; the process must be started with LD_PRELOAD=$(g++ -print-file-name=libasan.so)")
+
+
+def pytest_configure(config):
+    if config.getoption("--sanitize") and "asan" not in os.environ.get("LD_PRELOAD", ""):
+        pytest.exit("--sanitize needs LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0", returncode=2)
+
+
+class Target:
+    """Where a test runs: a device, and how kernels are launched on it while the fixture is active."""
+
+    def __init__(self, name):
+        mode, _, threads = name.partition("-")
+        self.name = name
+        self.place = device.select("cuda" if mode == "cuda" else "cpu")
+        self.settings = {"mode": "fast" if mode == "cuda" else mode, "threads_per_block": int(threads) if threads else None}
+
+    def array(self, values, dtype=None):
+        """A NumPy array -> a contiguous copy on the device."""
+        return self.place.array(np.array(values, dtype=None if dtype is None else storage_dtype(dtype)))
+
+    def acc(self, values, dtype):
+        """A NumPy array -> an array of the accumulation type of `dtype` on the device."""
+        return self.array(values, acc_dtype(storage_dtype(dtype)))
+
+    def poison(self, shape, dtype):
+        """An array on the device that holds NaN, or the largest integer: what is not overwritten shows."""
+        dtype = storage_dtype(dtype) if isinstance(dtype, str) else np.dtype(dtype)
+        return self.array(np.full(shape, np.nan if dtype.kind not in "iu" else np.iinfo(dtype).max, dtype))
+
+    def host(self, array):
+        """An array on the device -> a float64 NumPy array."""
+        return np.asarray(self.place.to_host(array)).astype(np.float64)
+
+
+def pytest_generate_tests(metafunc):
+    if "target" in metafunc.fixturenames:
+        if metafunc.config.getoption("--sanitize"):
+            names = [f"sanitize-{threads}" for threads in THREADS_PER_BLOCK]
+        else:
+            names = ["fast", *(f"emulate-{threads}" for threads in THREADS_PER_BLOCK)]
+            names += ["cuda", "cuda-1", "cuda-32"] if gpu_present() else []
+        metafunc.parametrize("target", names, indirect=True)
+
+
+@pytest.fixture
+def target(request):
+    it = Target(request.param)
+    with launch_settings(**it.settings):
+        yield it
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20161)

@@ -1,0 +1,146 @@
+"""Batch norm, alone and fused, in training and evaluation. Formulas: minidl/ops/batchnorm.cu."""
+
+import numpy as np
+import pytest
+
+import reference
+from minidl.ops import batchnorm
+from reference import assert_close, distinct, numerical_vjp, tolerance
+
+EPS, MOMENTUM = 1e-5, 0.1
+SHAPES = [(3, 4, 5, 2), (1, 1, 1, 2), (2, 7, 3, 33), (2, 9, 16, 32)]  # (C, H, W, N); the last has more than one tile
+VARIANTS = ["plain", "relu", "add_relu"]
+
+
+def definition(x, gamma, beta, z, variant, statistics=None):
+    y = reference.batch_norm(x, gamma, beta, *(statistics or reference.batch_moments(x)), EPS)
+    if variant == "add_relu":
+        y = y + z
+    return y if variant == "plain" else reference.relu(y)
+
+
+class Case:
+    """One batch norm with inputs, run on a target."""
+
+    def __init__(self, rng, shape, variant, dtype, target, training=True):
+        self.variant, self.dtype, self.target, self.training = variant, dtype, target, training
+        channels = shape[0]
+        self.gamma, self.beta = rng.uniform(0.5, 1.5, channels), rng.normal(size=channels)
+        self.running = rng.normal(size=channels), rng.uniform(0.5, 2, channels)
+        self.x, self.z, self.dy = (self.stored(a) for a in (rng.normal(1, 2, shape), rng.normal(size=shape), rng.normal(size=shape)))
+        self.move_from_kinks()
+
+    def stored(self, values):
+        """The values as the type of storage can hold them, in float64."""
+        return self.target.host(self.target.array(values, self.dtype))
+
+    def move_from_kinks(self):
+        """Of the ReLU: z carries the sum away from 0; without z, x is moved where the result would be near 0."""
+        statistics = None if self.training else self.running
+        if self.variant == "add_relu":
+            y = definition(self.x, self.gamma, self.beta, self.z, "plain", statistics) + self.z
+            self.z = self.stored(np.where(np.abs(y) < 0.1, self.z + 0.5, self.z))
+        if self.variant == "relu":
+            for _ in range(100):
+                y = definition(self.x, self.gamma, self.beta, None, "plain", statistics)
+                if (np.abs(y) > 0.02).all():
+                    break
+                self.x = self.stored(np.where(np.abs(y) <= 0.02, self.x + 0.17, self.x))
+
+    def forward(self):
+        array, acc = self.target.array, self.target.acc
+        self.device_x = array(self.x, self.dtype)
+        self.affine = acc(self.gamma, self.dtype), acc(self.beta, self.dtype)
+        self.device_running = [acc(a, self.dtype) for a in self.running]
+        z = array(self.z, self.dtype) if self.variant == "add_relu" else None
+        self.y, self.mean, self.rstd = batchnorm.forward(
+            self.device_x, *self.affine, *self.device_running, training=self.training, momentum=MOMENTUM, eps=EPS,
+            relu=self.variant == "relu", z=z)
+        return self.y
+
+    def backward(self):
+        dgamma, dbeta = (self.target.acc(np.full(len(self.gamma), np.nan), self.dtype) for _ in range(2))
+        result = batchnorm.backward(
+            self.target.array(self.dy, self.dtype), self.device_x, *self.affine, self.mean, self.rstd, dgamma, dbeta,
+            training=self.training, relu=self.variant == "relu", y=self.y if self.variant == "add_relu" else None)
+        return (*result, dgamma, dbeta) if self.variant == "add_relu" else (result, dgamma, dbeta)
+
+    def expected(self):
+        return definition(self.x, self.gamma, self.beta, self.z, self.variant, None if self.training else self.running)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(target, rng, shape, variant, dtype, training):
+    case = Case(rng, shape, variant, dtype, target, training)
+    y = case.forward()
+    assert_close(target.host(y), case.expected(), tolerance(dtype, terms=np.prod(shape[1:])), "y")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_running_statistics(target, rng, shape, dtype):
+    case = Case(rng, shape, "plain", dtype, target)
+    case.forward()
+    mean, var = case.x.mean(axis=(1, 2, 3)), case.x.var(axis=(1, 2, 3), ddof=1)
+    for got, old, batch in zip(case.device_running, case.running, (mean, var)):
+        assert_close(target.host(got), 0.9 * old + 0.1 * batch, tolerance(dtype, np.prod(shape[1:])), "running")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_gradients(target, rng, shape, variant, training):
+    case = Case(rng, shape, variant, "float64", target, training)
+    case.forward()
+    results = case.backward()
+    statistics = None if training else case.running
+    arguments = [case.x, case.gamma, case.beta, case.z, variant, statistics]
+    indices = (0, 3, 1, 2) if variant == "add_relu" else (0, 1, 2)
+    for got, index in zip(results, indices):
+        assert_close(target.host(got), numerical_vjp(definition, arguments, index, case.dy, h=1e-4), 1e-6,
+                     ("dx", "dgamma", "dbeta", "dz")[index])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_other_types_follow_float64(target, rng, variant, dtype):
+    case = Case(rng, (2, 9, 16, 32), variant, dtype, target)
+    exact = Case(rng, (2, 9, 16, 32), variant, "float64", target)
+    exact.x, exact.z, exact.dy, exact.gamma, exact.beta = case.x, case.z, case.dy, case.gamma, case.beta
+    case.forward(), exact.forward()
+    for got, expected in zip(case.backward(), exact.backward()):
+        assert_close(target.host(got), target.host(expected), 4 * tolerance(dtype, terms=9 * 16 * 32))
+
+
+def test_backward_twice_is_bit_equal(target, rng):
+    case = Case(rng, (2, 9, 16, 32), "relu", "float32", target)
+    case.forward()
+    for first, second in zip(case.backward(), case.backward()):
+        assert np.array_equal(target.host(first), target.host(second))
+
+
+def test_large_mean_does_not_cancel(target, rng):
+    """Deviation 1 around a mean of 10,000: sums of squares in float32 would lose all digits."""
+    case = Case(rng, (1, 9, 16, 32), "plain", "float32", target)
+    case.x = case.stored(10_000 + distinct(rng, (1, 9, 16, 32), gap=1e-3))
+    case.forward()
+    assert_close(target.host(case.y), case.expected(), 1e-3, "y")
+
+
+def test_constant_channel_is_finite(target, rng):
+    case = Case(rng, (2, 3, 3, 4), "plain", "float32", target)
+    case.x[1] = 3.0
+    y = target.host(case.forward())
+    assert_close(y[1], np.full((3, 3, 4), case.beta[1]), 1e-6)
+    assert all(np.isfinite(target.host(result)).all() for result in case.backward())
+
+
+def test_one_value_per_channel_is_refused_in_training(target, rng):
+    case = Case(rng, (2, 1, 1, 1), "plain", "float32", target)
+    with pytest.raises(ValueError, match="batch norm: 1 value per channel in training; a variance needs 2 or more"):
+        case.forward()
+    case.training = False
+    assert_close(target.host(case.forward()), case.expected(), 1e-5)
