@@ -16,7 +16,7 @@ def load(name, data_dir=None):
     """The training and the test Dataset called `name`, one of NAMES.
 
     The CIFAR files are looked for in data_dir; without one, in the folder that the environment variable MINIDL_DATA
-    names, then in $XDG_CACHE_HOME/minidl/data, where XDG_CACHE_HOME is ~/.cache unless set. The digits are always there.
+    names, then in $XDG_CACHE_HOME/minidl/data (XDG_CACHE_HOME is ~/.cache unless set). The digits need no folder.
 
     Raises UsageError where the name is unknown, DataError where the files are missing or damaged.
     """

@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100, read from the official files, unpacked or still in their archives.
 
-A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009; https://www.cs.toronto.edu/~kriz/cifar.html
+A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 
 Each data set is published in two editions with equal contents: binary (records of fixed size) and python (pickles).
 The files come from the network, so nothing in them is trusted: of an archive only the named members are read, each a
@@ -107,7 +107,7 @@ def _list(contents, key, kind):
 
 @dataclass(frozen=True)
 class Cifar:
-    """A data set: mean and std of its training pixels per channel on the 0..1 scale, its editions, the preferred first."""
+    """A data set: its editions, the preferred first; mean and std of its training pixels, on the 0..1 scale."""
 
     name: str
     title: str
@@ -256,7 +256,7 @@ def _archived_files(edition, path):
 
 
 class _Unpacked:
-    """What a gzip file holds, from its begin to its end, if that is at most `limit` bytes: a small file can hold any amount."""
+    """What a gzip file holds, if that is at most `limit` bytes: a small file can hold any amount."""
 
     def __init__(self, packed, limit):
         self._stream = gzip.GzipFile(fileobj=packed)

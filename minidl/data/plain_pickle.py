@@ -16,7 +16,7 @@ import numpy as np
 ARRAY = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")  # NumPy 1 and NumPy 2
 DTYPE = "numpy dtype"
 PLAIN_GLOBALS = frozenset({*ARRAY, DTYPE, "numpy ndarray"})
-MOST_OPCODES = 1_000_000  # the largest official file has 200,355
+MOST_OPCODES = 1_000_000  # the largest official file has 200,362 of them
 
 
 def describe(raw):
@@ -90,7 +90,7 @@ def describe(raw):
                 case name:
                     raise ValueError(f"pickle opcode {name} at byte {position} has no place in plain data")
     except (LookupError, TypeError, AttributeError) as error:  # an empty stack, a memo or a container that is not there
-        raise ValueError(f"malformed pickle at byte {position}: {error}") from error
+        raise ValueError(f"malformed pickle at byte {position}") from error
 
 
 def _plain(name):

@@ -17,6 +17,7 @@
 #ifdef __CUDACC_RTC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#define NAN __int_as_float(0x7FFFFFFF)  // NVRTC has no <math.h>
 #define SHARED(type, name, size) __shared__ type name[size]
 #define SIMD
 #define SIMD_SUM(...)

@@ -1,0 +1,149 @@
+"""Convolution: im2col, col2im, chunks, groups, bias. Formulas: minidl/ops/conv.cu."""
+
+import numpy as np
+import pytest
+
+import reference
+from minidl.ops import conv
+from reference import assert_close, numerical_vjp, tolerance
+
+# (C, H, W, N), (O, kh, kw), stride, padding, groups
+CASES = [
+    ((4, 5, 4, 2), (6, 3, 3), 1, 1, 2),
+    ((2, 6, 5, 3), (3, 3, 3), 2, 1, 1),
+    ((4, 3, 4, 2), (4, 1, 1), 1, 0, 2),     # a plain matrix product
+    ((4, 5, 4, 2), (2, 1, 1), 2, 0, 1),     # the shortcut of a residual block
+    ((2, 5, 6, 1), (3, 2, 3), 1, 0, 1),     # a window that is not square, batch 1
+    ((2, 4, 4, 33), (2, 3, 3), 1, 2, 2),    # more padding than usual; a batch that is no multiple of a warp
+    ((1, 7, 7, 2), (2, 2, 2), 3, 0, 1),     # pixels that no window sees
+    ((2, 3, 3, 2), (2, 1, 1), 1, 1, 1),     # 1x1 with padding: its adjoint is no convolution
+    ((3, 4, 4, 2), (3, 3, 3), 1, 1, 3),     # depthwise
+]
+CHUNKS = {"one row at a time": 1, "two rows": None, "all at once": 1 << 30}
+
+
+@pytest.fixture(params=CHUNKS)
+def chunks(request, monkeypatch):
+    """Sets the workspace so that `cols` has as many output rows at a time as the name says."""
+
+    def apply(shape, outputs, stride, padding, itemsize):
+        _, kernel_h, kernel_w = outputs
+        out_width = (shape[2] + 2 * padding - kernel_w) // stride + 1
+        two_rows = 2 * shape[0] * kernel_h * kernel_w * out_width * shape[3] * itemsize
+        limit = CHUNKS[request.param] or two_rows
+        monkeypatch.setattr(conv, "WORKSPACE_BYTES", {"numpy": limit, "cupy": limit})
+
+    return apply
+
+
+def inputs(rng, target, shape, outputs, groups, dtype):
+    """x, weight, bias in float64, with values that the type of storage can hold."""
+    x, weight = rng.normal(size=shape), rng.normal(size=(outputs[0], shape[0] // groups, *outputs[1:]))
+    return *(target.host(target.array(a, dtype)) for a in (x, weight)), rng.normal(size=outputs[0]).astype(np.float32).astype(float)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups", CASES, ids=str)
+def test_forward(target, rng, chunks, shape, outputs, stride, padding, groups, dtype):
+    x, weight, bias = inputs(rng, target, shape, outputs, groups, dtype)
+    device_x = target.array(x, dtype)
+    chunks(shape, outputs, stride, padding, device_x.itemsize)
+    y = conv.forward(device_x, target.array(weight, dtype), target.acc(bias, dtype), stride=stride, padding=padding, groups=groups)
+    expected = reference.conv2d(x, weight, bias, stride, padding, groups)
+    # 16-bit results are rounded twice: after the product and after the bias.
+    assert_close(target.host(y), expected, (1 + (dtype in ("bfloat16", "float16"))) * tolerance(dtype, weight[0].size), "y")
+
+
+def backward(target, x, weight, dy, dtype, settings):
+    acc = "float64" if dtype == "float64" else "float32"
+    dweight, dbias = target.poison(weight.shape, acc), target.poison(weight.shape[:1], acc)
+    dx = conv.backward(target.array(dy, dtype), target.array(x, dtype), target.array(weight, dtype), dweight, dbias, **settings)
+    return tuple(target.host(a) for a in (dx, dweight, dbias))
+
+
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups", CASES, ids=str)
+def test_gradients(target, rng, chunks, shape, outputs, stride, padding, groups):
+    x, weight, bias = inputs(rng, target, shape, outputs, groups, "float64")
+    chunks(shape, outputs, stride, padding, 8)
+    arguments = [x, weight, bias, stride, padding, groups]
+    dy = rng.normal(size=reference.conv2d(*arguments).shape)
+    got = backward(target, x, weight, dy, "float64", dict(stride=stride, padding=padding, groups=groups))
+    again = backward(target, x, weight, dy, "float64", dict(stride=stride, padding=padding, groups=groups))
+    for index, (result, repeated) in enumerate(zip(got, again)):
+        expected = _vjp(arguments, index, dy)
+        assert_close(result, expected, 1e-6, ("dx", "dweight", "dbias")[index])
+        assert np.array_equal(result, repeated)
+
+
+_known = {}
+
+
+def _vjp(arguments, index, dy):
+    """numerical_vjp of the convolution, computed once for all targets: the inputs are the same in each."""
+    key = (index, *(a.tobytes() if isinstance(a, np.ndarray) else a for a in (*arguments, dy)))
+    if key not in _known:
+        # Linear in each argument: two points and any step are exact, and rounding falls with the step.
+        _known[key] = numerical_vjp(reference.conv2d, arguments, index, dy, h=1.0)
+    return _known[key]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups", CASES, ids=str)
+def test_gradients_of_other_types_follow_float64(target, rng, shape, outputs, stride, padding, groups, dtype):
+    x, weight, bias = inputs(rng, target, shape, outputs, groups, dtype)
+    dy = target.host(target.array(rng.normal(size=reference.conv2d(x, weight, bias, stride, padding, groups).shape), dtype))
+    settings = dict(stride=stride, padding=padding, groups=groups)
+    exact = backward(target, x, weight, dy, "float64", settings)
+    for got, expected, what in zip(backward(target, x, weight, dy, dtype, settings), exact, ("dx", "dweight", "dbias")):
+        assert_close(got, expected, 2 * tolerance(dtype, terms=dy[0].size), what)
+
+
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups", CASES[:2] + CASES[4:8], ids=str)
+def test_col2im_is_the_adjoint_of_im2col(target, rng, shape, outputs, stride, padding, groups):
+    """<im2col(x), c> = <x, col2im(c)> for all x and c."""
+    channels, height, width, batch = shape
+    _, kernel_h, kernel_w = outputs
+    out_h, out_w = ((size + 2 * padding - kernel) // stride + 1 for size, kernel in zip((height, width), outputs[1:]))
+    x, c = rng.normal(size=shape), rng.normal(size=(channels * kernel_h * kernel_w, out_h * out_w * batch))
+    cols, dx = target.poison(c.shape, "float64"), target.poison(shape, "float64")
+    sizes = height, width, out_w, batch, kernel_h, kernel_w, stride, padding, 0, out_h
+    conv.KERNELS.im2col[(len(c), out_h), 32](target.array(x), cols, *sizes)
+    conv.KERNELS.col2im[channels * height, 32](target.array(c), dx, channels, *sizes, 0, 0)
+    assert np.vdot(target.host(cols), c) == pytest.approx(np.vdot(x, target.host(dx)), rel=1e-12)
+
+
+def test_groups_are_separate_convolutions(target, rng):
+    x, weight = rng.normal(size=(6, 4, 4, 3)), rng.normal(size=(4, 3, 3, 3))
+    together = conv.forward(target.array(x), target.array(weight), padding=1, groups=2)
+    apart = [conv.forward(target.array(x[3 * g:3 * g + 3]), target.array(weight[2 * g:2 * g + 2]), padding=1) for g in range(2)]
+    assert_close(target.host(together), np.concatenate([target.host(y) for y in apart]), 1e-12)
+
+
+def test_without_input_gradient(target, rng):
+    x, weight = target.array(rng.normal(size=(2, 4, 4, 2))), target.array(rng.normal(size=(3, 2, 3, 3)))
+    dweight = target.poison(weight.shape, "float64")
+    assert conv.backward(target.array(rng.normal(size=(3, 2, 2, 2))), x, weight, dweight, input_gradient=False) is None
+    assert np.isfinite(target.host(dweight)).all()
+
+
+@pytest.mark.parametrize("shape, weight, settings, message", [
+    ((6, 5, 5, 2), (8, 2, 3, 3), dict(groups=4), "conv: 6 input and 8 output channels do not divide into 4 groups"),
+    ((6, 5, 5, 2), (8, 6, 3, 3), dict(groups=0), "do not divide into 0 groups"),
+    ((6, 5, 5, 2), (8, 3, 3, 3), dict(), r"conv: input has 6 channels, weight \(8, 3, 3, 3\) with 1 groups needs 3"),
+    ((6, 3, 3, 2), (8, 6, 5, 5), dict(), "conv: window 5x5 is larger than the padded image 3x3"),
+    ((6, 3, 3, 2), (8, 6, 3, 3), dict(stride=0), "stride 0"),
+    ((6, 3, 3, 2), (8, 6, 3, 3), dict(padding=-1), "padding -1"),
+])
+def test_refused(target, shape, weight, settings, message):
+    with pytest.raises(ValueError, match=message):
+        conv.forward(target.array(np.zeros(shape)), target.array(np.zeros(weight)), **settings)
+
+
+def test_chunks_of_a_layer_beyond_31_bits_of_elements():
+    """By sizes alone: ResNeXt-29 8x64d at batch 456 has 2^31 elements of cols and more; its chunks do not."""
+    geometry = conv._Geometry((512, 32, 32, 456), (512, 64, 3, 3), 4, np, 1, 1, 8)
+    chunks = geometry.chunks()
+    columns = [chunk.columns.stop - chunk.columns.start for chunk in chunks]
+    assert geometry.groups * geometry.depth * sum(columns) > 2**31
+    assert sum(columns) == geometry.positions and chunks[-1].columns.stop == geometry.positions
+    assert max(columns) * geometry.groups * geometry.depth * 4 < 2**31

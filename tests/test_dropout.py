@@ -1,0 +1,66 @@
+"""Dropout and channel dropout: masks from Philox, recomputed. Formulas: minidl/ops/dropout.cu."""
+
+import numpy as np
+import pytest
+
+from minidl.ops import dropout
+
+KEY, LAYER = 0x123456789ABCDEF0, 7
+
+
+def step(target, number):
+    return target.place.array(np.array([number], np.int64))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("apply", [dropout.apply, dropout.apply_to_channels])
+def test_kept_values_are_scaled_and_the_mask_repeats(target, rng, apply, dtype):
+    shape = (3, 2, 5, 33)
+    x = np.ones(shape)
+    y = target.host(apply(target.array(x, dtype), 0.5, KEY, LAYER, step(target, 3)))
+    assert set(np.unique(y)) == {0.0, 2.0}
+    dx = target.host(apply(target.array(4 * x, dtype), 0.5, KEY, LAYER, step(target, 3)))
+    assert np.array_equal(dx, 4 * y), "backward at the same step draws the same mask"
+
+
+@pytest.mark.parametrize("apply", [dropout.apply, dropout.apply_to_channels])
+def test_masks_differ_between_steps_layers_and_keys(target, apply):
+    x = target.array(np.ones((8, 1, 2, 16)), "float32")
+    masks = [target.host(apply(x, 0.5, key, layer, step(target, number))).tobytes()
+             for key, layer, number in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (1 + 2**32, 0, 0)]]
+    assert len(set(masks)) == 5
+
+
+def test_masks_are_the_same_on_every_target(target):
+    """The mask is defined by its formula, not by the launch: these are its first bits."""
+    y = target.host(dropout.apply(target.array(np.ones(16), "float32"), 0.25, 0, 0, step(target, 0)))
+    first_words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # of Philox with key and counter 0
+    assert np.array_equal(y[:4] > 0, [word >= 2**30 for word in first_words])
+
+
+def test_channel_dropout_drops_whole_channels(target):
+    y = target.host(dropout.apply_to_channels(target.array(np.ones((20, 3, 2, 7)), "float32"), 0.5, KEY, LAYER, step(target, 0)))
+    assert (y == y[:, :1, :1]).all()
+    assert 40 < (y[:, 0, 0] == 0).sum() < 100
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+def test_share_of_dropped_elements(target, rate):
+    n = 20_000
+    y = target.host(dropout.apply(target.array(np.ones(n), "float32"), rate, KEY, LAYER, step(target, 1)))
+    assert abs((y == 0).mean() - rate) < 4.5 * np.sqrt(rate * (1 - rate) / n) + 1e-12
+    assert abs(y.mean() - 1) < 5 * np.sqrt(rate / (1 - rate) / n) + 1e-6
+
+
+def test_sizes_that_are_no_multiple_of_four(target):
+    for size in (1, 2, 3, 5, 4097):
+        longer = target.host(dropout.apply(target.array(np.ones(size + 8), "float32"), 0.5, KEY, LAYER, step(target, 0)))
+        y = target.host(dropout.apply(target.array(np.ones(size), "float32"), 0.5, KEY, LAYER, step(target, 0)))
+        assert np.array_equal(y, longer[:size])
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
+@pytest.mark.parametrize("apply", [dropout.apply, dropout.apply_to_channels])
+def test_refused(target, apply, rate):
+    with pytest.raises(ValueError, match="dropout: rate .* is not in 0 <= rate < 1"):
+        apply(target.array(np.ones((1, 1, 1, 1))), rate, KEY, LAYER, step(target, 0))

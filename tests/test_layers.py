@@ -1,0 +1,206 @@
+"""Layers and their compositions: gradients of whole networks, names, shapes, state, and what is refused."""
+
+import re
+
+import numpy as np
+import pytest
+
+from minidl import initializers
+from minidl.device import select
+from minidl.errors import CheckpointError
+from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d,
+                           Linear, MaxPool2d, ReLU, Residual, Sequential)
+from reference import assert_close
+
+
+def every_layer():
+    """A network in which every layer and both kinds of residual block occur."""
+    return Sequential(
+        stem=Conv2d(3, 4, 3, padding=1, bias=False), norm=BatchNorm2d(4, relu=True),
+        block=Residual(body=Sequential(Conv2d(4, 4, 3, padding=1, groups=2)), norm=BatchNorm2d(4)),
+        pool=MaxPool2d(2), drop=ChannelDropout(0.2),
+        wider=Residual(body=Sequential(norm=BatchNorm2d(4), relu=ReLU(), conv=Conv2d(4, 6, 3, stride=2, padding=1)),
+                       shortcut=Conv2d(4, 6, 1, stride=2, bias=False)),
+        smooth=AvgPool2d(3, stride=1, padding=1), scatter=Dropout(0.3), mean=GlobalAvgPool2d(), classifier=Linear(6, 5))
+
+
+def relu_after_max():
+    return Sequential(Conv2d(2, 3, 2), ReLU(), GlobalMaxPool2d(), Linear(3, 2, bias=False))
+
+
+@pytest.mark.parametrize("make, shape", [(every_layer, (3, 8, 8, 4)), (relu_after_max, (2, 4, 5, 3))])
+def test_network_gradient_in_random_directions(target, rng, make, shape):
+    """<v, backward(u)> = <u, d forward / d v> for parameters and input, by central differences in float64."""
+    network = make().initialize(target.place, "float64", seed=3)
+    x = rng.normal(size=shape)
+    u = rng.normal(size=target.host(network.forward(target.array(x))).shape)
+    dx = target.host(network.backward(target.array(u)))
+    grad = target.host(network.parameters.grad)
+    start = target.host(network.parameters.master)
+
+    def value(at_x, at_parameters):
+        network.parameters.master[...] = target.array(at_parameters)
+        return (u * target.host(network.forward(target.array(at_x)))).sum()
+
+    v_x, v_parameters = rng.normal(size=shape), rng.normal(size=start.shape) * (grad != 0)
+    for vx, vp, expected in ((v_x, 0, (v_x * dx).sum()), (0, v_parameters, (v_parameters * grad).sum())):
+        h = 1e-6
+        numerical = (value(x + h * vx, start + h * vp) - value(x - h * vx, start - h * vp)) / (2 * h)
+        assert numerical == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_steps_of_backward_need_two_forwards():
+    layer = Conv2d(1, 1, 1).initialize()
+    y = layer.forward(np.ones((1, 2, 2, 1), np.float32))
+    layer.backward(y)
+    with pytest.raises(RuntimeError, match="Conv2d: backward needs a forward in training mode before it"):
+        layer.backward(y)
+
+
+def test_evaluation_saves_nothing_and_drops_nothing():
+    network = Sequential(Dropout(0.5), ReLU()).initialize().eval()
+    x = np.ones((2, 3, 3, 4), np.float32)
+    assert np.array_equal(network.forward(x), x)
+    with pytest.raises(RuntimeError, match="ReLU: backward needs a forward in training mode"):
+        network.backward(x)
+
+
+def test_evaluation_uses_running_statistics(rng):
+    norm = BatchNorm2d(2).initialize()
+    x = rng.normal(3, 2, (2, 4, 4, 8)).astype(np.float32)
+    assert_close(norm.eval().forward(x), x / np.sqrt(1 + 1e-5), 1e-5, "before any training step")
+    norm.train()
+    for _ in range(200):
+        norm.forward(x)
+    trained = norm.forward(x)
+    assert_close(norm.eval().forward(x), trained, 1e-2)
+
+
+def test_skipping_the_input_gradient_leaves_the_others(rng):
+    x = rng.normal(size=(3, 8, 8, 4)).astype(np.float32)
+    results = []
+    for skip in (False, True):
+        network = every_layer().initialize(seed=1)
+        if skip:
+            network.skip_input_gradient()
+        dx = network.backward(network.forward(x))
+        assert (dx is None) == skip
+        results.append(network.parameters.grad.copy())
+    assert np.array_equal(*results)
+
+
+def test_names_and_shapes_are_those_of_pytorch():
+    state = every_layer().initialize().state_dict()
+    assert {name: array.shape for name, array in state.items() if name.startswith(("stem", "norm", "block", "classifier"))} == {
+        "stem.weight": (4, 3, 3, 3),
+        "norm.weight": (4,), "norm.bias": (4,), "norm.running_mean": (4,), "norm.running_var": (4,),
+        "block.body.0.weight": (4, 2, 3, 3), "block.body.0.bias": (4,),
+        "block.norm.weight": (4,), "block.norm.bias": (4,), "block.norm.running_mean": (4,), "block.norm.running_var": (4,),
+        "classifier.weight": (5, 6), "classifier.bias": (5,)}
+
+
+def test_state_goes_round(rng):
+    source, sink = every_layer().initialize(seed=1), every_layer().initialize(seed=2)
+    x = rng.normal(size=(3, 8, 8, 4)).astype(np.float32)
+    source.forward(x)  # moves the running statistics
+    state = source.state_dict() | {"norm.num_batches_tracked": np.array(7)}
+    sink.load_state_dict(state)
+    assert np.array_equal(source.eval().forward(x), sink.eval().forward(x))
+
+
+def test_state_dict_is_a_copy():
+    layer = Linear(2, 2).initialize()
+    state = layer.state_dict()
+    state["weight"][...] = 7
+    assert not (layer.weight.master == 7).any()
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    network = every_layer().initialize(seed=1)
+    before = network.state_dict()
+    state = {name: array + 1 for name, array in before.items()}
+    state["stem.weight"] = np.zeros((4, 3, 5, 5))
+    state["spare"] = state.pop("classifier.bias")
+    with pytest.raises(CheckpointError) as caught:
+        network.load_state_dict(state)
+    assert caught.value.exit_code == 5
+    for line in ("classifier.bias: missing in the file", "spare: not in the model", "stem.weight: file (4, 3, 5, 5), model (4, 3, 3, 3)"):
+        assert line in str(caught.value)
+    assert all(np.array_equal(array, before[name]) for name, array in network.state_dict().items())
+
+
+def test_only_five_mismatches_are_listed():
+    with pytest.raises(CheckpointError, match=r"and \d+ more"):
+        every_layer().initialize().load_state_dict({})
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_initial_values_depend_on_seed_and_name_alone(dtype):
+    first, again, other = (every_layer().initialize(dtype=d, seed=s) for d, s in (("float32", 1), (dtype, 1), ("float32", 2)))
+    for name, parameter in first.named_parameters().items():
+        assert_close(again.named_parameters()[name].master, parameter.master, 1e-6)
+        if parameter.initializer not in (initializers.zeros, initializers.ones):
+            assert not np.array_equal(other.named_parameters()[name].master, parameter.master)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_all_types_run_forward_and_backward(rng, dtype):
+    network = every_layer().initialize(select("cpu"), dtype, seed=1)
+    x = rng.normal(size=(3, 8, 8, 4)).astype(network.dtype)
+    y = network.forward(x)
+    dx = network.backward(y)
+    assert y.dtype == dx.dtype == network.dtype and network.parameters.grad.dtype == np.float32
+    assert np.isfinite(dx.astype(np.float32)).all() and np.isfinite(network.parameters.grad).all()
+
+
+def test_shapes_and_macs():
+    network = every_layer()
+    assert network.output_shape((3, 8, 8)) == (5, 1, 1)
+    stem, block, wider, shortcut, classifier = 8 * 8 * 4 * 27, 8 * 8 * 4 * 18, 2 * 2 * 6 * 36, 2 * 2 * 6 * 4, 30
+    assert network.macs((3, 8, 8)) == stem + block + wider + shortcut + classifier
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Conv2d(6, 8, 3, groups=4), "Conv2d: 6 input channels do not divide into 4 groups"),
+    (lambda: Conv2d(8, 6, 3, groups=4), "Conv2d: 6 output channels do not divide into 4 groups"),
+    (lambda: Conv2d(8, 8, 3, groups=0), "do not divide into 0 groups"),
+    (lambda: Dropout(1.0), "Dropout: rate 1.0 is not in 0 <= rate < 1"),
+    (lambda: ChannelDropout(-1), "ChannelDropout: rate -1 is not in"),
+    (lambda: MaxPool2d((2, 3)), r"MaxPool2d: window \(2, 3\) is not square and needs a stride"),
+    (lambda: Sequential(forward=ReLU()), "a layer cannot be named 'forward'"),
+    (lambda: initializers.he_normal("fan")(np.random.default_rng(0), (2, 2)), "mode 'fan' is not fan_in or fan_out"),
+])
+def test_refused_at_construction(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("layer, shape, message", [
+    (Conv2d(3, 4, 3), (4, 8, 8), "Conv2d: 3 input channels are needed, got (C, H, W) = (4, 8, 8)"),
+    (Conv2d(3, 4, 9), (3, 8, 8), "Conv2d: window 9x9 is larger than the padded image 8x8"),
+    (BatchNorm2d(3), (4, 8, 8), "BatchNorm2d: 3 input channels are needed"),
+    (Linear(10, 2), (3, 2, 2), "Linear: 10 input features are needed, got (3, 2, 2)"),
+    (MaxPool2d(5), (3, 4, 4), "MaxPool2d: window 5x5 is larger than the padded image 4x4"),
+    (Residual(Conv2d(3, 4, 1)), (3, 4, 4), "Residual: the body gives (4, 4, 4), the shortcut (3, 4, 4)"),
+])
+def test_shapes_that_do_not_fit(layer, shape, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer.output_shape(shape)
+    if not isinstance(layer, (MaxPool2d, Residual)):
+        layer.initialize()
+        with pytest.raises(ValueError):
+            layer.forward(np.zeros((*shape, 2), np.float32))
+
+
+# ---- initializers
+
+
+@pytest.mark.parametrize("initializer, std", [
+    (initializers.he_normal(), (2 / 72) ** 0.5), (initializers.he_normal("fan_out"), (2 / (400 * 9)) ** 0.5),
+    (initializers.he_uniform(), (2 / 72) ** 0.5), (initializers.xavier_normal(2.0), 2 * (2 / (72 + 3600)) ** 0.5),
+    (initializers.xavier_uniform(), (2 / (72 + 3600)) ** 0.5), (initializers.uniform_fan_in(), (1 / 72 / 3) ** 0.5),
+    (initializers.uniform_fan_in(12), (1 / 12 / 3) ** 0.5), (initializers.normal(0.01), 0.01),
+])
+def test_initializers_have_their_published_deviation(rng, initializer, std):
+    values = initializer(rng, (400, 8, 3, 3))
+    assert values.std() == pytest.approx(std, rel=0.02) and abs(values.mean()) < 4 * std / values.size**0.5

@@ -1,0 +1,87 @@
+"""Max and average pooling, windowed and global. Formulas: minidl/ops/maxpool.cu, avgpool.cu."""
+
+import numpy as np
+import pytest
+
+import reference
+from minidl.ops import avgpool, maxpool
+from reference import assert_close, distinct, numerical_vjp, tolerance
+
+# (C, H, W, N), window, stride, padding
+CASES = [
+    ((3, 4, 4, 2), (2, 2), 2, 0),
+    ((2, 5, 7, 3), (3, 3), 2, 1),   # overlapping windows, a column that no window sees
+    ((2, 6, 5, 1), (3, 2), 1, 1),
+    ((1, 7, 4, 33), (2, 2), 3, 0),  # gaps between windows
+    ((2, 4, 3, 2), (4, 3), 1, 0),   # global
+]
+OPS = {"max": reference.max_pool, "average": reference.avg_pool}
+
+
+def forward_backward(op, target, x, dy, dtype, window, stride, padding):
+    """-> y, dx on the host."""
+    device_x, device_dy = target.array(x, dtype), target.array(dy, dtype)
+    if op == "max":
+        y, winner = maxpool.forward(device_x, window, stride, padding)
+        dx = maxpool.backward(device_dy, winner, x.shape, window, stride, padding)
+    else:
+        y = avgpool.forward(device_x, window, stride, padding)
+        dx = avgpool.backward(device_dy, x.shape, window, stride, padding)
+    return target.host(y), target.host(dx)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape, window, stride, padding", CASES, ids=str)
+def test_forward_and_gradient(target, rng, op, dtype, shape, window, stride, padding):
+    x = target.host(target.array(distinct(rng, shape, gap=2.0**-4 if shape[3] < 33 else 2.0), dtype))
+    expected = OPS[op](x, window, stride, padding)
+    dy = target.host(target.array(rng.normal(size=expected.shape), dtype))
+    y, dx = forward_backward(op, target, x, dy, dtype, window, stride, padding)
+    assert_close(y, expected, tolerance(dtype, terms=window[0] * window[1]), "y")
+    vjp = numerical_vjp(OPS[op], [x, window, stride, padding], 0, dy)
+    assert_close(dx, vjp, tolerance(dtype, terms=window[0] * window[1]), "dx")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backward_twice_is_bit_equal(target, rng, op):
+    x, dy = rng.normal(size=(3, 7, 7, 5)), rng.normal(size=(3, 4, 4, 5))
+    first, second = (forward_backward(op, target, x, dy, "float32", (3, 3), 2, 1)[1] for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_of_equal_values_the_first_gets_the_gradient(target):
+    x, dy = np.ones((1, 4, 4, 2)), np.ones((1, 2, 2, 2))
+    _, dx = forward_backward("max", target, x, dy, "float32", (2, 2), 2, 0)
+    expected = np.zeros((1, 4, 4, 2))
+    expected[:, ::2, ::2] = 1
+    assert np.array_equal(dx, expected)
+
+
+def test_minus_infinity_and_nan(target):
+    x = np.full((1, 2, 4, 1), -np.inf)
+    x[0, 1, 3] = np.nan
+    y, dx = forward_backward("max", target, x, np.ones((1, 1, 2, 1)), "float32", (2, 2), 2, 0)
+    assert y[0, 0, 0, 0] == -np.inf and np.isnan(y[0, 0, 1, 0])
+    assert dx[0, :, :, 0].tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("forward", [maxpool.forward, avgpool.forward])
+@pytest.mark.parametrize("window, stride, padding, message", [
+    ((5, 5), 2, 0, "pool: window 5x5 is larger than the padded image 4x4"),
+    ((2, 2), 0, 0, "pool: window .*stride 0"),
+    ((2, 2), 1, -1, "padding -1"),
+])
+def test_refused(target, forward, window, stride, padding, message):
+    with pytest.raises(ValueError, match=message):
+        forward(target.array(np.zeros((1, 4, 4, 2))), window, stride, padding)
+
+
+def test_windows_that_may_lie_in_the_padding_are_refused(target):
+    with pytest.raises(ValueError, match="max-pool: padding 2 is more than half of the window 3x3"):
+        maxpool.forward(target.array(np.zeros((1, 4, 4, 2))), (3, 3), 1, 2)
+
+
+def test_windows_too_large_to_number_are_refused(target):
+    with pytest.raises(ValueError, match="max-pool: window 257x256 has more than 65536 pixels"):
+        maxpool.forward(target.array(np.zeros((1, 257, 256, 1), np.float32)), (257, 256), 1)
