@@ -31,6 +31,8 @@ def gemm(a, b, out, alpha=1.0, beta=0.0):
 
 
 def _check(a, b, out):
+    if not array_module(a) is array_module(b) is array_module(out):
+        raise TypeError("gemm: operands on different devices")
     if not a.ndim == b.ndim == out.ndim or a.ndim not in (2, 3):
         raise ValueError(f"gemm: needs three matrices or three stacks of them, got shapes {a.shape}, {b.shape}, {out.shape}")
     if a.shape[-1] != b.shape[-2] or out.shape != (*a.shape[:-1], b.shape[-1]) or a.shape[:-2] != b.shape[:-2]:
@@ -39,8 +41,6 @@ def _check(a, b, out):
     widened = types[0] in ("float16", "bfloat16") and types[2] == "float32"
     if types[0] != types[1] or types[2] != types[0] and not widened or types[0] not in _CUDA_TYPES:
         raise TypeError(f"gemm: types do not fit: {types[0]} @ {types[1]} -> {types[2]}")
-    if not array_module(a) is array_module(b) is array_module(out):
-        raise TypeError("gemm: operands on different devices")
     for name, array in (("a", a), ("b", b), ("out", out)):
         _transposed_and_leading_dimension(name, array)
     if out.shape[-1] > 1 and out.strides[-1] != out.itemsize:

@@ -7,8 +7,10 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from minidl import host_build
 from minidl.errors import DeviceError, UsageError
@@ -86,8 +88,10 @@ def _missing_for_gpu():
     install = "`pip install 'minidl[cuda13]'` (driver 580 or newer; older ones: minidl[cuda12])"
     try:
         import cupy
-    except ImportError:
+    except ModuleNotFoundError:
         return f"CuPy is not installed: {install}"
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error}): {install}"
     except OSError as error:  # no home folder to keep its compiled kernels in
         return f"CuPy cannot be imported: {error}; set CUPY_CACHE_DIR to a folder that can be written"
     if not cupy.cuda.is_available():
@@ -103,7 +107,7 @@ def _missing_for_gpu():
 def cpu_threads():
     """Threads that kernels and BLAS use on the CPU: $OMP_NUM_THREADS, or all cores this process may use."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
-    if setting.isdigit() and int(setting) > 0:
+    if setting.isdecimal() and int(setting) > 0:
         return int(setting)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -114,6 +118,59 @@ def host_threads():
     team = host_build.library(host_build.OPS / "host_threads.cpp", "fast")
     team.set_team_size(cpu_threads())
     return team
+
+
+def workers(like):
+    """How many tasks `run_tasks` runs at a time beside `like` (an array): the CPU's threads, or 1 on a GPU."""
+    return cpu_threads() if array_module(like) is np else 1
+
+
+def run_tasks(tasks):
+    """Call each of the functions `tasks`, at most `workers` of them, and wait for all.
+
+    Several run at once, a core each: inside them, kernels and BLAS keep to their core. One alone may use all cores.
+    """
+    if len(tasks) == 1:
+        tasks[0]()
+        return
+    with _blas().limit(limits=max(1, cpu_threads() // len(tasks)), user_api="blas"):
+        others = [_executor().submit(_on_one_core, task) for task in tasks[1:]]
+        try:
+            _on_one_core(tasks[0])
+        finally:
+            wait(others)
+    for other in others:
+        other.result()  # raises what the task raised
+
+
+def on_one_core():
+    """Whether the caller is one of several tasks, and must leave the other cores to them."""
+    return getattr(_this_thread, "on_one_core", False)
+
+
+_this_thread = threading.local()
+
+
+def _on_one_core(task):
+    _this_thread.on_one_core = True
+    try:
+        task()
+    finally:
+        _this_thread.on_one_core = False
+
+
+@functools.cache
+def _executor():
+    return ThreadPoolExecutor(cpu_threads())
+
+
+@functools.cache
+def _blas():
+    return ThreadpoolController()
+
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_executor.cache_clear)
 
 
 def empty(shape, dtype, like):

@@ -1,5 +1,6 @@
 """Builds of the kernels for the CPU: the host compiler, its flags, and a cache of libraries shared by processes."""
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -24,6 +25,7 @@ FLAGS = {
     "emulate": [*_COMMON, "-O1"],
     "sanitize": [*_COMMON, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class CompileError(Exception):
@@ -36,8 +38,8 @@ def compiler():
 
     Raises DeviceError where there is none.
     """
-    if os.environ.get("CXX"):
-        command = shlex.split(os.environ["CXX"])
+    command = shlex.split(os.environ.get("CXX", ""))
+    if command:
         if shutil.which(command[0]):
             return command
         raise DeviceError(f"$CXX names the compiler {command[0]!r}, which is not found")
@@ -82,7 +84,9 @@ def cache_folder():
         except OSError:
             continue
     # Private to this process: a predictable name in a folder that all users write could be planted.
-    return Path(tempfile.mkdtemp(prefix="minidl-kernels-"))
+    folder = tempfile.mkdtemp(prefix="minidl-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @functools.cache
@@ -97,18 +101,30 @@ def sources_digest(source):
 def library(source, mode, defines=(), epilogue=""):
     """Build the file `source` (Path) in `mode`, or find it built, and load it -> ctypes library.
 
-    `epilogue` is text to compile after it. Raises CompileError, and DeviceError without a compiler.
+    `epilogue` is text to compile after it. Raises CompileError, and DeviceError without a compiler or where what it
+    builds cannot be loaded.
     """
     command = [*compiler(), *FLAGS[mode], f"-I{OPS}", *(f"-D{define}" for define in defines)]
     key = hashlib.sha256("\0".join([sources_digest(source), epilogue, _machine(), *command]).encode()).hexdigest()
     path = cache_folder() / f"{source.stem}-{mode}-{key[:24]}.so"
     # An emulated block lives in global state: PyDLL keeps the interpreter's lock while it runs.
     load = ctypes.CDLL if mode == "fast" else ctypes.PyDLL
+    if not _is_whole(path):
+        _compile(command, source, epilogue, path)
     try:
         return load(str(path))
-    except OSError:  # not there, or damaged
-        _compile(command, source, epilogue, path)
-        return load(str(path))
+    except OSError as error:
+        raise DeviceError(f"the library that {command[0]} built of {source.name} cannot be loaded: {error}; see that it "
+                          "builds for this machine, or set MINIDL_CACHE to a folder whose programs may run") from None
+
+
+def _is_whole(path):
+    """Whether a library is there and ends with the digest of its content. Loading half of one can kill the process."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return content[-_DIGEST_BYTES:] == hashlib.sha256(content[:-_DIGEST_BYTES]).digest()
 
 
 def _compile(command, source, epilogue, path):
@@ -120,8 +136,10 @@ def _compile(command, source, epilogue, path):
         try:
             result = subprocess.run([*command, str(unit), "-o", built], capture_output=True, text=True)
             if result.returncode:
-                errors = [line for line in result.stderr.splitlines() if "error" in line] or [result.stderr.strip()]
+                errors = [line for line in result.stderr.splitlines() if "error:" in line] or [result.stderr.strip()]
                 raise CompileError(errors[0])
+            content = Path(built).read_bytes()
+            Path(built).write_bytes(content + hashlib.sha256(content).digest())  # loaders ignore what follows a library
             os.chmod(built, 0o755)
             os.replace(built, path)
         finally:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from minidl import host_build
-from minidl.device import array_module, host_threads
+from minidl.device import array_module, host_threads, on_one_core
 from minidl.errors import DeviceError
 from minidl.host_build import OPS, CompileError
 
@@ -136,16 +136,17 @@ class Parameter:
         self.c_type = " ".join(word for word in words if word not in ("const", "*", "__restrict__"))
 
     def dtype(self, precision):
+        """The NumPy type that arguments need, or are converted to, where tensors are stored as `precision`."""
         if self.c_type == "real":
-            return precision
+            return np.dtype(precision)
         if self.c_type == "acc":
-            return PRECISIONS[precision][2]
-        return np.dtype(C_TYPES[self.c_type]).name
+            return acc_dtype(precision)
+        return np.dtype(C_TYPES[self.c_type])
 
 
 def parse_signatures(source):
     """The text of a .cu file -> {kernel name: [Parameter, ...]}."""
-    source = re.sub(r"//[^\n]*", "", source)
+    source = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
     found = re.findall(r"__global__\s+void\s+(\w+)\s*\(([^)]*)\)", source)
     return {name: [Parameter(text) for text in parameters.split(",")] for name, parameters in found}
 
@@ -157,80 +158,92 @@ class Kernel:
         self.kernels, self.name, self.parameters = kernels, name, parameters
 
     def __getitem__(self, shape):
-        """`shape`: (blocks, threads of a block); blocks is a number or a pair (x, y)."""
+        """`shape`: (blocks, threads of a block); blocks is a number or a pair (x, y). Within CUDA's limits, on the CPU too."""
         blocks, threads = shape
-        return functools.partial(self._launch, blocks if isinstance(blocks, tuple) else (blocks, 1), threads)
+        x, y = grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
+        if not (1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= threads <= 1024):
+            raise ValueError(f"{self.name}: cannot launch {x} x {y} blocks of {threads} threads: CUDA takes 1 to 2^31 - 1 x "
+                             "1 to 65535 blocks of 1 to 1024")
+        return functools.partial(self._launch, grid, threads)
 
     def _launch(self, grid, threads, *arguments):
         if len(arguments) != len(self.parameters):
             raise TypeError(f"{self.name}: {len(arguments)} arguments, the kernel has {len(self.parameters)}: "
                             + ", ".join(parameter.name for parameter in self.parameters))
         xp, precision = self._target(arguments)
-        values = [self._convert(parameter, argument, xp, precision)
-                  for parameter, argument in zip(self.parameters, arguments)]
+        values = [self._check_array(parameter, argument, xp, dtype) if parameter.is_array
+                  else self._convert_scalar(parameter, argument, dtype)
+                  for parameter, argument, dtype in zip(self.parameters, arguments, self._dtypes(precision))]
         threads = _Settings.threads_per_block or threads
         if xp is np:
             self._launch_on_host(precision, grid, threads, values)
         else:
-            function = self.kernels.gpu_module(precision).get_function(self.name)
-            function(grid, (threads,), values)
+            self.kernels.gpu_module(precision).get_function(self.name)(grid, (threads,), values)
 
     def _target(self, arguments):
         """The module of the arrays, and the type of storage: that of the first array declared real (or acc)."""
-        arrays = {"real": [], "acc": []}
-        xp = None
+        xp, of_acc, of_real = None, None, None
         for parameter, argument in zip(self.parameters, arguments):
             if not parameter.is_array or not hasattr(argument, "dtype"):
                 continue
-            if xp is None:
-                xp = array_module(argument)
-            arrays.setdefault(parameter.c_type, []).append(argument.dtype.name)
-        precision = (arrays["real"] + arrays["acc"] + ["float32"])[0]
+            xp = xp or array_module(argument)
+            if parameter.c_type == "real":
+                of_real = argument.dtype.name
+                break
+            if parameter.c_type == "acc":
+                of_acc = of_acc or argument.dtype.name
+        precision = of_real or of_acc or "float32"
         return xp or np, precision if precision in PRECISIONS else "float32"
 
-    def _convert(self, parameter, argument, xp, precision):
-        """One argument -> what the launch passes: an array, or a NumPy scalar of the declared type."""
-        dtype = parameter.dtype(precision)
-        if not parameter.is_array:
-            return self._convert_scalar(parameter, argument, np.dtype(dtype))
+    @functools.cache
+    def _dtypes(self, precision):
+        return [parameter.dtype(precision) for parameter in self.parameters]
+
+    def _check_array(self, parameter, argument, xp, dtype):
         if not isinstance(argument, xp.ndarray):
             raise TypeError(f"{self.name}: {parameter.name} must be a {xp.__name__} array, got "
                             f"{type(argument).__module__}.{type(argument).__name__}")
-        if argument.dtype.name != dtype or not argument.flags.c_contiguous:
+        if argument.dtype != dtype or not argument.flags.c_contiguous:
             layout = "" if argument.flags.c_contiguous else "non-contiguous "
             raise TypeError(f"{self.name}: {parameter.name} must be a contiguous {dtype} array, got "
-                            f"{layout}{argument.dtype.name} of shape {argument.shape}")
+                            f"{layout}{argument.dtype} of shape {argument.shape}")
         if xp is np and not parameter.is_const and not argument.flags.writeable:
             raise TypeError(f"{self.name}: {parameter.name} is written, but the array is read-only")
         return argument
 
     def _convert_scalar(self, parameter, argument, dtype):
-        expected = (int, np.integer) if dtype.kind in "iu" else (int, float, np.integer, np.floating)
-        if not isinstance(argument, expected) or isinstance(argument, bool):
-            raise TypeError(f"{self.name}: {parameter.name} must be {'an integer' if dtype.kind in 'iu' else 'a number'}, "
+        """A number -> a NumPy scalar of the declared type, which CuPy passes as it is."""
+        whole = dtype.kind in "iu"
+        if not isinstance(argument, (int, np.integer) if whole else (int, float, np.integer, np.floating)) \
+                or isinstance(argument, bool):
+            raise TypeError(f"{self.name}: {parameter.name} must be {'an integer' if whole else 'a number'}, "
                             f"got {type(argument).__name__}")
         try:
-            return dtype.type(int(argument) if dtype.kind in "iu" else float(argument))
+            return dtype.type(argument)
         except OverflowError:
             raise TypeError(f"{self.name}: {parameter.name} = {argument} does not fit {dtype}") from None
 
     def _launch_on_host(self, precision, grid, threads, values):
-        library = self.kernels.host_library(_Settings.mode, precision)
-        pointers = (ctypes.c_void_p * len(values))()
-        cells = []
-        for i, value in enumerate(values):
-            if isinstance(value, np.ndarray):
-                cells.append(ctypes.c_void_p(value.ctypes.data))
-                pointers[i] = ctypes.addressof(cells[-1])
-            else:
-                cells.append(np.asarray(value))
-                pointers[i] = cells[-1].ctypes.data
+        function = self._host_function(_Settings.mode, precision)
+        cells = [_POINTER(value.__array_interface__["data"][0]) if isinstance(value, np.ndarray)
+                 else _HOST_SCALARS[value.dtype](value) for value in values]
+        pointers = (_POINTER * len(cells))(*map(ctypes.addressof, cells))
         message = ctypes.create_string_buffer(300)
-        launch = _Launch(*grid, threads, ctypes.addressof(message), len(message))
-        if library["launch_" + self.name](ctypes.byref(launch), pointers):
+        launch = _Launch(*grid, threads, on_one_core(), ctypes.addressof(message), len(message))
+        if function(ctypes.byref(launch), pointers):
             raise KernelFault(f"{self.name}: {message.value.decode()}")
+
+    @functools.cache
+    def _host_function(self, mode, precision):
+        return self.kernels.host_library(mode, precision)["launch_" + self.name]
+
+
+_POINTER = ctypes.c_void_p
+_HOST_SCALARS = {np.dtype(c_type): c_type for c_type in (
+    ctypes.c_float, ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint8,
+    ctypes.c_uint16)}
 
 
 class _Launch(ctypes.Structure):  # cuda_on_host.h: struct Launch
     _fields_ = [("grid_x", ctypes.c_uint), ("grid_y", ctypes.c_uint), ("threads", ctypes.c_uint),
-                ("message", ctypes.c_void_p), ("message_size", ctypes.c_int)]
+                ("on_one_core", ctypes.c_int), ("message", ctypes.c_void_p), ("message_size", ctypes.c_int)]

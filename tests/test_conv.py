@@ -19,12 +19,12 @@ CASES = [
     ((2, 3, 3, 2), (2, 1, 1), 1, 1, 1),     # 1x1 with padding: its adjoint is no convolution
     ((3, 4, 4, 2), (3, 3, 3), 1, 1, 3),     # depthwise
 ]
-CHUNKS = {"one row at a time": 1, "two rows": None, "all at once": 1 << 30}
+CHUNKS = {"one pixel at a time": 1, "two rows": None, "all at once": 1 << 30}
 
 
 @pytest.fixture(params=CHUNKS)
 def chunks(request, monkeypatch):
-    """Sets the workspace so that `cols` has as many output rows at a time as the name says."""
+    """Sets the workspace so that `cols` has as many output pixels at a time as the name says."""
 
     def apply(shape, outputs, stride, padding, itemsize):
         _, kernel_h, kernel_w = outputs
@@ -106,9 +106,9 @@ def test_col2im_is_the_adjoint_of_im2col(target, rng, shape, outputs, stride, pa
     out_h, out_w = ((size + 2 * padding - kernel) // stride + 1 for size, kernel in zip((height, width), outputs[1:]))
     x, c = rng.normal(size=shape), rng.normal(size=(channels * kernel_h * kernel_w, out_h * out_w * batch))
     cols, dx = target.poison(c.shape, "float64"), target.poison(shape, "float64")
-    sizes = height, width, out_w, batch, kernel_h, kernel_w, stride, padding, 0, out_h
-    conv.KERNELS.im2col[(len(c), out_h), 32](target.array(x), cols, *sizes)
-    conv.KERNELS.col2im[channels * height, 32](target.array(c), dx, channels, *sizes, 0, 0)
+    sizes = height, width, out_w, batch, kernel_h, kernel_w, stride, padding
+    conv.KERNELS.im2col[(len(c), 3), 32](target.array(x), cols, *sizes, 0, out_h * out_w, -(-out_h * out_w // 3))
+    conv.KERNELS.col2im[channels * height, 32](target.array(c), dx, channels, *sizes, 0, out_h, 0, 0)
     assert np.vdot(target.host(cols), c) == pytest.approx(np.vdot(x, target.host(dx)), rel=1e-12)
 
 
@@ -140,10 +140,10 @@ def test_refused(target, shape, weight, settings, message):
 
 
 def test_chunks_of_a_layer_beyond_31_bits_of_elements():
-    """By sizes alone: ResNeXt-29 8x64d at batch 456 has 2^31 elements of cols and more; its chunks do not."""
-    geometry = conv._Geometry((512, 32, 32, 456), (512, 64, 3, 3), 4, np, 1, 1, 8)
-    chunks = geometry.chunks()
-    columns = [chunk.columns.stop - chunk.columns.start for chunk in chunks]
-    assert geometry.groups * geometry.depth * sum(columns) > 2**31
-    assert sum(columns) == geometry.positions and chunks[-1].columns.stop == geometry.positions
-    assert max(columns) * geometry.groups * geometry.depth * 4 < 2**31
+    """By sizes alone: cols of ResNeXt-29 8x64d at batch 456 have more than 2^31 elements; their chunks do not."""
+    x, weight = (np.broadcast_to(np.float32(0), shape) for shape in ((512, 32, 32, 456), (512, 64, 3, 3)))
+    geometry = conv._Geometry(x, weight, stride=1, padding=1, groups=8)
+    columns = [chunk.columns.stop - chunk.columns.start for chunk in geometry.chunks()]
+    rows = geometry.groups * geometry.depth
+    assert rows * geometry.positions > 2**31 and sum(columns) == geometry.positions
+    assert max(columns) * rows * 4 <= max(conv.WORKSPACE_BYTES["numpy"], rows * geometry.batch * 4)

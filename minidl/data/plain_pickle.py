@@ -8,7 +8,6 @@ text and small integers, and takes at most some hundred bytes per opcode beside 
 """
 
 import io
-import math
 import pickletools
 
 import numpy as np
@@ -103,8 +102,8 @@ def _plain(name):
 def uint8_array(description, shape):
     """The uint8 array of `shape` that `description`, an object from `describe`, stands for; else ValueError."""
     match description:
-        case ((array, _), (1, described_shape, ((dtype, ("u1", *_)), _), by_columns, str(text))) if (
-            array in ARRAY and dtype == DTYPE and described_shape == shape and len(text) == math.prod(shape)
-        ):
-            return np.frombuffer(text.encode("latin-1"), np.uint8).reshape(shape, order="F" if by_columns else "C")
+        case ((array, _), (1, described_shape, ((dtype, ("u1", *_)), _), by_columns, str(text))):
+            if array in ARRAY and dtype == DTYPE and described_shape == shape:
+                order = "F" if by_columns else "C"
+                return np.frombuffer(text.encode("latin-1"), np.uint8).reshape(shape, order=order)
     raise ValueError(f"the pickle does not hold a uint8 array {shape}")

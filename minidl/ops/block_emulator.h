@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <ucontext.h>
 
+#include <memory>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -30,9 +31,10 @@ enum State { RUNNABLE, WAITING, FINISHED };
 
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
+    std::unique_ptr<char[]> stack;
     State state;
-    int line;  // of the barrier where it waits
+    const char* file;  // and line of the barrier where it waits
+    int line;
     void* asan_stack;
 };
 
@@ -65,7 +67,7 @@ inline void to_fiber(int index) {
     current = index;
     threadIdx = {(unsigned)index, 0};
 #ifdef MINIDL_ASAN
-    __sanitizer_start_switch_fiber(&scheduler_asan_stack, fibers[index].stack.data(), STACK_BYTES);
+    __sanitizer_start_switch_fiber(&scheduler_asan_stack, fibers[index].stack.get(), STACK_BYTES);
 #endif
     swapcontext(&scheduler, &fibers[index].context);
 #ifdef MINIDL_ASAN
@@ -96,20 +98,29 @@ inline void fault(const char* format, Values... values) {
     to_scheduler(true);
 }
 
-inline void barrier(int line) {
+inline void barrier(const char* file, int line) {
     fibers[current].state = WAITING;
+    fibers[current].file = file;
     fibers[current].line = line;
     to_scheduler(false);
 }
+
+struct Place {
+    char text[100];
+    explicit Place(const Fiber& fiber) {
+        if (fiber.state == FINISHED) snprintf(text, sizeof text, "its end");
+        else snprintf(text, sizeof text, "%s:%d", strrchr(fiber.file, '/') + 1, fiber.line);
+    }
+};
 
 inline void check_barrier() {
     const Fiber& first = fibers[0];
     for (int i = 1; i < (int)blockDim.x; ++i) {
         const Fiber& other = fibers[i];
-        if (other.state == first.state && (other.state == FINISHED || other.line == first.line)) continue;
-        const int at[2] = {first.state == FINISHED ? 0 : first.line, other.state == FINISHED ? 0 : other.line};
-        describe_fault("divergent barrier in block (%u, %u): thread 0 at line %d, thread %d at line %d (line 0: it has ended)",
-                       blockIdx.x, blockIdx.y, at[0], i, at[1]);
+        if (other.state == first.state && (other.state == FINISHED || (other.line == first.line && !strcmp(other.file, first.file))))
+            continue;
+        describe_fault("divergent barrier in block (%u, %u): thread 0 at %s, thread %d at %s", blockIdx.x, blockIdx.y,
+                       Place(first).text, i, Place(other).text);
         return;
     }
 }
@@ -119,9 +130,9 @@ inline void run_block() {
     for (int i = 0; i < (int)blockDim.x; ++i) {
         Fiber& fiber = fibers[i];
         fiber.state = RUNNABLE;
-        fiber.stack.resize(STACK_BYTES);
+        if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);  // not zeroed: what is not touched costs no memory
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = STACK_BYTES;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, fiber_main, 0);
@@ -193,7 +204,7 @@ class Shared {
 #define SHARED(type, name, size) static emulator::Shared<type, size> name(#name)
 #define SIMD
 #define SIMD_SUM(...)
-#define __syncthreads() emulator::barrier(__LINE__)
+#define __syncthreads() emulator::barrier(__FILE__, __LINE__)
 
 template <class Block>
 int run_grid(const Launch& launch, const Block& block) {

@@ -7,29 +7,40 @@
 //
 //   dW = dY @ cols^T        dbias = sum of dY over P'        dx = col2im(W^T @ dY), the adjoint of im2col
 //
-// A chunk is a range of output rows: `cols` then has row_count of the H' rows. Chellapilla, Puri, Simard,
-// "High performance convolutional neural networks for document processing", 2006. Grid: im2col, one block per row of
-// cols and output row; col2im, per channel and input row. Threads run along the batch.
+// A chunk is a range of output pixels (oy, ox), with all their images: `cols` then has pixel_count * N columns.
+// Chellapilla, Puri, Simard, "High performance convolutional neural networks for document processing", 2006.
 #include "window.cuh"
 
+// Grid: rows of cols x stretches of `stretch` pixels. Threads run along the batch.
 extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__ cols, int height, int width, int out_width,
-                                  int batch, int kernel_h, int kernel_w, int stride, int padding, int row_begin,
-                                  int row_count) {
+                                  int batch, int kernel_h, int kernel_w, int stride, int padding, int pixel_begin,
+                                  int pixel_count, int stretch) {
     const int kx = blockIdx.x % kernel_w, ky = blockIdx.x / kernel_w % kernel_h, c = blockIdx.x / kernel_w / kernel_h;
-    const int iy = (row_begin + (int)blockIdx.y) * stride - padding + ky;
-    const real* x_row = x + ((long long)c * height + iy) * width * batch;
-    real* out = cols + ((long long)blockIdx.x * row_count + blockIdx.y) * out_width * batch;
-    for (int ox = 0; ox < out_width; ++ox, out += batch) {
-        const int ix = ox * stride - padding + kx;
-        if (iy >= 0 && iy < height && ix >= 0 && ix < width) {
-            const real* pixel = x_row + (long long)ix * batch;
-            BLOCK_LOOP(n, 0, batch) out[n] = pixel[n];
+    const real* image = x + (long long)c * height * width * batch;
+    const int begin = blockIdx.y * stretch, end = pixel_count - begin < stretch ? pixel_count : begin + stretch;
+    real* out = cols + ((long long)blockIdx.x * pixel_count + begin) * batch;
+    int oy = (pixel_begin + begin) / out_width, ox = (pixel_begin + begin) % out_width;
+    for (int i = begin; i < end;) {
+        const int iy = oy * stride - padding + ky, ix = ox * stride - padding + kx;
+        const bool inside = iy >= 0 && iy < height && ix >= 0 && ix < width;
+        // Neighbours that are copied in one run: without strides, all up to the edge of the image or of the padding.
+        int run = end - i < out_width - ox ? end - i : out_width - ox;
+        if (inside) run = stride > 1 ? 1 : run < width - ix ? run : width - ix;
+        else if (ix < 0) run = stride > 1 ? 1 : run < -ix ? run : -ix;
+        if (inside) {
+            const real* pixel = image + ((long long)iy * width + ix) * batch;
+            BLOCK_LOOP(n, 0, run * batch) out[n] = pixel[n];
         } else {
-            BLOCK_LOOP(n, 0, batch) out[n] = real(acc(0));
+            BLOCK_LOOP(n, 0, run * batch) out[n] = real(acc(0));
         }
+        out += (long long)run * batch;
+        i += run;
+        ox += run;
+        if (ox == out_width) ox = 0, ++oy;
     }
 }
 
+// Here a chunk is row_count whole output rows. Grid: channels x input rows; threads run along the batch.
 // dx rows iy_begin .. iy_begin + gridDim.x/channels - 1 of each channel, from the chunk's dcols. Rows below
 // `covered` hold the sums of earlier chunks and are added to; the others are overwritten.
 extern "C" __global__ void col2im(const real* __restrict__ dcols, real* __restrict__ dx, int channels, int height, int width,

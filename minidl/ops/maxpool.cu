@@ -9,6 +9,30 @@
 // Grid: one block per row of pixels, (c, oy) forward and (c, iy) backward. Threads run along the batch.
 #include "window.cuh"
 
+// One output pixel of all images. The window's part inside the image: ky_begin .. ky_end-1, kx_begin .. kx_end-1.
+// ROWS, COLUMNS: the size of a part that is known at compile time, so that the loop over the batch vectorizes; else 0.
+template <int ROWS, int COLUMNS>
+__device__ __forceinline__ void max_of_window(const real* __restrict__ window, real* __restrict__ y,
+                                              unsigned short* __restrict__ winner, int ky_begin, int ky_end, int kx_begin,
+                                              int kx_end, int width, int batch, int kernel_w) {
+    const int rows = ROWS ? ROWS : ky_end - ky_begin, columns = COLUMNS ? COLUMNS : kx_end - kx_begin;
+    const real* first = window + ((long long)ky_begin * width + kx_begin) * batch;
+    const int first_place = ky_begin * kernel_w + kx_begin;
+    BLOCK_LOOP(n, 0, batch) {
+        acc best = acc(first[n]);
+        int best_place = first_place;
+        for (int r = 0; r < rows; ++r)
+            for (int k = 0; k < columns; ++k) {
+                const acc value = acc(first[(r * width + k) * (long long)batch + n]);
+                const bool wins = value > best || (value != value && best == best);
+                best = wins ? value : best;
+                best_place = wins ? first_place + r * kernel_w + k : best_place;
+            }
+        y[n] = real(best);
+        winner[n] = best_place;
+    }
+}
+
 extern "C" __global__ void maxpool_forward(const real* __restrict__ x, real* __restrict__ y,
                                            unsigned short* __restrict__ winner, int height, int width, int out_height,
                                            int out_width, int batch, int kernel_h, int kernel_w, int stride, int padding) {
@@ -22,19 +46,10 @@ extern "C" __global__ void maxpool_forward(const real* __restrict__ x, real* __r
         const int kx_end = width - x_origin < kernel_w ? width - x_origin : kernel_w;
         const real* window = x + (((long long)c * height + y_origin) * width + x_origin) * batch;
         const long long out = ((long long)blockIdx.x * out_width + ox) * batch;
-        BLOCK_LOOP(n, 0, batch) {
-            int best_place = ky_begin * kernel_w + kx_begin;
-            acc best = acc(window[((long long)ky_begin * width + kx_begin) * batch + n]);
-            for (int ky = ky_begin; ky < ky_end; ++ky)
-                for (int kx = kx_begin; kx < kx_end; ++kx) {
-                    const acc value = acc(window[((long long)ky * width + kx) * batch + n]);
-                    const bool wins = value > best || (value != value && best == best);
-                    best = wins ? value : best;
-                    best_place = wins ? ky * kernel_w + kx : best_place;
-                }
-            y[out + n] = real(best);
-            winner[out + n] = best_place;
-        }
+        if (ky_end - ky_begin == 2 && kx_end - kx_begin == 2)
+            max_of_window<2, 2>(window, y + out, winner + out, ky_begin, ky_end, kx_begin, kx_end, width, batch, kernel_w);
+        else
+            max_of_window<0, 0>(window, y + out, winner + out, ky_begin, ky_end, kx_begin, kx_end, width, batch, kernel_w);
     }
 }
 
@@ -48,6 +63,12 @@ extern "C" __global__ void maxpool_backward(const real* __restrict__ dy, const u
         const int ox_begin = first_window(ix, kernel_w, stride, padding);
         const int ox_end = end_of_windows(ix, stride, padding, out_width);
         real* dx_pixel = dx + ((long long)blockIdx.x * width + ix) * batch;
+        if (oy_end - oy_begin == 1 && ox_end - ox_begin == 1) {  // one window, as everywhere if they do not overlap
+            const int place = (iy + padding - oy_begin * stride) * kernel_w + ix + padding - ox_begin * stride;
+            const long long out = (((long long)c * out_height + oy_begin) * out_width + ox_begin) * batch;
+            BLOCK_LOOP(n, 0, batch) dx_pixel[n] = real(winner[out + n] == place ? acc(dy[out + n]) : acc(0));
+            continue;
+        }
         BLOCK_LOOP(n, 0, batch) {
             acc sum = 0;
             for (int oy = oy_begin; oy < oy_end; ++oy)

@@ -1,0 +1,127 @@
+"""The real CUDA compiler without a GPU: NVRTC of the nvidia-cuda-nvrtc wheel, from a .cu file to machine code.
+
+    python tests/nvrtc.py [ARCHITECTURE] [PRECISION]      registers, spills and shared memory of every kernel
+"""
+
+import argparse
+import ctypes
+import functools
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from minidl.host_build import OPS, CompileError
+from minidl.kernels import PRECISIONS
+
+# Where the wheels of CUDA 13 and 12 put the library, and the headers of the same version.
+_LAYOUTS = (("cu13/lib/libnvrtc.so.13", "cu13/include"), ("cuda_nvrtc/lib/libnvrtc.so.12", "cuda_runtime/include"))
+
+
+@functools.cache
+def library():
+    """-> (NVRTC as a ctypes library, the folder of its headers). Raises FileNotFoundError where they are missing."""
+    package = importlib.util.find_spec("nvidia")
+    for folder in map(Path, package.submodule_search_locations if package else ()):
+        for file, headers in _LAYOUTS:
+            if (folder / file).exists() and (folder / headers / "cuda_fp16.h").exists():
+                return ctypes.CDLL(str(folder / file)), folder / headers
+    raise FileNotFoundError("no NVRTC with its headers: `pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt`")
+
+
+def version():
+    """(major, minor) of CUDA."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def gpu_options(precision):
+    """NVRTC's options for a file of minidl/ops, as minidl.kernels gives them to CuPy."""
+    real, acc, _ = PRECISIONS[precision]
+    return "--std=c++17", f"-I{OPS}", f"-DREAL={real}", f"-DACC={acc}"
+
+
+class Program(NamedTuple):
+    cubin: bytes    # machine code, an ELF file
+    log: str        # the compiler's warnings, and ptxas's remarks on every kernel
+    ptx: str        # the intermediate language, in which parameters still have types
+
+
+def compile_to_cubin(path, options, arch):
+    """The file `path` (Path) for `arch` ("sm_90") -> Program. Raises CompileError, its text the compiler's log.
+
+    May be called from several threads at once.
+    """
+    # -ftz: CuPy adds it to whatever it compiles. -v: ptxas writes what each kernel uses into the log.
+    options = [*options, f"-arch={arch}", f"-I{library()[1]}", "-ftz=true", "--ptxas-options=-v"]
+    encoded = (ctypes.c_char_p * len(options))(*map(os.fsencode, options))
+    program = ctypes.c_void_p()
+    _call("nvrtcCreateProgram", ctypes.byref(program), path.read_bytes(), os.fsencode(path.name), 0, None, None)
+    try:
+        failed = library()[0].nvrtcCompileProgram(program, len(options), encoded)
+        log = _output(program, "ProgramLog").rstrip(b"\0").decode()
+        if failed:
+            raise CompileError(f"{path.name} for {arch}: {log}")
+        return Program(_output(program, "CUBIN"), log, _output(program, "PTX").rstrip(b"\0").decode())
+    finally:
+        _call("nvrtcDestroyProgram", ctypes.byref(program))
+
+
+def _output(program, name):
+    size = ctypes.c_size_t()
+    _call(f"nvrtcGet{name}Size", program, ctypes.byref(size))
+    output = ctypes.create_string_buffer(size.value)
+    _call(f"nvrtcGet{name}", program, output)
+    return output.raw
+
+
+def _call(function, *arguments):
+    error = library()[0][function](*arguments)
+    if error:
+        raise RuntimeError(f"{function}: NVRTC error {error}")
+
+
+class Usage(NamedTuple):
+    """What a kernel takes: bytes of local memory and registers of one thread, bytes of shared memory of a block."""
+
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    registers: int
+    shared: int
+
+
+_REMARKS = re.compile(r"Compiling entry function '(\w+)'.*?"
+                      r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+                      r"Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?", re.DOTALL)
+
+
+def kernel_usage(log):
+    """The log of a Program -> {kernel name: Usage}."""
+    return {name: Usage(*(int(number or 0) for number in numbers)) for name, *numbers in _REMARKS.findall(log)}
+
+
+def kernel_parameters(ptx):
+    """The PTX of a Program -> {kernel name: [PTX type, ...]}: u32, f32, ..., and u64 for pointers."""
+    return {name: re.findall(r"\.param \.(\w+)", parameters)
+            for name, parameters in re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx)}
+
+
+def usage_table(rows):
+    """[(kernel name, precision, architecture, Usage), ...] -> text for people, under the version of the compiler."""
+    head = ("kernel", "precision", "architecture", *Usage._fields)
+    lines = [f"{name:28}{precision:10}{arch:14}" + "".join(f"{number:>14}" for number in numbers)
+             for name, precision, arch, *numbers in (head, *((*row[:3], *row[3]) for row in rows))]
+    return "\n".join(["NVRTC {}.{}".format(*version()), *lines, ""])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="What every kernel of minidl uses on a GPU.")
+    parser.add_argument("architecture", nargs="?", default="sm_90")
+    parser.add_argument("precision", nargs="?", default="float32", choices=PRECISIONS)
+    wanted = parser.parse_args()
+    programs = [compile_to_cubin(path, gpu_options(wanted.precision), wanted.architecture) for path in sorted(OPS.glob("*.cu"))]
+    print(usage_table([(name, wanted.precision, wanted.architecture, usage)
+                       for program in programs for name, usage in kernel_usage(program.log).items()]), end="")
