@@ -34,10 +34,10 @@ UNWRITTEN, OUTSIDE = r"thread 0 reads \w+\[\d+\] before anyone wrote it", r"\w+\
 RACE = r"race: thread 1 reads \w+\[0\], thread 0 wrote it, no barrier in between"
 AT = r"divergent barrier in block \(0, 0\): thread 0 at divergent_barrier.cu:\d+, thread {} at {}".format
 FAULTS = [
-    ("missing_barrier", "broken", None, RACE, RACE, RACE),
+    ("missing_barrier", "broken", None, UNWRITTEN, UNWRITTEN, RACE),
     ("divergent_barrier", "broken_branch", None, *[AT(1, r"divergent_barrier.cu:\d+")] * 3),
     ("divergent_barrier", "broken_return", None, None, None, AT(100, "its end")),
-    ("divergent_barrier", "broken_loop", None, RACE, RACE, RACE),
+    ("divergent_barrier", "broken_loop", None, None, AT(4, "its end"), AT(100, "its end")),
     ("out_of_bounds", "broken_shared", *[OUTSIDE(100, 99)] * 4),
     ("race_between_phases", "broken", None, RACE, RACE, RACE),
     ("block_size_assumption", "broken_tree", UNWRITTEN, UNWRITTEN, None, OUTSIDE(32, 31)),
