@@ -90,7 +90,7 @@ def _round_to_tf32(array):
 
 # cudaDataType_t and cublasComputeType_t (library_types.h, cublas_api.h)
 _CUDA_TYPES = {"float16": 2, "bfloat16": 14, "float32": 0, "float64": 1}
-_COMPUTE_32F, _COMPUTE_32F_PEDANTIC, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 69, 77, 70
+_COMPUTE_32F, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 77, 70
 _DEFAULT_ALGORITHM = -1
 _WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for Hopper
 
@@ -100,7 +100,7 @@ def _gemm_on_gpu(a, b, out, alpha, beta):
     if kind == "float64":
         compute, scalar = _COMPUTE_64F, ctypes.c_double
     elif kind == "float32":
-        compute, scalar = _COMPUTE_32F_FAST_TF32 if allow_tf32 else _COMPUTE_32F_PEDANTIC, ctypes.c_float
+        compute, scalar = _COMPUTE_32F_FAST_TF32 if allow_tf32 else _COMPUTE_32F, ctypes.c_float
     else:
         compute, scalar = _COMPUTE_32F, ctypes.c_float
     # cuBLAS counts columns first: out^T (n, m) = b^T (n, k) @ a^T (k, m), so the factors change places.

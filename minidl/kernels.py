@@ -80,6 +80,12 @@ def blocks_for(n, per_block=4096):
     return max(1, min(-(-n // per_block), 65535))
 
 
+def gpu_options(precision):
+    """What NVRTC is told for tensors stored as `precision` -> tuple of options."""
+    real, acc, _ = PRECISIONS[precision]
+    return "--std=c++17", f"-I{OPS}", f"-DREAL={real}", f"-DACC={acc}"
+
+
 class Kernels:
     """The kernels of one .cu file, as attributes. Nothing is read or compiled before the first use."""
 
@@ -112,10 +118,8 @@ class Kernels:
     def gpu_module(self, precision):
         import cupy
 
-        real, acc, _ = PRECISIONS[precision]
         # CuPy's cache of compiled kernels does not see included files: the digest makes it.
-        options = ("--std=c++17", f"-I{OPS}", f"-DREAL={real}", f"-DACC={acc}",
-                   f"-DSOURCES={host_build.sources_digest(self.path)}")
+        options = (*gpu_options(precision), f"-DSOURCES={host_build.sources_digest(self.path)}")
         module = cupy.RawModule(code=self.path.read_text(), options=options)
         try:
             module.compile()
@@ -132,7 +136,7 @@ class Parameter:
         words = text.replace("*", " * ").split()
         self.name = words.pop()
         self.is_array = "*" in words
-        self.is_const = "const" in words
+        self.is_const = "const" in text.split("*")[0]
         self.c_type = " ".join(word for word in words if word not in ("const", "*", "__restrict__"))
 
     def dtype(self, precision):
@@ -178,20 +182,24 @@ class Kernel:
         if xp is np:
             self._launch_on_host(precision, grid, threads, values)
         else:
-            self.kernels.gpu_module(precision).get_function(self.name)(grid, (threads,), values)
+            self._gpu_function(precision)(grid, (threads,), tuple(values))
 
     def _target(self, arguments):
         """The module of the arrays, and the type of storage: that of the first array declared real (or acc)."""
         xp, of_acc, of_real = None, None, None
         for parameter, argument in zip(self.parameters, arguments):
-            if not parameter.is_array or not hasattr(argument, "dtype"):
+            if not parameter.is_array:
                 continue
-            xp = xp or array_module(argument)
+            try:
+                xp = xp or array_module(argument)
+                dtype = argument.dtype.name
+            except (TypeError, AttributeError):
+                continue  # not an array: _check_array refuses it by name
             if parameter.c_type == "real":
-                of_real = argument.dtype.name
+                of_real = dtype
                 break
             if parameter.c_type == "acc":
-                of_acc = of_acc or argument.dtype.name
+                of_acc = of_acc or dtype
         precision = of_real or of_acc or "float32"
         return xp or np, precision if precision in PRECISIONS else "float32"
 
@@ -203,11 +211,12 @@ class Kernel:
         if not isinstance(argument, xp.ndarray):
             raise TypeError(f"{self.name}: {parameter.name} must be a {xp.__name__} array, got "
                             f"{type(argument).__module__}.{type(argument).__name__}")
-        if argument.dtype != dtype or not argument.flags.c_contiguous:
-            layout = "" if argument.flags.c_contiguous else "non-contiguous "
+        flags = argument.flags
+        layout = "non-contiguous " if not flags.c_contiguous else "unaligned " if xp is np and not flags.aligned else ""
+        if layout or argument.dtype != dtype:
             raise TypeError(f"{self.name}: {parameter.name} must be a contiguous {dtype} array, got "
                             f"{layout}{argument.dtype} of shape {argument.shape}")
-        if xp is np and not parameter.is_const and not argument.flags.writeable:
+        if xp is np and not parameter.is_const and not flags.writeable:
             raise TypeError(f"{self.name}: {parameter.name} is written, but the array is read-only")
         return argument
 
@@ -219,7 +228,7 @@ class Kernel:
             raise TypeError(f"{self.name}: {parameter.name} must be {'an integer' if whole else 'a number'}, "
                             f"got {type(argument).__name__}")
         try:
-            return dtype.type(argument)
+            return dtype.type(int(argument) if whole else argument)  # NumPy lets its own integers wrap around
         except OverflowError:
             raise TypeError(f"{self.name}: {parameter.name} = {argument} does not fit {dtype}") from None
 
@@ -232,6 +241,10 @@ class Kernel:
         launch = _Launch(*grid, threads, on_one_core(), ctypes.addressof(message), len(message))
         if function(ctypes.byref(launch), pointers):
             raise KernelFault(f"{self.name}: {message.value.decode()}")
+
+    @functools.cache
+    def _gpu_function(self, precision):
+        return self.kernels.gpu_module(precision).get_function(self.name)
 
     @functools.cache
     def _host_function(self, mode, precision):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minidl.host_build import OPS, CompileError
-from minidl.kernels import PRECISIONS
+from minidl.kernels import PRECISIONS, gpu_options
 
 # Where the wheels of CUDA 13 and 12 put the library, and the headers of the same version.
 _LAYOUTS = (("cu13/lib/libnvrtc.so.13", "cu13/include"), ("cuda_nvrtc/lib/libnvrtc.so.12", "cuda_runtime/include"))
@@ -35,12 +35,6 @@ def version():
     major, minor = ctypes.c_int(), ctypes.c_int()
     _call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
     return major.value, minor.value
-
-
-def gpu_options(precision):
-    """NVRTC's options for a file of minidl/ops, as minidl.kernels gives them to CuPy."""
-    real, acc, _ = PRECISIONS[precision]
-    return "--std=c++17", f"-I{OPS}", f"-DREAL={real}", f"-DACC={acc}"
 
 
 class Program(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 
 import nvrtc
 from minidl.host_build import OPS, CompileError
-from minidl.kernels import PRECISIONS, Kernels, storage_dtype
+from minidl.kernels import PRECISIONS, Kernels, gpu_options, storage_dtype
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SOURCES = sorted(path.name for path in OPS.glob("*.cu"))
@@ -46,7 +46,7 @@ class Compiled:
         self.precision = storage_dtype(precision).name  # teaches NumPy bfloat16
         self.signatures = Kernels(source).signatures
         with ThreadPoolExecutor() as pool:
-            programs = pool.map(lambda arch: nvrtc.compile_to_cubin(OPS / source, nvrtc.gpu_options(precision), arch),
+            programs = pool.map(lambda arch: nvrtc.compile_to_cubin(OPS / source, gpu_options(precision), arch),
                                 ARCHITECTURES)
             self.programs = dict(zip(ARCHITECTURES, programs))
 
@@ -91,7 +91,7 @@ def test_an_error_names_file_line_and_cause(tmp_path):
     source = tmp_path / "broken.cu"
     source.write_text('#include "common.cuh"\nextern "C" __global__ void broken(real* x) { x[0] = missing; }\n')
     with pytest.raises(CompileError, match=r'broken\.cu\(2\): error: identifier "missing" is undefined'):
-        nvrtc.compile_to_cubin(source, nvrtc.gpu_options("float32"), "sm_90")
+        nvrtc.compile_to_cubin(source, gpu_options("float32"), "sm_90")
 
 
 def test_a_spill_is_seen(tmp_path):
@@ -111,4 +111,4 @@ def test_cuda_13_refuses_volta():
     if nvrtc.version() < (13, 0):
         pytest.skip("CUDA 12 still compiles for it")
     with pytest.raises(CompileError, match="invalid value for --gpu-architecture"):
-        nvrtc.compile_to_cubin(OPS / "add.cu", nvrtc.gpu_options("float32"), "sm_70")
+        nvrtc.compile_to_cubin(OPS / "add.cu", gpu_options("float32"), "sm_70")

@@ -1,0 +1,576 @@
+"""The loader: signatures, launches and their refusals, the vocabulary of common.cuh, and builds for the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import gpu_present
+from minidl import device, host_build
+from minidl.errors import DeviceError
+from minidl.host_build import OPS, CompileError
+from minidl.kernels import C_TYPES, Kernels, blocks_for, launch_settings, parse_signatures, storage_dtype
+
+FOLDER = Path(__file__).parent / "kernels"
+ARGUMENTS, CONVERT, VOCABULARY = (Kernels(FOLDER / f"{name}.cu") for name in ("arguments", "convert", "vocabulary"))
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if gpu_present() else [])])
+def place(request):
+    return device.select(request.param)
+
+
+# ---- signatures --------------------------------------------------------------------------------------------------
+
+
+def test_signatures():
+    signatures = parse_signatures("""
+        // extern "C" __global__ void ghost(int n) {}
+        /* extern "C" __global__ void ghost(
+               int n) {} */
+        __device__ float not_a_kernel(float x) { return x; }
+        extern "C" __global__ void first(const real* __restrict__ x,  // (C, H*W), not an int n
+                                         unsigned long long *key, acc* const y,
+                                         long long n, const float eps) {}
+        extern "C" __global__
+        void second(unsigned char* bytes) {}
+    """)
+    seen = {name: [(p.name, p.c_type, p.is_array) for p in parameters] for name, parameters in signatures.items()}
+    assert seen == {
+        "first": [("x", "real", True), ("key", "unsigned long long", True), ("y", "acc", True), ("n", "long long", False),
+                  ("eps", "float", False)],
+        "second": [("bytes", "unsigned char", True)],
+    }
+    assert [p.is_const for p in signatures["first"] if p.is_array] == [True, False, False]
+
+
+@pytest.mark.parametrize("path", sorted(OPS.glob("*.cu")), ids=lambda path: path.name)
+def test_every_kernel_has_a_signature_of_known_types(path):
+    signatures = parse_signatures(path.read_text())
+    assert len(signatures) == path.read_text().count("__global__") > 0
+    for parameters in signatures.values():
+        assert {p.c_type for p in parameters} <= {*C_TYPES, "real", "acc"}
+
+
+def test_unknown_kernel():
+    with pytest.raises(AttributeError, match="arguments.cu has no kernel 'scales'"):
+        ARGUMENTS.scales  # noqa: B018
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+ZEROS = dict.fromkeys([p.name for p in ARGUMENTS.signatures["scalars"][1:]], 0)
+LIMITS = {"i": np.int32, "l": np.int64, "u": np.uint32, "m": np.uint64, "c": np.uint8, "s": np.uint16}
+FLOATS = "fda"
+
+
+def arrived(place, name, value):
+    """What a kernel gets as its scalar `name` when it is launched with `value`."""
+    y = place.array([np.nan])
+    ARGUMENTS.scalars[1, 1](y, *{**ZEROS, name: value}.values())
+    return place.to_host(y)[0]
+
+
+@pytest.mark.parametrize("value", [7, np.int8(7), np.int64(7), np.uint64(7)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", ZEROS)
+def test_integers_are_converted(place, name, value):
+    assert arrived(place, name, value) == 7
+
+
+@pytest.mark.parametrize("value", [-2.5, np.float64(-2.5), np.float32(-2.5), np.float16(-2.5)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_are_converted(place, name, value):
+    assert arrived(place, name, value) == -2.5
+
+
+@pytest.mark.parametrize("name, dtype", LIMITS.items())
+def test_limits_of_integers(place, name, dtype):
+    least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+    assert arrived(place, name, least) == least
+    assert arrived(place, name, most) == float(most)
+    too_large = [least - 1, most + 1] + ([np.int64(most + 1)] if most < 2**63 - 1 else [])  # that one would wrap around
+    for value in too_large:
+        with pytest.raises(TypeError, match=f"scalars: {name} = {value} does not fit {np.dtype(dtype)}"):
+            arrived(place, name, value)
+
+
+def test_an_integer_too_large_for_a_float(place):
+    with pytest.raises(TypeError, match="scalars: d = 1000.* does not fit float64"):
+        arrived(place, "d", 10**400)
+
+
+NEITHER = [True, np.True_, "7", None, 1j, [7], np.array(7)]
+
+
+@pytest.mark.parametrize("value", [*NEITHER, 7.0, np.float64(7), np.float32(7)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", LIMITS)
+def test_not_an_integer(place, name, value):
+    with pytest.raises(TypeError, match=f"scalars: {name} must be an integer, got {type(value).__name__}"):
+        arrived(place, name, value)
+
+
+@pytest.mark.parametrize("value", NEITHER, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", FLOATS)
+def test_not_a_number(place, name, value):
+    with pytest.raises(TypeError, match=f"scalars: {name} must be a number, got {type(value).__name__}"):
+        arrived(place, name, value)
+
+
+def scale(place, **changes):
+    """Launch the kernel `scale` on good arguments, but for `changes`: functions of the good one."""
+    x, y = (place.array(np.ones((4, 6), np.float32)) for _ in range(2))
+    arguments = {"x": x, "y": y, "n": 24, "factor": 2.0}
+    arguments.update({name: change(arguments[name]) for name, change in changes.items()})
+    ARGUMENTS.scale[1, 32](*arguments.values())
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+@pytest.mark.parametrize("change, got", [
+    (lambda a: a.T, r"contiguous float32 array, got non-contiguous float32 of shape \(6, 4\)"),
+    (lambda a: a[::-1], r"contiguous float32 array, got non-contiguous float32 of shape \(4, 6\)"),
+    (lambda a: a[:, 1:], r"contiguous float32 array, got non-contiguous float32 of shape \(4, 5\)"),
+    (lambda a: a.ravel()[::2], r"contiguous float32 array, got non-contiguous float32 of shape \(12,\)"),
+    (lambda a: a.astype("int32"), r"contiguous float32 array, got int32 of shape \(4, 6\)"),
+    (lambda a: a.tolist(), "(numpy|cupy) array, got builtins.list"),
+    (lambda a: 1.0, "(numpy|cupy) array, got builtins.float"),
+    (lambda a: np.float32(1), "(numpy|cupy) array, got numpy.float32"),
+    (lambda a: None, "(numpy|cupy) array, got builtins.NoneType"),
+])
+def test_refused_arrays(place, name, change, got):
+    with pytest.raises(TypeError, match=f"scale: {name} must be a {got}"):
+        scale(place, **{name: change})
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+@pytest.mark.parametrize("change, got", [
+    (lambda a: a.astype(">f4"), ">f4"),
+    (lambda a: np.frombuffer(bytearray(4 * a.size + 1), np.float32, offset=1), "unaligned float32"),
+])
+def test_memory_that_is_not_plain_numbers_is_refused(name, change, got):
+    with pytest.raises(TypeError, match=f"scale: {name} must be a contiguous float32 array, got {got} of shape"):
+        scale(device.select("cpu"), **{name: change})
+
+
+def test_read_only_output_is_refused():
+    def read_only(a):
+        a.flags.writeable = False
+        return a
+
+    scale(device.select("cpu"), x=read_only)
+    with pytest.raises(TypeError, match="scale: y is written, but the array is read-only"):
+        scale(device.select("cpu"), y=read_only)
+
+
+def test_types_of_arrays_must_agree(place):
+    with pytest.raises(TypeError, match="scale: y must be a contiguous float64 array, got float32"):
+        scale(place, x=lambda a: a.astype("float64"))
+    with pytest.raises(TypeError, match="row_sums: sums must be a contiguous float64 array, got float32"):
+        VOCABULARY.row_sums[1, 1](place.array(np.ones((1, 2))), place.array(np.ones((1, 2), np.float32)), 2)
+
+
+@pytest.mark.skipif(not gpu_present(), reason="needs a GPU")
+def test_arrays_on_different_devices_are_refused():
+    with pytest.raises(TypeError, match="scale: y must be a cupy array, got numpy.ndarray"):
+        scale(device.select("cuda"), y=lambda a: a.get())
+
+
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_count_of_arguments(count):
+    with pytest.raises(TypeError, match=f"scale: {count} arguments, the kernel has 4: x, y, n, factor"):
+        ARGUMENTS.scale[1, 32](*[0] * count)
+
+
+# ---- launches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("n", [0, 1, 7, 1000])
+def test_precision_follows_the_arrays(target, dtype, n):
+    """Also: a GRID_LOOP covers each element once, with fewer and with more threads than elements."""
+    x = target.array(np.arange(n) % 50, dtype)
+    for blocks in (1, 3, 64):
+        y = target.poison(n + 4, dtype)
+        ARGUMENTS.scale[blocks, 32](x, y, n, 0.5)
+        assert np.array_equal(target.host(y)[:n], np.arange(n) % 50 / 2)
+        assert np.isnan(target.host(y)[n:]).all()
+
+
+def test_precision_of_acc_arrays_alone(target):
+    for dtype in (np.float32, np.float64):
+        sums = target.poison((1, 2), dtype)
+        VOCABULARY.row_sums[1, 32](target.array(np.full((1, 1), 1 / 3, dtype)), sums, 1)
+        assert target.host(sums)[0, 0] == float(dtype(1 / 3))
+
+
+def visited(place, blocks, threads, room):
+    visits, shape = place.array(np.zeros(room, np.int32)), place.array(np.zeros(3, np.int32))
+    ARGUMENTS.visit[blocks, threads](visits, shape)
+    return place.to_host(visits), tuple(map(int, place.to_host(shape)))
+
+
+@pytest.mark.parametrize("blocks", [1, 7, (1, 1), (5, 3), (1, 300)], ids=str)
+def test_every_thread_of_every_block_runs_once(target, blocks):
+    grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
+    threads = 1 if target.name == "fast" else target.settings["threads_per_block"] or 7
+    visits, shape = visited(target.place, blocks, 7, room=grid[0] * grid[1] * threads + 9)
+    assert shape == (*grid, threads)
+    assert np.array_equal(visits, np.append(np.ones(grid[0] * grid[1] * threads), np.zeros(9)))
+
+
+@pytest.mark.parametrize("blocks", [(2**16 + 1, 1), (1, 2**16 - 1)], ids=str)
+def test_large_grids(place, blocks):
+    visits, shape = visited(place, blocks, 1, room=blocks[0] * blocks[1])
+    assert shape == (*blocks, 1)
+    assert (visits == 1).all()
+
+
+@pytest.mark.parametrize("team", [1, 2, 5])
+def test_every_block_runs_once_in_a_team_of_any_size(team):
+    place = device.select("cpu")
+    try:
+        device.host_threads().set_team_size(team)
+        for blocks in (1, 2, 3, 1000) * 20:
+            visits, _ = visited(place, blocks, 1, room=1000)
+            assert np.array_equal(visits, np.arange(1000) < blocks)
+    finally:
+        device.host_threads().set_team_size(device.cpu_threads())
+
+
+def test_launches_from_several_threads():
+    place = device.select("cpu")
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda blocks: (blocks, *visited(place, blocks, 1, room=blocks)), [1, 8, 100, 999] * 50))
+    for blocks, visits, shape in results:
+        assert shape == (blocks, 1, 1)
+        assert (visits == 1).all()
+
+
+@pytest.mark.parametrize("blocks, threads", [(0, 32), (-1, 32), (2**31, 32), ((1, 0), 32), ((1, 2**16), 32), (1, 0), (1, 1025)],
+                         ids=str)
+def test_refused_launch_shapes(blocks, threads):
+    with pytest.raises(ValueError, match=r"scale: cannot launch .* blocks of -?\d+ threads: CUDA takes 1 to"):
+        ARGUMENTS.scale[blocks, threads]
+
+
+def test_launch_settings_are_restored():
+    place = device.select("cpu")
+    threads = lambda: visited(place, 1, 7, room=64)[1][2]  # noqa: E731
+    with launch_settings("emulate", threads_per_block=3):
+        assert threads() == 3
+        with pytest.raises(ZeroDivisionError), launch_settings("emulate"):
+            assert threads() == 7
+            1 / 0  # noqa: B018
+        assert threads() == 3
+    assert threads() == 1  # fast
+
+
+@pytest.mark.parametrize("n, blocks", [(0, 1), (1, 1), (4096, 1), (4097, 2), (2**28, 65535), (2**62, 65535)])
+def test_blocks_for(n, blocks):
+    assert blocks_for(n) == blocks
+
+
+def test_storage_dtype():
+    assert [storage_dtype(name).itemsize for name in ("float32", "float64", "float16", "bfloat16")] == [4, 8, 2, 2]
+    with pytest.raises(ValueError, match="type 'int8' is not one of float32, float64, float16, bfloat16"):
+        storage_dtype("int8")
+
+
+def test_bfloat16_without_ml_dtypes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(DeviceError, match=r"bfloat16 needs the package ml_dtypes: `pip install 'minidl\[bf16\]'`"):
+        storage_dtype("bfloat16")
+
+
+# ---- the vocabulary of common.cuh ----------------------------------------------------------------------------------
+
+
+def assert_same_numbers(actual, expected):
+    """Bit for bit, -0 and all, except that any NaN stands for any other."""
+    nan = np.isnan(expected.astype(np.float32))
+    assert np.array_equal(np.isnan(actual.astype(np.float32)), nan)
+    bits = f"u{expected.itemsize}"
+    assert np.array_equal(actual.view(bits)[~nan], expected.view(bits)[~nan])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_all_16_bit_numbers_widen(target, dtype):
+    x = np.arange(2**16, dtype=np.uint16).view(storage_dtype(dtype))
+    y = target.poison(x.shape, "float32")
+    CONVERT.widen[blocks_for(x.size), 256](target.array(x), y, x.size)
+    assert_same_numbers(target.place.to_host(y), x.astype(np.float32))
+
+
+def numbers_to_round(rng, dtype):
+    """float32 numbers: random bits, all numbers of `dtype`, the ties between each two, and the neighbours of the ties."""
+    exact = np.arange(2**15, dtype=np.uint16).view(dtype).astype(np.float64)
+    exact = exact[np.isfinite(exact)]
+    exact = np.append(exact, 2 * exact[-1] - exact[-2])  # where infinity begins, if it were a number
+    ties = ((exact[:-1] + exact[1:]) / 2).astype(np.float32)
+    inf = np.float32(np.inf)
+    positive = np.concatenate([exact[:-1].astype(np.float32), ties, np.nextafter(ties, inf), np.nextafter(ties, -inf),
+                               np.array([1, 2**22, 2**23 - 1, 2**23, 2**31 - 2**23 - 1, 2**31 - 2**23], np.uint32).view(np.float32),
+                               np.array([0x7F800001, 0x7FC00000, 0x7FFFFFFF], np.uint32).view(np.float32)])  # NaNs
+    return np.concatenate([positive, -positive, rng.integers(2**32, size=100_000, dtype=np.uint32).view(np.float32)])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast", "ignore:invalid value encountered in cast")  # of the reference
+def test_floats_round_to_16_bits(target, rng, dtype):
+    x = numbers_to_round(rng, storage_dtype(dtype))
+    y = target.array(np.zeros(x.shape), dtype)
+    CONVERT.narrow[blocks_for(x.size), 256](target.array(x), y, x.size)
+    assert_same_numbers(target.place.to_host(y), x.astype(storage_dtype(dtype)))
+
+
+def test_philox_known_answers(target):
+    """Random123 1.14, tests/kat_vectors, philox4x32 10."""
+    ones, pi = 2**32 - 1, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
+    counters = np.array([[0] * 4, [ones] * 4, pi[:4]], np.uint32)
+    keys = np.array([0, 2**64 - 1, pi[4] | pi[5] << 32], np.uint64)
+    words = target.poison((3, 4), np.uint32)
+    VOCABULARY.random_words[2, 32](target.array(keys), target.array(counters), words, 3)
+    assert [" ".join(f"{word:08x}" for word in row) for row in target.place.to_host(words)] == [
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8", "408f276d 41c83b0e a20bc7c6 6d5451fd", "d16cfe09 94fdcceb 5001e420 24126ea1"]
+
+
+def sums_of_rows(x):
+    sums = np.full((len(x), 2), np.nan, np.float32)
+    VOCABULARY.row_sums[len(x), 32](x, sums, x.shape[1])
+    return sums
+
+
+@pytest.mark.parametrize("threads", [*range(1, 131), 1023, 1024])
+def test_block_sum_at_any_block_size(rng, threads):
+    with launch_settings("emulate", threads):
+        for n in (1, threads, 2 * threads + 1):
+            x = rng.integers(-40, 40, (3, n)).astype(np.float32)  # whole numbers, of which sums are exact
+            assert np.array_equal(sums_of_rows(x), np.stack([x.sum(axis=1), (x * x).sum(axis=1)], axis=1))
+        x = np.tile(rng.normal(size=301).astype(np.float32), (3, 1))
+        once, again = sums_of_rows(x), sums_of_rows(x)
+        assert np.array_equal(once, again) and (once == once[0]).all()
+
+
+# ---- builds --------------------------------------------------------------------------------------------------------
+
+LAUNCH = """
+import numpy as np
+from minidl.ops import relu
+
+assert relu.forward(np.arange(-50_000.0, 50_000.0)).sum() == sum(range(50_000))
+"""
+
+
+def process(code, wait=True, **environment):
+    """Run Python code in a new process. An environment variable that is None is not set."""
+    environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return finished(child) if wait else child
+
+
+def finished(child):
+    child.stdout_text, child.stderr_text = child.communicate(timeout=60)
+    return child
+
+
+def assert_works(child):
+    assert child.returncode == 0, child.stderr_text
+    assert child.stderr_text == ""
+
+
+@pytest.fixture(scope="module")
+def built_cache(tmp_path_factory):
+    """A cache folder that four processes filled at once."""
+    cache = tmp_path_factory.mktemp("cache")
+    children = [process(LAUNCH, wait=False, MINIDL_CACHE=str(cache)) for _ in range(4)]
+    for child in children:
+        assert_works(finished(child))
+    return cache
+
+
+def test_four_cold_processes_leave_one_library_each(built_cache):
+    assert sorted(path.name.split("-")[0] for path in built_cache.rglob("*") if path.is_file()) == ["host_threads", "relu"]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"",
+    lambda content: content[:len(content) // 2],  # loading this one would kill the process
+    lambda content: content[:-1],
+    lambda content: b"not a library",
+    lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+], ids=["empty", "half", "one byte short", "text", "one bit"])
+def test_damaged_library_is_rebuilt(built_cache, tmp_path, damage):
+    (tmp_path / "kernels").mkdir()
+    for path in built_cache.glob("kernels/*"):
+        (tmp_path / "kernels" / path.name).write_bytes(damage(path.read_bytes()) if path.name.startswith("relu") else path.read_bytes())
+    assert_works(process(LAUNCH, MINIDL_CACHE=str(tmp_path)))
+    mended = {path.name: path.read_bytes() for path in tmp_path.glob("kernels/*")}
+    assert mended == {path.name: path.read_bytes() for path in built_cache.glob("kernels/*")}
+
+
+def test_no_folder_to_cache_in(tmp_path):
+    """The libraries go to a private temporary folder, and with it."""
+    assert_works(process(LAUNCH, MINIDL_CACHE="/proc/nowhere", XDG_CACHE_HOME=None, HOME=None, TMPDIR=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_cache_folder(built_cache, tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o555)
+    assert_works(process(LAUNCH, MINIDL_CACHE=str(tmp_path / "cache"), XDG_CACHE_HOME=str(tmp_path / "other")))
+    assert len(list(tmp_path.glob("other/minidl/kernels/*.so"))) == 2
+
+
+def test_importing_compiles_nothing_and_imports_no_cupy(tmp_path):
+    (tmp_path / "cupy.py").write_text("raise SystemExit('cupy was imported')")
+    code = """
+import importlib, pkgutil, sys
+import minidl, models
+
+for package in (minidl, models):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+"""
+    assert_works(process(code, PYTHONPATH=str(tmp_path), MINIDL_CACHE=str(tmp_path / "cache"), CXX="/nowhere/c++"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_forked_child_launches(built_cache):
+    """The child has none of the threads of its parent's team."""
+    code = LAUNCH + """
+import multiprocessing, os
+
+def child():
+    assert relu.forward(np.arange(-50_000.0, 50_000.0)).sum() == sum(range(50_000))
+    os._exit(7)
+
+worker = multiprocessing.get_context("fork").Process(target=child)
+worker.start()
+worker.join(20)
+assert worker.exitcode == 7, worker.exitcode
+assert relu.forward(np.arange(-50_000.0, 50_000.0)).sum() == sum(range(50_000))
+"""
+    child = process(code, MINIDL_CACHE=str(built_cache), OMP_NUM_THREADS="3")
+    assert child.returncode == 0, child.stderr_text  # Python may warn of the fork
+
+
+def test_no_compiler(tmp_path):
+    code = f"import sys\nsys.modules['ziglang'] = None\n{LAUNCH}"
+    child = process(code, PATH=str(tmp_path), CXX=None)
+    assert "DeviceError: no C++ compiler found to build the kernels for the CPU: install g++, or `pip install ziglang`" in child.stderr_text
+
+
+@pytest.fixture
+def fresh_build(monkeypatch, tmp_path):
+    """host_build as a new process would find it, with an empty cache in tmp_path."""
+    remembered = host_build.compiler, host_build._machine, host_build.cache_folder, host_build.sources_digest
+    monkeypatch.setenv("MINIDL_CACHE", str(tmp_path))
+
+    def forget():
+        for function in remembered:
+            function.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.mark.parametrize("setting, found", [("g++-nowhere -m64", "g++-nowhere"), ("/nowhere/c++", "/nowhere/c++")])
+def test_compiler_that_is_not_there(fresh_build, monkeypatch, setting, found):
+    monkeypatch.setenv("CXX", setting)
+    with pytest.raises(DeviceError, match=rf"\$CXX names the compiler '{found.replace('+', '.')}', which is not found"):
+        host_build.compiler()
+
+
+def test_choice_of_compiler(fresh_build, monkeypatch, tmp_path):
+    def install(name):
+        (tmp_path / name).write_text("#!/bin/sh")
+        (tmp_path / name).chmod(0o755)
+        fresh_build()
+
+    monkeypatch.setenv("CXX", " ")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ziglang", sys)
+    assert host_build.compiler() == [sys.executable, "-m", "ziglang", "c++"]
+    for name in ("clang++", "g++", "mine"):
+        install(name)
+        monkeypatch.setenv("CXX", "mine -m64" if name == "mine" else "")
+        assert host_build.compiler() == (["mine", "-m64"] if name == "mine" else [name])
+
+
+@pytest.mark.parametrize("good", ["MINIDL_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_choice_of_cache_folder(fresh_build, monkeypatch, tmp_path, good):
+    """The first of three that can be written: a path below a file cannot."""
+    (tmp_path / "file").touch()
+    for name in ("MINIDL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "an älter folder" if name == good else tmp_path / "file" / "folder"))
+    inner = {"MINIDL_CACHE": "kernels", "XDG_CACHE_HOME": "minidl/kernels", "HOME": ".cache/minidl/kernels"}[good]
+    assert host_build.cache_folder() == tmp_path / "an älter folder" / inner
+
+
+@pytest.fixture
+def fake_compiler(fresh_build, monkeypatch, tmp_path):
+    """$CXX is a script that "compiles" at once, into an empty library; its version is in a file."""
+    subprocess.run([*host_build.compiler(), "-shared", "-x", "c++", "/dev/null", "-o", tmp_path / "empty.so"], check=True)
+    script = tmp_path / "fake-c++"
+    script.write_text(f"""#!/bin/sh
+        if [ "$1" = --version ]; then cat {tmp_path}/version; exit; fi
+        for output; do :; done  # the last argument
+        cp {tmp_path}/empty.so "$output"
+    """)
+    script.chmod(0o755)
+    (tmp_path / "version").write_text("1.0")
+    monkeypatch.setenv("CXX", str(script))
+    fresh_build()
+    return script
+
+
+def change_header(monkeypatch, tmp_path):
+    (tmp_path / "ops" / "common.cuh").write_text("// changed")
+
+
+def change_compiler(monkeypatch, tmp_path):
+    (tmp_path / "fake-c++").rename(tmp_path / "other-c++")
+    monkeypatch.setenv("CXX", str(tmp_path / "other-c++"))
+
+
+@pytest.mark.parametrize("change, libraries", [
+    (lambda monkeypatch, tmp_path: None, 1),
+    (lambda monkeypatch, tmp_path: (tmp_path / "ops" / "kernel.cu").write_text("// changed"), 2),
+    (change_header, 2),
+    (lambda monkeypatch, tmp_path: monkeypatch.setitem(host_build.FLAGS, "fast", [*host_build.FLAGS["fast"], "-O0"]), 2),
+    (change_compiler, 2),
+    (lambda monkeypatch, tmp_path: (tmp_path / "version").write_text("2.0"), 2),
+], ids=["nothing", "source", "header", "flag", "compiler", "compiler version"])
+def test_what_a_library_depends_on(fresh_build, fake_compiler, monkeypatch, tmp_path, change, libraries):
+    monkeypatch.setattr(host_build, "OPS", tmp_path / "ops")
+    (tmp_path / "ops").mkdir()
+    for name in ("kernel.cu", "common.cuh"):
+        (tmp_path / "ops" / name).touch()
+    host_build.library(tmp_path / "ops" / "kernel.cu", "fast")
+    change(monkeypatch, tmp_path)
+    fresh_build()
+    host_build.library(tmp_path / "ops" / "kernel.cu", "fast")
+    assert len(list(tmp_path.glob("kernels/*"))) == libraries
+
+
+def test_library_that_cannot_be_loaded(fake_compiler, tmp_path):
+    (tmp_path / "empty.so").write_text("for another machine")
+    with pytest.raises(DeviceError, match="fake-c.. built of relu.cu cannot be loaded: .* set MINIDL_CACHE to a folder"):
+        host_build.library(OPS / "relu.cu", "fast")
+
+
+def test_source_with_an_error(tmp_path):
+    folder = tmp_path / "error"  # so that lines of the compiler that name no error hold the word, too
+    folder.mkdir()
+    (folder / "wrong.cu").write_text('#include "common.cuh"\nextern "C" __global__ void wrong(real* x, int n) {\n'
+                                     "    int unused = missing;\n    x[0] = absent;\n}\n")
+    with pytest.raises(CompileError, match=r"wrong\.cu:3:18: error: .*missing") as caught:
+        Kernels(folder / "wrong.cu").wrong[1, 1](np.zeros(1, np.float32), 1)
+    assert "\n" not in str(caught.value)
+    assert "absent" not in str(caught.value)

@@ -1,0 +1,193 @@
+"""Batches of a data set, epochs of training, and evaluation, against loops a child could follow."""
+
+import numpy as np
+import pytest
+
+import reference
+from minidl import optim
+from minidl.data.batches import Augmentation, Batches
+from minidl.data.dataset import Dataset
+from minidl.device import select
+from minidl.errors import DivergedError
+from minidl.layers import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Sequential
+from minidl.ops import optimizer as optimizer_op
+from minidl.training import MOST_SKIPPED_STEPS, Trainer, evaluate
+from reference import assert_close
+
+CPU = select("cpu")
+CLASSES = 7
+
+
+def dataset(size=23, side=6):
+    rng = np.random.default_rng(1)
+    return Dataset("random", rng.integers(0, 256, (size, 3, side, side), np.uint8), rng.integers(0, CLASSES, size, np.int32),
+                   tuple("abcdefg"), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+
+
+def batches(size=23, batch_size=5, seed=0, dtype="float64"):
+    return Batches(dataset(size), CPU, np.dtype(dtype), batch_size, seed)
+
+
+def network(dtype="float64"):
+    return Sequential(conv=Conv2d(3, 8, 3), norm=BatchNorm2d(8, relu=True), drop=Dropout(0.2), mean=GlobalAvgPool2d(),
+                      classifier=Linear(8, CLASSES)).initialize(CPU, dtype, seed=2)
+
+
+def trainer(dtype="float64", **settings):
+    model = network(dtype)
+    return Trainer(model, optim.SGD(model.parameters), batches(dtype=dtype), **settings)
+
+
+# ---- batches
+
+
+def test_an_epoch_shows_every_image_at_most_once_in_whole_batches():
+    epoch = batches().epoch(0)
+    assert [indices.shape for indices in epoch] == [(5,)] * 4  # 23 images: 3 are left out
+    seen = np.concatenate(epoch)
+    assert len(set(seen)) == 20 and seen.min() >= 0 and seen.max() < 23 and seen.dtype == np.int32
+    everything = {index for number in range(30) for index in np.concatenate(batches().epoch(number))}
+    assert everything == set(range(23)), "the images left out change"
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        return np.concatenate(batches(seed=seed).epoch(epoch)).tolist()
+
+    assert order(3, 1) == order(3, 1)
+    assert len({tuple(order(seed, epoch)) for seed in (3, 4) for epoch in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize("batch_size, valid", [(5, [5, 5, 5, 5, 3]), (23, [23]), (1, [1] * 23), (22, [22, 1])])
+def test_all_images_once_in_order(batch_size, valid):
+    parts = batches(batch_size=batch_size).all()
+    assert [count for _, count in parts] == valid
+    assert {indices.shape for indices, _ in parts} == {(batch_size,)}
+    assert np.concatenate([indices[:count] for indices, count in parts]).tolist() == list(range(23))
+
+
+def test_images_are_normalized_and_turned_to_channels_first_batch_last():
+    indices = np.array([4, 0, 22, 4, 7], np.int32)
+    x, labels = batches().load(indices, np.zeros(1, np.int64))
+    data = dataset()
+    expected = (data.images[indices] / 255 - np.reshape(data.mean, (3, 1, 1))) / np.reshape(data.std, (3, 1, 1))
+    assert_close(x, np.moveaxis(expected, 0, -1), 1e-12)
+    assert labels.tolist() == data.labels[indices].tolist()
+
+
+def test_augmentation_depends_on_seed_and_step():
+    indices = np.arange(5, dtype=np.int32)
+
+    def images(seed, step):
+        return batches(seed=seed).load(indices, np.array([step]), Augmentation(padding=2, flips=True))[0].tobytes()
+
+    assert images(0, 1) == images(0, 1)
+    assert len({images(seed, step) for seed in (0, 1) for step in (0, 1)}) == 4
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="batch size 24 is more than the 23 images of random"):
+        batches(batch_size=24)
+    with pytest.raises(ValueError, match="mirrored padding 6 reaches beyond images of 6x6"):
+        batches().load(np.arange(5, dtype=np.int32), np.zeros(1, np.int64), Augmentation(padding=6, reflect=True))
+
+
+# ---- training
+
+
+def test_an_epoch_reports_the_mean_over_its_images_and_calls_back():
+    it, calls = trainer(), []
+    whole = it.epoch(it.batches.epoch(0), [0.0] * 4, lambda *call: calls.append(call))  # rate 0: the network stays
+    again = trainer()
+    parts = [again.epoch([indices], [0.0]) for indices in again.batches.epoch(0)]
+    assert whole.loss == pytest.approx(np.mean([part.loss for part in parts]), rel=1e-12)
+    assert whole.top1 == pytest.approx(np.mean([part.top1 for part in parts]))
+    assert whole.top5 == pytest.approx(np.mean([part.top5 for part in parts])) and whole.top5 > whole.top1
+    assert calls[-1] == (4, whole)
+
+
+def test_training_learns_labels_by_heart():
+    it = trainer()
+    first = it.epoch(it.batches.epoch(0), [0.05] * 4)
+    for epoch in range(1, 120):
+        last = it.epoch(it.batches.epoch(epoch), [0.05] * 4)
+    assert last.loss < 0.6 * first.loss and last.top1 > first.top1
+
+
+def test_each_step_counts_and_uses_its_own_learning_rate():
+    it = trainer()
+    it.optimizer.settings["momentum"] = 0.0
+    moved = []
+    for lr in (0.1, 0.0, 0.2):
+        before = it.model.parameters.master.copy()
+        it.epoch(it.batches.epoch(0)[:1], [lr])
+        moved.append(np.abs(it.model.parameters.master - before - -lr * it.model.parameters.grad).max())
+    assert max(moved) < 1e-15
+    assert it.model.step[0] == 3, "dropout and augmentation change with it"
+
+
+def test_label_smoothing_reaches_the_loss():
+    plain, smooth = trainer(), trainer(label_smoothing=0.5)
+    assert plain.epoch(plain.batches.epoch(0), [0.0] * 4).loss != smooth.epoch(smooth.batches.epoch(0), [0.0] * 4).loss
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_ends_the_run(value):
+    it = trainer()
+    it.model.classifier.bias.master[...] = value
+    with pytest.raises(DivergedError, match="the loss became nan by step 4 of this epoch: try a lower --lr") as caught:
+        it.epoch(it.batches.epoch(0), [0.1] * 4)
+    assert caught.value.exit_code == 6
+
+
+def test_a_loss_that_is_no_number_is_found_before_the_epoch_ends(monkeypatch):
+    monkeypatch.setattr("minidl.training.READ_EVERY", 2)
+    it = trainer()
+    it.model.classifier.bias.master[...] = np.nan
+    with pytest.raises(DivergedError, match="by step 2 of this epoch"):
+        it.epoch(it.batches.epoch(0), [0.1] * 4)
+
+
+def test_float16_gives_up_after_too_many_skipped_steps():
+    it = trainer("float16")
+    it.optimizer.state[optimizer_op.SCALE] = 3e38  # every gradient overflows, and halving does not help in time
+    with pytest.raises(DivergedError, match="20 steps in a row had gradients beyond float16: try --precision bf16"):
+        for epoch in range(MOST_SKIPPED_STEPS):
+            it.epoch(it.batches.epoch(epoch), [0.1] * 4)
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 22, 23])
+def test_evaluation_is_that_of_image_by_image(batch_size):
+    """The last batch is ragged, and its padding must not count."""
+    model, data = network(), dataset()
+    for array in model.named_buffers().values():
+        array += np.random.default_rng(3).uniform(0, 1, array.shape)
+    metrics = evaluate(model, batches(batch_size=batch_size))
+
+    losses, ranks = [], []
+    for image, label in zip(data.images, data.labels):
+        x = (image / 255 - np.reshape(data.mean, (3, 1, 1))) / np.reshape(data.std, (3, 1, 1))
+        logits = model.eval().forward(np.ascontiguousarray(x[..., None]))
+        losses.append(reference.cross_entropies(logits, [label], 0.0)[0])
+        ranks.append(reference.ranks(logits, [label])[0])
+    ranks = np.array(ranks)
+    assert metrics.loss == pytest.approx(np.mean(losses), rel=1e-12)
+    assert (metrics.top1, metrics.top5) == (np.mean(ranks < 1), np.mean(ranks < 5))
+
+
+def test_evaluation_changes_nothing():
+    model = network()
+    before = model.state_dict()
+    assert evaluate(model, batches()) == evaluate(model, batches())
+    assert all(np.array_equal(array, before[name]) for name, array in model.state_dict().items())
+    assert model.step[0] == 0
+
+
+def test_training_goes_on_after_an_evaluation():
+    it = trainer()
+    evaluate(it.model, batches())
+    it.epoch(it.batches.epoch(0), [0.1] * 4)
+    assert it.model.training and it.model.norm.running_mean.any()
