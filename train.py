@@ -34,7 +34,7 @@ def parse_arguments():
     parser.add_argument("-a", "--arch", help=f"one of {', '.join(models.REGISTRY)}")
     parser.add_argument("-e", "--epochs", type=positive, help="default: 50, the demo 6")
     parser.add_argument("-b", "--batch-size", type=positive, help="images per step; default: 128, the demo 32")
-    parser.add_argument("--lr", type=float, help="peak learning rate; default: sgd 0.1, adam 0.001")
+    parser.add_argument("--lr", type=rate, help="peak learning rate; default: sgd 0.1, adam 0.001")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd: Nesterov 0.9, weight decay 5e-4")
     parser.add_argument("--sched", choices=optim.SCHEDULES, default="cosine", help="of the learning rate, after a warm-up")
     parser.add_argument("--seed", type=int, default=0, help="two runs with one seed are identical, bit for bit")
@@ -51,6 +51,16 @@ def positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def rate(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
 
 
 def main():

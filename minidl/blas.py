@@ -41,6 +41,8 @@ def _check(a, b, out):
     widened = types[0] in ("float16", "bfloat16") and types[2] == "float32"
     if types[0] != types[1] or types[2] != types[0] and not widened or types[0] not in _CUDA_TYPES:
         raise TypeError(f"gemm: types do not fit: {types[0]} @ {types[1]} -> {types[2]}")
+    if out.size == 0:
+        return  # NumPy gives empty arrays strides of 0
     for name, array in (("a", a), ("b", b), ("out", out)):
         _transposed_and_leading_dimension(name, array)
     if out.shape[-1] > 1 and out.strides[-1] != out.itemsize:

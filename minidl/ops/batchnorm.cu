@@ -74,36 +74,40 @@ __device__ __forceinline__ acc affine(acc x, acc mean, acc scale, acc beta) { re
 
 __device__ __forceinline__ acc relu(acc value) { return value < acc(0) ? acc(0) : value; }
 
+// `z` is read only in the variant that adds it.
+template <bool ADDS, bool RECTIFIES>
+__device__ __forceinline__ void apply_tile(const real* __restrict__ x, const real* __restrict__ z, const acc* mean,
+                                           const acc* rstd, const acc* gamma, const acc* beta, real* __restrict__ y, int row,
+                                           int tile) {
+    const int c = blockIdx.y, begin = tile_begin(tile), end = tile_end(tile, row);
+    const acc center = mean[c], scale = gamma[c] * rstd[c], shift = beta[c];
+    const long long start = (long long)c * row;
+    const real *x_row = x + start, *z_row = z + start;
+    real* y_row = y + start;
+    BLOCK_LOOP(i, begin, end) {
+        acc value = affine(acc(x_row[i]), center, scale, shift);
+        if (ADDS) value += acc(z_row[i]);
+        y_row[i] = real(RECTIFIES ? relu(value) : value);
+    }
+}
+
 extern "C" __global__ void bn_apply(const real* __restrict__ x, const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                     const acc* __restrict__ gamma, const acc* __restrict__ beta, real* __restrict__ y, int row,
                                     int tile) {
-    const int c = blockIdx.y, begin = tile_begin(tile), end = tile_end(tile, row);
-    const acc center = mean[c], scale = gamma[c] * rstd[c], shift = beta[c];
-    const real* x_row = x + (long long)c * row;
-    real* y_row = y + (long long)c * row;
-    BLOCK_LOOP(i, begin, end) y_row[i] = real(affine(acc(x_row[i]), center, scale, shift));
+    apply_tile<false, false>(x, x, mean, rstd, gamma, beta, y, row, tile);
 }
 
 extern "C" __global__ void bn_apply_relu(const real* __restrict__ x, const acc* __restrict__ mean,
                                          const acc* __restrict__ rstd, const acc* __restrict__ gamma,
                                          const acc* __restrict__ beta, real* __restrict__ y, int row, int tile) {
-    const int c = blockIdx.y, begin = tile_begin(tile), end = tile_end(tile, row);
-    const acc center = mean[c], scale = gamma[c] * rstd[c], shift = beta[c];
-    const real* x_row = x + (long long)c * row;
-    real* y_row = y + (long long)c * row;
-    BLOCK_LOOP(i, begin, end) y_row[i] = real(relu(affine(acc(x_row[i]), center, scale, shift)));
+    apply_tile<false, true>(x, x, mean, rstd, gamma, beta, y, row, tile);
 }
 
 extern "C" __global__ void bn_apply_add_relu(const real* __restrict__ x, const real* __restrict__ z,
                                              const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                              const acc* __restrict__ gamma, const acc* __restrict__ beta,
                                              real* __restrict__ y, int row, int tile) {
-    const int c = blockIdx.y, begin = tile_begin(tile), end = tile_end(tile, row);
-    const acc center = mean[c], scale = gamma[c] * rstd[c], shift = beta[c];
-    const real* x_row = x + (long long)c * row;
-    const real* z_row = z + (long long)c * row;
-    real* y_row = y + (long long)c * row;
-    BLOCK_LOOP(i, begin, end) y_row[i] = real(relu(affine(acc(x_row[i]), center, scale, shift) + acc(z_row[i])));
+    apply_tile<true, true>(x, z, mean, rstd, gamma, beta, y, row, tile);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ extern "C" __global__ void bn_apply_add_relu(const real* __restrict__ x, const r
 // How f' is known: no ReLU; from the sign recomputed from x; from the sign of y.
 enum Mask { NONE, FROM_X, FROM_Y };
 
-// g at one position. `y` is read only where the mask needs it.
+// g at one position. Where the mask does not need y, or no dz is wanted, another array stands in and is not touched.
 template <Mask MASK>
 __device__ __forceinline__ acc masked(acc dy, acc x, const real* y_row, int i, acc mean, acc scale, acc beta) {
     if (MASK == FROM_X) return affine(x, mean, scale, beta) > acc(0) ? dy : acc(0);
@@ -127,7 +131,7 @@ __device__ __forceinline__ void backward_tile_sums(const real* __restrict__ x, c
     const int c = blockIdx.y, begin = tile_begin(tile), end = tile_end(tile, row);
     const acc center = mean[c], scale = gamma[c] * rstd[c], shift = beta[c];
     const long long start = (long long)c * row;
-    const real *x_row = x + start, *dy_row = dy + start, *y_row = MASK == FROM_Y ? y + start : y;
+    const real *x_row = x + start, *dy_row = dy + start, *y_row = y + start;
     acc sum = 0, sum_deviation = 0;
     BLOCK_LOOP_SUM(i, begin, end, sum, sum_deviation) {
         const acc value = acc(x_row[i]);
@@ -192,8 +196,8 @@ __device__ __forceinline__ void backward_tile_x(const real* __restrict__ x, cons
     const acc center = mean[c], scale = gamma[c] * rstd[c], shift = beta[c];
     const acc g_mean = dbeta[c] * inverse_m, slope = rstd[c] * dgamma[c] * inverse_m;
     const long long start = (long long)c * row;
-    const real *x_row = x + start, *dy_row = dy + start, *y_row = MASK == FROM_Y ? y + start : y;
-    real *dx_row = dx + start, *dz_row = MASK == FROM_Y ? dz + start : dz;
+    const real *x_row = x + start, *dy_row = dy + start, *y_row = y + start;
+    real *dx_row = dx + start, *dz_row = dz + start;
     BLOCK_LOOP(i, begin, end) {
         const acc value = acc(x_row[i]);
         const acc g = masked<MASK>(acc(dy_row[i]), value, y_row, i, center, scale, shift);
