@@ -26,14 +26,14 @@ OPTIMIZERS = {  # name: (class, peak learning rate, other settings)
     "adam": (optim.Adam, 1e-3, dict()),
 }
 WARMUP_EPOCHS, LONGEST_WARMUP = 2, 0.2  # of which the shorter: 0.2 of all steps
-DEMO_ARCH, DEMO_EPOCHS, DEMO_BATCH_SIZE = "simplenet-310k", 6, 32
+DEMO_ARCH, DIGITS_EPOCHS, DIGITS_BATCH_SIZE = "simplenet-310k", 5, 32
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-a", "--arch", help=f"one of {', '.join(models.REGISTRY)}")
-    parser.add_argument("-e", "--epochs", type=positive, help="default: 50, the demo 6")
-    parser.add_argument("-b", "--batch-size", type=positive, help="images per step; default: 128, the demo 32")
+    parser.add_argument("-e", "--epochs", type=positive, help="default: 50, digits 5")
+    parser.add_argument("-b", "--batch-size", type=positive, help="images per step; default: 128, digits 32")
     parser.add_argument("--lr", type=rate, help="peak learning rate; default: sgd 0.1, adam 0.001")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd: Nesterov 0.9, weight decay 5e-4")
     parser.add_argument("--sched", choices=optim.SCHEDULES, default="cosine", help="of the learning rate, after a warm-up")
@@ -70,8 +70,8 @@ def main():
     args.dataset = args.dataset or ("digits" if demo else "cifar100")
     small = args.dataset == "digits"
     args.arch = args.arch or (DEMO_ARCH if place.name == "cpu" else "simplenet-5m")
-    args.epochs = args.epochs or (DEMO_EPOCHS if small else 50)
-    args.batch_size = args.batch_size or (DEMO_BATCH_SIZE if small else 128)
+    args.epochs = args.epochs or (DIGITS_EPOCHS if small else 50)
+    args.batch_size = args.batch_size or (DIGITS_BATCH_SIZE if small else 128)
     optimizer_class, default_lr, optimizer_settings = OPTIMIZERS[args.optimizer]
     args.lr = default_lr if args.lr is None else args.lr
     if args.seed < 0:
@@ -109,8 +109,9 @@ def main():
                   dynamic_ncols=True) as bar:
 
             def show(done, metrics):
-                bar.set_postfix(loss=f"{metrics.loss:.3f}", top1=f"{metrics.top1:.1%}", refresh=False)
-                bar.update(done - bar.n)
+                if metrics:
+                    bar.set_postfix(loss=f"{metrics.loss:.3f}", top1=f"{metrics.top1:.1%}", refresh=False)
+                bar.update()
 
             train = trainer.epoch(train_batches.epoch(epoch)[:steps_per_epoch], rates, show)
         train_seconds = time.perf_counter() - begin

@@ -63,6 +63,7 @@ def _transposed_and_leading_dimension(name, array):
 # ---- CPU -------------------------------------------------------------------------------------------------------
 
 
+@np.errstate(all="ignore")  # overflow and NaN pass without a warning, as they do on a GPU
 def _gemm_on_host(a, b, out, alpha, beta):
     if a.dtype.itemsize == 2:  # exact in float32
         a, b = a.astype(np.float32), b.astype(np.float32)

@@ -1,17 +1,16 @@
 """What every command shares: errors become one line and an exit code."""
 
 import os
-import signal
 import sys
 
-from minidl.errors import DeviceError, UserError
-
-INTERRUPTED, TERMINATED = 130, 143
+from minidl import signals
+from minidl.errors import CheckpointError, DeviceError, UserError
 
 
 def run(main):
     """Call main() and return the exit code of the process. No traceback for anything that a user can cause or mend."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _open_streams()
+    signals.install()
     try:
         main()
         sys.stdout.flush()
@@ -21,18 +20,31 @@ def run(main):
     except MemoryError as error:
         return _fail(f"not enough memory: {error}; try a smaller --batch-size", DeviceError.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return _fail("interrupted", signals.INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read the output has left. Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()  # whoever read the output has left
         return 0
+    except OSError as error:  # a disk that is full, most likely
+        _give_up_stdout()
+        return _fail(error, CheckpointError.exit_code)
+
+
+def _open_streams():
+    """Under some schedulers a stream is closed, and some locales know no letters beyond ASCII: neither ends a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        else:
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_stdout():
+    """What is still in its buffer cannot be written; Python would say so once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message, code):
     print(f"error: {message}", file=sys.stderr)
     return code
 
-
-def _terminate(signum, frame):
-    # SystemExit, so that open files are closed and temporary ones removed.
-    sys.exit(TERMINATED)

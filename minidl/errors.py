@@ -26,7 +26,7 @@ class DeviceError(UserError):
 
 
 class CheckpointError(UserError):
-    """A file of weights that cannot be read, written, or loaded into this network."""
+    """A file of a run that cannot be read, written, or loaded into this network."""
 
     exit_code = 5
 

@@ -134,7 +134,9 @@ def _compile(command, source, epilogue, path):
         fd, built = tempfile.mkstemp(suffix=".so", dir=path.parent)  # each process its own, renamed when whole
         os.close(fd)
         try:
-            result = subprocess.run([*command, str(unit), "-o", built], capture_output=True, text=True)
+            # zig keeps its C++ library, built at the first call, in a cache of its own: where ours is, it can write.
+            environment = {"ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig"), **os.environ}
+            result = subprocess.run([*command, str(unit), "-o", built], capture_output=True, text=True, env=environment)
             if result.returncode:
                 errors = [line for line in result.stderr.splitlines() if "error:" in line] or [result.stderr.strip()]
                 raise CompileError(errors[0])

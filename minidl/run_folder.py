@@ -32,8 +32,8 @@ class RunFolder:
 
     def write_settings(self, settings, environment):
         """settings: {name: str, number, bool or None}, to config.toml; environment: to env.json."""
-        # JSON's strings and numbers are TOML's too. What is None was not set, and TOML has no word for it.
-        lines = [f"{name} = {json.dumps(value)}\n" for name, value in settings.items() if value is not None]
+        # What is None was not set, and TOML has no word for it.
+        lines = [f"{name} = {_toml(value)}\n" for name, value in settings.items() if value is not None]
         (self.path / "config.toml").write_text("".join(lines), encoding="utf-8")
         (self.path / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
@@ -60,6 +60,13 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
         return path
+
+
+def _toml(value):
+    """A str, number or bool in TOML: JSON's are TOML's too, once a path holds no bytes beyond its encoding."""
+    if isinstance(value, str):
+        value = os.fsencode(value).decode("utf-8", "replace")
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _new_folder(name):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from minidl import signals
 from minidl.data.batches import NO_AUGMENTATION
 from minidl.errors import DivergedError
 from minidl.ops import loss, optimizer as optimizer_op
@@ -39,19 +40,22 @@ class Trainer:
         self.optimizer.step(lr)
         self.model.step += 1
 
-    def epoch(self, indices_of_batches, learning_rates, on_progress=lambda done, metrics: None):
+    def epoch(self, indices_of_batches, learning_rates, on_step=lambda done, metrics: None):
         """Train on each batch of indices with its learning rate -> Metrics over all.
 
-        on_progress(steps done, Metrics so far) is called now and then. Raises DivergedError when the loss is not finite.
+        on_step(steps done, Metrics when last read) is called after each; the metrics are None before they were first
+        read. Raises DivergedError when the loss is not finite.
         """
         self.model.train()
         self._totals[...] = 0
+        metrics = None
         for done, (indices, lr) in enumerate(zip(indices_of_batches, learning_rates), start=1):
             self.step(indices, lr)
             if done % READ_EVERY == 0 or done == len(indices_of_batches):
                 metrics = _metrics(self.model.device.to_host(self._totals))
                 self._check(metrics, done)
-                on_progress(done, metrics)
+            on_step(done, metrics)
+            signals.obey()
         return metrics
 
     def _check(self, metrics, done):
@@ -71,6 +75,7 @@ def evaluate(model, batches):
     for indices, valid in batches.all():
         x, labels = batches.load(indices, model.step)
         loss.forward_backward(model.forward(x), labels, totals, one, valid=valid)
+        signals.obey()
     return _metrics(model.device.to_host(totals))
 
 

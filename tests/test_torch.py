@@ -15,7 +15,8 @@ from minidl import layers, optim
 from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
 from minidl.kernels import launch_settings
-from minidl.layers import BatchNorm2d, ChannelDropout, Conv2d, GlobalAvgPool2d, GlobalMaxPool2d, Linear, MaxPool2d, Residual, Sequential
+from minidl.layers import (BatchNorm2d, ChannelDropout, Conv2d, GlobalAvgPool2d, GlobalMaxPool2d, Linear, MaxPool2d,
+                           Residual, Sequential)
 from minidl.ops import dropout, loss
 from minidl.training import Trainer
 from reference import assert_close
@@ -106,7 +107,8 @@ LAYERS = {  # name: ((layer, module), input (C, H, W, N))
     "global average pool": ((GlobalAvgPool2d, lambda: nn.AdaptiveAvgPool2d(1)), (3, 4, 5, 4)),
     "batch norm and relu": ((lambda: Sequential(norm=BatchNorm2d(4, relu=True)),
                              lambda: nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(4), relu=nn.ReLU()))), (4, 6, 5, 3)),
-    "residual block": ((lambda: Residual(Conv2d(4, 4, 3, padding=1)), lambda: TorchBlock(nn.Conv2d(4, 4, 3, padding=1))), (4, 5, 6, 3)),
+    "residual block": ((lambda: Residual(Conv2d(4, 4, 3, padding=1)),
+                        lambda: TorchBlock(nn.Conv2d(4, 4, 3, padding=1))), (4, 5, 6, 3)),
     "residual block with batch norm, relu and a projection": (
         (lambda: Residual(Conv2d(4, 6, 3, stride=2, padding=1, bias=False), Conv2d(4, 6, 1, stride=2), BatchNorm2d(6)),
          lambda: TorchBlock(nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), nn.Conv2d(4, 6, 1, stride=2), nn.BatchNorm2d(6))),
@@ -121,8 +123,9 @@ def test_layer(machine, rng, name, dtype):
     of_outputs, of_gradients = TOLERANCES[dtype]
     layer, module = make_layer().initialize(machine.place, dtype), make_module().to(getattr(torch, dtype))
     # No initial value is left at the 0 or 1 that would hide a factor. Variances are positive.
-    share_state(layer, module, {key: rng.uniform(0.5, 1.5, array.shape).astype(dtype) * (1 if "var" in key else rng.choice([-1, 1], array.shape))
-                                for key, array in layer.state_dict().items()})
+    state = {key: rng.uniform(0.5, 1.5, array.shape).astype(dtype) for key, array in layer.state_dict().items()}
+    share_state(layer, module, {key: array if "var" in key else array * rng.choice([-1, 1], array.shape).astype(dtype)
+                                for key, array in state.items()})
     x = rng.normal(size=shape).astype(dtype)
     torch_x = to_torch(x).requires_grad_()
     expected = module(torch_x)
@@ -177,7 +180,8 @@ def test_cross_entropy(machine, rng, classes, batch, dtype, smoothing):
     expected = F.cross_entropy(torch_logits, torch.from_numpy(labels).long(), label_smoothing=smoothing)
     expected.backward()
     totals = machine.place.xp.zeros(4)
-    dlogits = loss.forward_backward(machine.array(logits), machine.place.array(labels), totals, machine.acc([1.0], dtype), smoothing=smoothing)
+    dlogits = loss.forward_backward(machine.array(logits), machine.place.array(labels), totals, machine.acc([1.0], dtype),
+                                    smoothing=smoothing)
     of_outputs, of_gradients = TOLERANCES[dtype]
     assert float(totals[0]) / batch == pytest.approx(expected.item(), rel=of_outputs)
     assert_close(machine.host(dlogits), from_torch(torch_logits.grad), of_gradients, "dlogits")
@@ -287,7 +291,8 @@ def small_networks(machine, dtype):
 OPTIMIZERS = {  # name: (minidl's, PyTorch's, learning rate)
     "sgd": (lambda p: optim.SGD(p, momentum=0.9, weight_decay=5e-4),
             lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True), 0.1),
-    "classical momentum": (lambda p: optim.SGD(p, momentum=0.8, nesterov=False), lambda p: torch.optim.SGD(p, 0.1, momentum=0.8), 0.1),
+    "classical momentum": (lambda p: optim.SGD(p, momentum=0.8, nesterov=False),
+                           lambda p: torch.optim.SGD(p, 0.1, momentum=0.8), 0.1),
     "adam": (lambda p: optim.Adam(p), lambda p: torch.optim.Adam(p), 1e-3),
     "adam with decay": (lambda p: optim.Adam(p, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=5e-4),
                         lambda p: torch.optim.Adam(p, betas=(0.8, 0.95), eps=1e-6, weight_decay=5e-4), 1e-3),
@@ -301,16 +306,18 @@ def ten_steps(machine, dtype, networks, optimizer, side, batch, classes):
     rng = np.random.default_rng(7)
     images, labels = rng.integers(0, 256, (3 * batch, 3, side, side), np.uint8), rng.integers(0, classes, 3 * batch, np.int32)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    batches = Batches(Dataset("random", images, labels, tuple(map(str, range(classes))), mean, std), machine.place, np.dtype(dtype), batch, 0)
+    data = Dataset("random", images, labels, tuple(map(str, range(classes))), mean, std)
+    batches = Batches(data, machine.place, np.dtype(dtype), batch, seed=0)
     trainer, torch_optimizer = Trainer(network, make(network.parameters), batches), make_torch(module.parameters())
-    pixels = (images / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    pixels = torch.from_numpy((images / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1)))
     losses = []
     for step in range(10):
         chosen, lr = rng.choice(len(labels), batch, replace=False).astype(np.int32), optim.cosine(step, 10, peak, warmup=2)
         metrics = trainer.epoch([machine.place.array(chosen)], [lr])
         torch_optimizer.param_groups[0]["lr"] = lr
         torch_optimizer.zero_grad()
-        torch_loss = F.cross_entropy(module(torch.tensor(pixels[chosen], dtype=getattr(torch, dtype))), torch.from_numpy(labels[chosen]).long())
+        logits = module(pixels[chosen].to(getattr(torch, dtype)))
+        torch_loss = F.cross_entropy(logits, torch.from_numpy(labels[chosen]).long())
         torch_loss.backward()
         torch_optimizer.step()
         losses.append((metrics.loss, torch_loss.item()))
@@ -338,17 +345,18 @@ def test_ten_steps_in_float32_stay_near(machine, optimizer):
     assert_close(*losses, 0.1, "losses")
 
 
-@pytest.mark.parametrize("steps", [10, 37])
-def test_schedules(steps):
-    """Of a step, not of an epoch: with the scheduler's counter in steps they are PyTorch's."""
-    schedulers = {
-        optim.cosine: (0, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps)),
-        optim.multistep: (0, lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [int(np.ceil(share * steps)) for share in (0.3, 0.6, 0.8)], 0.2)),
-        optim.constant: (5, lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, 5)),
-    }
-    for schedule, (warmup, make) in schedulers.items():
-        stepper = torch.optim.SGD([torch.zeros(1)], lr=0.4)
-        scheduler = make(stepper)
-        for step in range(steps):
-            assert schedule(step, steps, 0.4, warmup) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9, abs=1e-12), (schedule, step)
-            stepper.step(), scheduler.step()
+SCHEDULES = {  # name: (steps of warm-up, PyTorch's scheduler for an optimizer, its counter in steps of 40)
+    "cosine": (0, lambda it: torch.optim.lr_scheduler.CosineAnnealingLR(it, 40)),
+    "multistep": (0, lambda it: torch.optim.lr_scheduler.MultiStepLR(it, [12, 24, 32], 0.2)),
+    "constant": (5, lambda it: torch.optim.lr_scheduler.LinearLR(it, 0.1, 1.0, total_iters=5)),
+}
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_schedules(name):
+    warmup, make = SCHEDULES[name]
+    stepper = torch.optim.SGD([torch.zeros(1)], lr=0.4)
+    scheduler = make(stepper)
+    for step in range(40):
+        assert optim.SCHEDULES[name](step, 40, 0.4, warmup) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9), step
+        stepper.step(), scheduler.step()

@@ -1,0 +1,34 @@
+"""Ctrl-C and SIGTERM, obeyed between two steps, where nothing is half done; asked twice, at once.
+
+An exception raised at any moment, as Python does by default, can be lost: those of finalizers are only printed.
+"""
+
+import signal
+import sys
+
+INTERRUPTED, TERMINATED = 130, 143  # exit codes
+_asked = []  # signals that came
+
+
+def install():
+    """From now on the first SIGINT or SIGTERM waits for `obey`, and the second ends the process where it is."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _remember)
+
+
+def obey():
+    """End the process, as far as `command.run` lets it, if a signal has asked for it."""
+    if _asked:
+        _end()
+
+
+def _remember(number, frame):
+    _asked.append(number)
+    if len(_asked) > 1:
+        _end()
+
+
+def _end():
+    if _asked[-1] == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(TERMINATED)

@@ -1,0 +1,268 @@
+"""Matrix products on every kind of operand that the layers use, and refusals of all others."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conftest import gpu_present
+from minidl import blas, device
+from minidl.blas import gemm
+from minidl.kernels import storage_dtype
+from reference import assert_close, tolerance
+
+DTYPES = ["float64", "float32", "float16", "bfloat16"]
+M, K, N = 5, 7, 3
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if gpu_present() else [])])
+def place(request):
+    return device.select(request.param)
+
+
+class Matrices:
+    """Random matrices, or stacks of them, on a device, and float64 copies of them on the host."""
+
+    def __init__(self, place, rng, dtype="float32"):
+        self.place, self.rng, self.dtype = place, rng, dtype
+
+    def new(self, *shape):
+        return self.place.array(self.rng.normal(size=shape).astype(storage_dtype(self.dtype)))
+
+    def host(self, array):
+        return np.array(self.place.to_host(array)).astype(np.float64)
+
+    def check(self, a, b, out, alpha=1.0, beta=0.0):
+        """gemm into `out`, against the product in float64."""
+        expected = alpha * (self.host(a) @ self.host(b))
+        if beta:
+            expected += beta * self.host(out)
+        gemm(a, b, out, alpha, beta)
+        assert_close(self.host(out), expected, tolerance(out.dtype.name))
+
+
+@pytest.fixture
+def matrices(place, rng):
+    return Matrices(place, rng)
+
+
+def transposed(array):
+    return array.swapaxes(-1, -2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stack", [(), (4,)], ids=["matrix", "stack"])
+@pytest.mark.parametrize("a_transposed", [False, True])
+@pytest.mark.parametrize("b_transposed", [False, True])
+def test_transpositions(place, rng, dtype, stack, a_transposed, b_transposed):
+    matrices = Matrices(place, rng, dtype)
+    a = transposed(matrices.new(*stack, K, M)) if a_transposed else matrices.new(*stack, M, K)
+    b = transposed(matrices.new(*stack, N, K)) if b_transposed else matrices.new(*stack, K, N)
+    matrices.check(a, b, matrices.new(*stack, M, N))
+
+
+@pytest.mark.parametrize("stack", [(), (4,)], ids=["matrix", "stack"])
+@pytest.mark.parametrize("alpha, beta", [(1, 0), (1, 1), (-0.5, 2)])
+def test_sub_matrices(matrices, stack, alpha, beta):
+    """Every operand lies within a larger matrix, and of the one around `out` nothing else is touched."""
+    a = matrices.new(*stack, M + 2, K + 3)[..., 1:-1, 2:-1]
+    b = transposed(matrices.new(*stack, N + 1, K + 4)[..., 1:, 4:])
+    whole = matrices.new(*stack, M + 3, N + 4)
+    before = matrices.host(whole)
+    inner = (..., slice(1, -2), slice(3, -1))
+    matrices.check(a, b, whole[inner], alpha, beta)
+    after = matrices.host(whole)
+    before[inner] = after[inner] = 0
+    assert np.array_equal(after, before)
+
+
+def test_stacks_across_memory(matrices):
+    """Stacks whose matrices are interleaved, or one and the same."""
+    interleaved = matrices.new(M, 4, K).transpose(1, 0, 2)
+    one = matrices.place.xp.broadcast_to(matrices.new(K, N), (4, K, N))
+    matrices.check(interleaved, one, matrices.new(M, 4, N).transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (1, K, N), (M, 1, N), (M, K, 1), (1, K, 1), (M, 1, 1), (1, 1, N)])
+def test_single_rows_and_columns(matrices, m, k, n):
+    """Of larger matrices: what is one row or column wide may have any stride along it, and across it."""
+    row_of_columns = lambda rows, columns: matrices.new(rows, 2, columns, 3)[:, 0, :, 0]  # noqa: E731
+    a = row_of_columns(m, k) if m == 1 or k == 1 else matrices.new(m, k)
+    b = row_of_columns(k, n) if k == 1 or n == 1 else matrices.new(k, n)
+    matrices.check(a, b, matrices.new(m, 2 * n)[:, n:], 0.5, 2)
+    matrices.check(a, b, matrices.new(m, 9)[:, :n], 1, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alpha, beta", [(1, 0), (2, 0), (1, 1), (0, 1), (-0.5, 0.25)])
+def test_alpha_and_beta(place, rng, dtype, alpha, beta):
+    matrices = Matrices(place, rng, dtype)
+    matrices.check(matrices.new(M, K), matrices.new(K, N), matrices.new(M, N), alpha, beta)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_beta_0_does_not_read_out(place, rng, dtype, alpha):
+    matrices = Matrices(place, rng, dtype)
+    out = place.array(np.full((M, N), np.nan, storage_dtype(dtype)))
+    matrices.check(matrices.new(M, K), matrices.new(K, N), out, alpha)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("alpha, beta", [(1, 0), (2, 0.5)])
+def test_16_bit_factors_with_a_float32_product(place, rng, dtype, alpha, beta):
+    matrices = Matrices(place, rng, dtype)
+    out = place.array(rng.normal(size=(M, N)).astype(np.float32))
+    matrices.check(matrices.new(M, K), matrices.new(K, N), out, alpha, beta)  # to the tolerance of float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_sums_are_accumulated_in_float32(place, dtype):
+    """4096 times 1: a 16-bit sum would stop at 2048 or 256."""
+    ones = place.array(np.ones((1, 4096), storage_dtype(dtype)))
+    out = place.array(np.zeros((1, 1), storage_dtype(dtype)))
+    gemm(ones, ones.T, out)
+    assert float(place.to_host(out)[0, 0]) == 4096
+
+
+@pytest.mark.filterwarnings("error")
+def test_overflow_is_infinity_without_a_warning(place):
+    factor = place.array(np.full((2, 2), 300, np.float16))
+    out = place.array(np.zeros((2, 2), np.float16))
+    gemm(factor, factor, out)
+    assert np.isposinf(place.to_host(out)).all()
+
+
+@pytest.mark.parametrize("alpha, beta", [(1, 0), (2, 0), (1, 1), (3, 0.5)])
+def test_sums_of_nothing_are_0(matrices, alpha, beta):
+    out = matrices.new(M, N)
+    expected = beta * matrices.host(out)
+    gemm(matrices.new(M, 0), matrices.new(0, N), out, alpha, beta)
+    assert_close(matrices.host(out), expected, 1e-6)
+
+
+@pytest.mark.parametrize("m, n, stack", [(0, N, ()), (M, 0, ()), (0, 0, ()), (M, N, (0,))], ids=str)
+def test_empty_products(matrices, m, n, stack):
+    gemm(matrices.new(*stack, m, K), matrices.new(*stack, K, n), matrices.new(*stack, m, n))
+
+
+# ---- TF32 ----------------------------------------------------------------------------------------------------------
+
+
+def test_float32_products_are_not_rounded(matrices):
+    x = matrices.place.array(np.full((64, 64), 1024.5, np.float32))
+    out = matrices.new(64, 64)
+    gemm(x, matrices.place.array(np.eye(64, dtype=np.float32)), out)
+    assert (matrices.host(out) == 1024.5).all()
+
+
+def rounded_to_10_bits(x):
+    """float64 -> float64 with 10 bits after the leading one, to nearest, ties away from 0."""
+    fraction, exponent = np.frexp(x)  # 0.5 <= |fraction| < 1
+    return np.ldexp(np.copysign(np.floor(np.abs(fraction) * 2**11 + 0.5), x), exponent - 11)
+
+
+def test_tf32_rounds_the_factors(matrices, monkeypatch):
+    monkeypatch.setattr(blas, "allow_tf32", True)
+    a, b, out = matrices.new(M, K), matrices.new(K, N), matrices.new(M, N)
+    exact = matrices.host(a) @ matrices.host(b)
+    gemm(a, b, out)
+    assert np.abs(matrices.host(out) - exact).max() > 1e-5  # it does round,
+    assert_close(matrices.host(out), exact, 2.0**-9)         # and by no more
+    if matrices.place.name == "cpu":  # tensor cores need not round to nearest
+        assert_close(matrices.host(out), rounded_to_10_bits(matrices.host(a)) @ rounded_to_10_bits(matrices.host(b)), 1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_tf32_of_special_numbers(monkeypatch):
+    """Ties, the largest numbers, infinity and NaN, each times 1, on the host."""
+    monkeypatch.setattr(blas, "allow_tf32", True)
+    finite = np.array([1024.5, -1024.5, 1024.49, 3e38, 1e-45, 0], np.float32)
+    special = np.array([0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF], np.uint32).view(np.float32)
+    x = np.append(finite, special)[:, None]
+    out = np.empty_like(x)
+    gemm(x, np.ones((1, 1), np.float32), out)
+    expected = np.append(rounded_to_10_bits(finite), [np.inf, -np.inf, np.nan, np.nan, np.nan])
+    expected[4] = 0  # the least subnormal: TF32 has 10 bits of those, too
+    assert np.array_equal(out[:, 0], expected, equal_nan=True)
+    assert list(out[:2, 0]) == [1025, -1025]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_tf32_leaves_other_types_alone(place, rng, monkeypatch, dtype):
+    matrices = Matrices(place, rng, dtype)
+    a, b, results = matrices.new(M, K), matrices.new(K, N), []
+    for allowed in (False, True):
+        monkeypatch.setattr(blas, "allow_tf32", allowed)
+        out = matrices.new(M, N)
+        gemm(a, b, out)
+        results.append(matrices.host(out))
+    assert np.array_equal(*results)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("a, b, out, message", [
+    ((M, K), (M, K), (M, K), r"shapes do not fit: \(5, 7\) @ \(5, 7\) -> \(5, 7\)"),
+    ((M, K), (K, N), (N, M), r"shapes do not fit: \(5, 7\) @ \(7, 3\) -> \(3, 5\)"),
+    ((M, K), (K, N), (M, 1), "shapes do not fit"),
+    ((2, M, K), (3, K, N), (2, M, N), "shapes do not fit"),
+    ((1, M, K), (2, K, N), (2, M, N), "shapes do not fit"),
+    ((2, M, K), (2, K, N), (1, M, N), "shapes do not fit"),
+    ((2, M, K), (K, N), (2, M, N), r"three matrices or three stacks of them, got shapes \(2, 5, 7\), \(7, 3\), \(2, 5, 3\)"),
+    ((K,), (K,), (1,), "three matrices or three stacks"),
+    ((1, 2, M, K), (1, 2, K, N), (1, 2, M, N), "three matrices or three stacks"),
+], ids=str)
+def test_refused_shapes(matrices, a, b, out, message):
+    with pytest.raises(ValueError, match=f"gemm: .*{message}"):
+        gemm(matrices.new(*a), matrices.new(*b), matrices.new(*out))
+
+
+@pytest.mark.parametrize("a, b, out, message", [
+    ("float32", "float64", "float32", "float32 @ float64 -> float32"),
+    ("float32", "float32", "float64", "float32 @ float32 -> float64"),
+    ("float64", "float64", "float32", "float64 @ float64 -> float32"),
+    ("float32", "float32", "float16", "float32 @ float32 -> float16"),
+    ("float16", "bfloat16", "float32", "float16 @ bfloat16 -> float32"),
+    ("float16", "float16", "float64", "float16 @ float16 -> float64"),
+    ("int32", "int32", "int32", "int32 @ int32 -> int32"),
+    ("complex64", "complex64", "complex64", "complex64 @ complex64 -> complex64"),
+])
+def test_refused_types(matrices, a, b, out, message):
+    storage_dtype("bfloat16")  # teaches NumPy the name
+    with pytest.raises(TypeError, match=f"gemm: types do not fit: {message}"):
+        gemm(matrices.new(M, K).astype(a), matrices.new(K, N).astype(b), matrices.new(M, N).astype(out))
+
+
+@pytest.mark.parametrize("spoil, operand, message", [
+    (lambda x: x[:, ::2], "a", "a is neither a sub-matrix nor a transposed one"),
+    (lambda x: x[::-1, :K], "a", r"a is neither a sub-matrix nor a transposed one: shape \(5, 7\), strides \(-56, 4\)"),
+    (lambda x: x[:, K:][:, ::-1], "a", "a is neither"),
+    (lambda x: x[:, ::2].T.copy().T[:, ::-1], "a", "a is neither"),
+    (lambda x: x[:, ::2], "b", "b is neither"),
+    (lambda x: x[:, ::2], "out", "out is neither"),
+    (lambda x: x[:, ::2].T.copy().T, "out", "rows of out are not contiguous"),
+], ids=str)
+def test_refused_strides(matrices, spoil, operand, message):
+    shapes = {"a": (M, K), "b": (K, N), "out": (M, N)}
+    operands = {name: matrices.new(*shape) for name, shape in shapes.items()}
+    rows, columns = shapes[operand]
+    operands[operand] = spoil(matrices.new(rows, 2 * columns))
+    assert operands[operand].shape == shapes[operand]
+    with pytest.raises(ValueError, match=f"gemm: {message}"):
+        gemm(**operands)
+
+
+def test_refused_devices(monkeypatch):
+    class Elsewhere:
+        """An array of another module."""
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Elsewhere))
+    matrix = np.ones((2, 2), np.float32)
+    for operands in ([Elsewhere(), matrix, matrix], [matrix, Elsewhere(), matrix], [matrix, matrix, Elsewhere()]):
+        with pytest.raises(TypeError, match="gemm: operands on different devices"):
+            gemm(*operands)
+    with pytest.raises(TypeError, match="a numpy or cupy array is needed, got builtins.list"):
+        gemm(matrix, matrix.tolist(), matrix)

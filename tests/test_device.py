@@ -1,0 +1,272 @@
+"""Choice of a device, threads, and the memory pool of the host."""
+
+import os
+import sys
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minidl.device import HostPool, array_module, cpu_threads, empty, on_one_core, run_tasks, select, workers
+from minidl.errors import DeviceError, UsageError
+
+# ---- choice --------------------------------------------------------------------------------------------------------
+
+INSTALL = r"`pip install 'minidl\[cuda13\]'` \(driver 580 or newer; older ones: minidl\[cuda12\]\)"
+
+
+def fake_cupy(gpus=1, nvrtc_version=lambda: (13, 0)):
+    """As much of CuPy as `select` looks at, on a machine with so many GPUs."""
+    used = []
+    runtime = SimpleNamespace(getDeviceCount=lambda: gpus, getDeviceProperties=lambda index: {
+        "name": b"NVIDIA Test", "totalGlobalMem": 24 * 2**30})
+    return SimpleNamespace(used=used, ndarray=type("ndarray", (), {}), cuda=SimpleNamespace(
+        is_available=lambda: gpus > 0, runtime=runtime, nvrtc=SimpleNamespace(getVersion=nvrtc_version),
+        Device=lambda index: SimpleNamespace(use=lambda: used.append(index))))
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """A function that makes `import cupy` give what it is given; None: not installed."""
+    def put(cupy):
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", SimpleNamespace(cublas=None))
+
+    return put
+
+
+def missing_library():
+    raise RuntimeError("libnvrtc.so.13: cannot open shared object file")
+
+
+@pytest.mark.parametrize("cupy", [None, fake_cupy(gpus=0), fake_cupy()], ids=["no CuPy", "no GPU", "a GPU"])
+def test_cpu_is_always_there(install, cupy):
+    install(cupy)
+    place = select("cpu")
+    assert (place.name, place.xp) == ("cpu", np)
+    assert place.description == f"CPU, {cpu_threads()} threads"
+
+
+@pytest.mark.parametrize("cupy, message", [
+    (None, f"CuPy is not installed: {INSTALL}"),
+    (fake_cupy(gpus=0), "no NVIDIA GPU or driver found: see that `nvidia-smi` lists one, or use --device cpu"),
+    (fake_cupy(nvrtc_version=missing_library), rf"a CUDA library is missing \(libnvrtc.so.13: .*\): {INSTALL}"),
+], ids=["no CuPy", "no GPU", "no NVRTC"])
+def test_no_gpu(install, cupy, message):
+    install(cupy)
+    assert select("auto").name == "cpu"
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(DeviceError, match=f"^--device {name}: {message}$"):
+            select(name)
+
+
+def test_no_cublas(install, monkeypatch):
+    install(fake_cupy())
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
+    with pytest.raises(DeviceError, match=rf"--device cuda: a CUDA library is missing \(.*cupy_backends.*\): {INSTALL}"):
+        select("cuda")
+
+
+@pytest.mark.parametrize("error, message", [
+    ("ImportError('libcuda.so.1 is broken')", rf"CuPy cannot be imported \(libcuda.so.1 is broken\): {INSTALL}"),
+    ("OSError('/root is read-only')", "CuPy cannot be imported: /root is read-only; set CUPY_CACHE_DIR to a folder that can be written"),
+])
+def test_import_of_cupy_fails(monkeypatch, tmp_path, error, message):
+    (tmp_path / "cupy.py").write_text(f"raise {error}")
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert select("auto").name == "cpu"
+    with pytest.raises(DeviceError, match=f"^--device cuda: {message}$"):
+        select("cuda")
+
+
+@pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_gpu(install, name, index):
+    cupy = fake_cupy(gpus=2)
+    install(cupy)
+    place = select(name)
+    assert (place.name, place.xp, cupy.used) == (f"cuda:{index}", cupy, [index])
+    assert place.description == f"NVIDIA Test (cuda:{index}), 24 GiB"
+
+
+def test_a_gpu_that_is_not_there(install):
+    install(fake_cupy(gpus=2))
+    with pytest.raises(DeviceError, match=r"--device cuda:2: this machine has 2 GPU\(s\), numbered from 0"):
+        select("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "cpu:0", "", "cuda "])
+def test_unknown_device(name):
+    with pytest.raises(UsageError, match=f"device {name!r} is not one of auto, cpu, cuda, cuda:N"):
+        select(name)
+
+
+@pytest.mark.parametrize("setting, threads", [("1", 1), ("3", 3), *[(other, None) for other in (None, "", "0", "-2", "4,2", "many", "²")]])
+def test_cpu_threads(monkeypatch, setting, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    assert cpu_threads() == (threads or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("array", [[1.0], None, 1.0, np.float32(1), "array"], ids=repr)
+def test_not_an_array(array):
+    kind = f"{type(array).__module__}.{type(array).__name__}"
+    with pytest.raises(TypeError, match=f"a numpy or cupy array is needed, got {kind}"):
+        array_module(array)
+
+
+def test_module_of_an_array(install):
+    install(None)
+    assert array_module(np.zeros(1)) is np
+    cupy = fake_cupy()
+    install(cupy)
+    assert array_module(cupy.ndarray()) is cupy
+
+
+# ---- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_run_at_once_a_core_each():
+    count = workers(np.zeros(1))
+    assert count == cpu_threads()
+    meeting, alone = threading.Barrier(count), []
+
+    def task():
+        meeting.wait(timeout=20)
+        alone.append(on_one_core())
+
+    run_tasks([task] * count)
+    assert alone == [count > 1] * count
+    assert not on_one_core()
+
+
+def test_one_task_may_use_all_cores():
+    alone = []
+    run_tasks([lambda: alone.append(on_one_core())])
+    assert alone == [False]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_error_of_a_task_is_raised_when_all_have_ended(failing):
+    ended = []
+
+    def task(number):
+        if number == failing:
+            raise ZeroDivisionError(f"task {number}")
+        ended.append(number)
+
+    with pytest.raises(ZeroDivisionError, match=f"task {failing}"):
+        run_tasks([lambda number=number: task(number) for number in range(2)])
+    assert ended == [1 - failing]
+    assert not on_one_core()
+
+
+def test_workers_of_a_gpu(install):
+    cupy = fake_cupy()
+    install(cupy)
+    assert workers(cupy.ndarray()) == 1
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+SHAPE = (4, 256, 1024)  # of float32: 4 MiB
+FLOAT = np.dtype("float32")
+
+
+@pytest.fixture
+def pool():
+    return HostPool()
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+@pytest.mark.parametrize("shape, dtype", [(SHAPE, "float32"), ((256, 4, 1024), "int32"), (1 << 21, "uint16"), ((2, 1 << 21), "uint8")],
+                         ids=str)
+def test_memory_is_used_again(pool, shape, dtype):
+    """For any shape and type of the same size."""
+    first = pool.empty(SHAPE, FLOAT)
+    place = address(first)
+    del first
+    second = pool.empty(shape, np.dtype(dtype))
+    assert address(second) == place
+    assert second.shape == (shape if isinstance(shape, tuple) else (shape,))
+    assert second.dtype == dtype
+    assert second.flags.c_contiguous and second.flags.writeable
+
+
+@pytest.mark.parametrize("view", [
+    lambda a: a[1:3], lambda a: a[..., ::-1], lambda a: a.reshape(-1), lambda a: a.T, lambda a: a[1:].reshape(3, -1)[:, 5:].T[::2],
+    lambda a: a.view(np.uint8), lambda a: np.asarray(memoryview(a)), lambda a: a.view(np.recarray),
+], ids=["slice", "flip", "reshape", "transpose", "view of views", "type", "memoryview", "subclass"])
+def test_memory_is_not_used_again_while_a_view_lives(pool, view):
+    array = pool.empty(SHAPE, FLOAT)
+    array.fill(7)
+    place, kept = address(array), view(array)
+    expected = kept.copy()
+    del array
+    other = pool.empty(SHAPE, FLOAT)
+    other.fill(0)
+    assert address(other) != place
+    assert np.array_equal(kept, expected)
+    del kept
+    assert address(pool.empty(SHAPE, FLOAT)) == place
+
+
+def test_kept_memory_is_bounded_by_the_most_in_use(pool):
+    """Arrays of 40 sizes, at most two alive at a time."""
+    sizes = [(2 << 20) + 4096 * i for i in range(40)]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for size in sizes:
+            two = [pool.empty(size, np.dtype("uint8")) for _ in range(2)]
+            del two
+        kept = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert sizes[-1] < kept < 2 * sizes[-1] + 100_000
+
+
+def test_memory_of_recent_sizes_is_kept(pool):
+    """A training step of six sizes allocates nothing the second time."""
+    step = lambda: [pool.empty((6 + i) << 18, FLOAT) for i in range(6)]  # noqa: E731
+    first = {address(array) for array in step()}
+    assert {address(array) for array in step()} == first
+
+
+@pytest.mark.parametrize("shape", [(), 0, (0, 5), 10, (255, 256)], ids=str)
+def test_small_arrays_bypass_the_pool(pool, shape):
+    array = pool.empty(shape, FLOAT)
+    assert array.base is None and array.shape == np.empty(shape).shape
+    assert pool.empty((256, 256), FLOAT).base is not None  # the smallest that does not
+
+
+def test_threads_share_the_pool(pool):
+    """No memory is handed to two at once."""
+    def work(me):
+        for i in range(100):
+            array = pool.empty((1 + i % 3) << 17, FLOAT)
+            array.fill(me)
+            view = array[::1000]
+            del array
+            assert (view == me).all()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))  # raises what they raised
+
+
+def test_empty_is_beside_an_array_or_on_a_device(install):
+    for like in (np.zeros(1), select("cpu")):
+        array = empty((2, 3), "float32", like)
+        assert isinstance(array, np.ndarray) and array.shape == (2, 3) and array.dtype == FLOAT
+    cupy = fake_cupy()
+    cupy.empty = lambda shape, dtype: ("cupy", shape, dtype)
+    install(cupy)
+    for like in (cupy.ndarray(), select("cuda")):
+        assert empty((2, 3), "float32", like) == ("cupy", (2, 3), "float32")

@@ -1,0 +1,241 @@
+"""Negative controls: bugs planted in the backwards, each of which must turn a test of the ops red.
+
+A bug is a replacement in the text of a kernel file or of a Python function. The check is a test from the other files,
+or one below in their manner; it passes on the true text and must fail on the changed one. Where the text to replace
+is not there as often as it should be, the test fails too: a bug that is planted nowhere proves nothing.
+"""
+
+import importlib
+import inspect
+import textwrap
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+
+import test_batchnorm
+import test_conv
+import test_dropout
+import test_elementwise
+import test_layers
+import test_linear
+import test_loss
+import test_optimizer
+import test_pooling
+from conftest import Target, gpu_present
+from minidl import layers
+from minidl.host_build import OPS
+from minidl.kernels import Kernels, launch_settings
+from minidl.ops import batchnorm, conv, linear
+from reference import assert_close
+
+
+@dataclass
+class Bug:
+    what: str
+    place: Any        # the name of a file in minidl/ops, or a function
+    old: str
+    new: str
+    check: Callable   # of (target, rng); raises AssertionError
+    times: int = 1    # how often `old` occurs
+
+    def plant(self, folder, monkeypatch):
+        if callable(self.place):
+            names = {}
+            exec(self.changed(textwrap.dedent(inspect.getsource(self.place))), {}, names)
+            monkeypatch.setattr(self.place, "__code__", names[self.place.__name__].__code__)
+        else:
+            copy = folder / self.place  # its headers are found in minidl/ops
+            copy.write_text(self.changed((OPS / self.place).read_text()))
+            module = importlib.import_module("minidl.ops." + copy.stem)
+            monkeypatch.setattr(module, "KERNELS", Kernels(copy))
+
+    def changed(self, text):
+        found = text.count(self.old)
+        assert found == self.times, f"the text to replace occurs {found} times, not {self.times}: {self.old}"
+        return text.replace(self.old, self.new)
+
+
+# ---- checks: (target, rng) -> None, or AssertionError ------------------------------------------------------------
+
+
+def relu(target, rng):
+    test_elementwise.test_relu(target, rng, (3, 2, 2, 5), "float64")
+
+
+def relu_at_its_kink(target, rng):
+    test_elementwise.test_relu_at_its_kink_and_beyond_numbers(target)
+
+
+def bias_of_two_tiles(target, rng):
+    test_elementwise.test_bias(target, rng, (2, 70, 9, 8), "float64")
+
+
+def norm(variant="plain", training=True):
+    return lambda target, rng: test_batchnorm.test_gradients(target, rng, (3, 4, 5, 2), variant, training)
+
+
+def norm_of_many_tiles(target, rng):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batchnorm, "TILE", 16)
+        norm()(target, rng)
+
+
+def running_statistics(target, rng):
+    test_batchnorm.test_running_statistics(target, rng, (3, 4, 5, 2), "float64")
+
+
+def convolution(number, workspace=1 << 30):
+    """The gradients of a case of test_conv.py, with so many bytes of workspace."""
+
+    def check(target, rng):
+        with pytest.MonkeyPatch.context() as patch:
+            def chunks(*sizes):
+                patch.setattr(conv, "WORKSPACE_BYTES", {"numpy": workspace, "cupy": workspace})
+            test_conv.test_gradients(target, rng, chunks, *test_conv.CASES[number])
+
+    return check
+
+
+def pool(op, number):
+    return lambda target, rng: test_pooling.test_forward_and_gradient(target, rng, op, "float64", *test_pooling.CASES[number])
+
+
+def pool_with_ties(target, rng):
+    test_pooling.test_of_equal_values_the_first_gets_the_gradient(target)
+
+
+def square_linear(target, rng):
+    test_linear.test_forward_and_gradients(target, rng, 4, 4, 4, "float64")
+
+
+def cross_entropy(smoothing):
+    return lambda target, rng: test_loss.test_loss_and_gradient(target, rng, 7, 5, "float64", smoothing)
+
+
+def cross_entropy_of_a_padded_batch(target, rng):
+    test_loss.test_padding_columns_do_not_count(target, rng, 3)
+
+
+def dropout_values(target, rng):
+    test_dropout.test_kept_values_are_scaled_and_the_mask_repeats(target, rng, test_dropout.dropout.apply, "float64")
+
+
+def dropout_layer(target, rng):
+    """dx = dy * mask, with the mask of the forward, although the step has moved on."""
+    layer = layers.Dropout(0.3).initialize(target.place, "float64")
+    mask, dy = target.host(layer.forward(target.array(np.ones((3, 4, 4, 5))))), rng.normal(size=(3, 4, 4, 5))
+    layer.step += 1
+    assert_close(target.host(layer.backward(target.array(dy))), dy * mask, 1e-12, "dx")
+
+
+def network(target, rng):
+    test_layers.test_network_gradient_in_random_directions(target, rng, test_layers.every_layer, (3, 8, 8, 4))
+
+
+def optimizer(name):
+    return lambda target, rng: test_optimizer.test_steps_equal_the_definition(target, rng, name, "float64")
+
+
+# ---- bugs --------------------------------------------------------------------------------------------------------
+
+BUGS = [
+    Bug("relu: sign of dx", "relu.cu", "> acc(0) ? acc(dy[i]) :", "> acc(0) ? -acc(dy[i]) :", relu),
+    Bug("relu: mask lost", "relu.cu", "acc(y[i]) > acc(0) ? acc(dy[i]) : acc(0)", "acc(dy[i])", relu),
+    Bug("relu: gradient at the kink", "relu.cu", "acc(y[i]) > acc(0)", "acc(y[i]) >= acc(0)", relu_at_its_kink),
+
+    Bug("batch norm: dx without its mean term", "batchnorm.cu", "(g - g_mean - (value", "(g - (value", norm()),
+    Bug("batch norm: dx without its xhat term", "batchnorm.cu", " - (value - center) * slope", "", norm()),
+    Bug("batch norm: 1/m missing", batchnorm.backward, "1 / row if training", "1.0 if training", norm()),
+    Bug("batch norm: 1/m in evaluation", batchnorm.backward, "1 / row if training else 0.0", "1 / row",
+        norm(training=False)),
+    Bug("batch norm: dx without gamma", "batchnorm.cu", "real(scale * (g -", "real(rstd[c] * (g -", norm()),
+    Bug("batch norm: dgamma without rstd", "batchnorm.cu", "= sum_deviation * rstd[c]", "= sum_deviation", norm()),
+    Bug("batch norm: only the first tile of dbeta", "batchnorm.cu", "sum_beta += tile_dbeta[c * tiles + t]",
+        "sum_beta += t ? 0 : tile_dbeta[c * tiles + t]", norm_of_many_tiles),
+    Bug("batch norm: tiles of moments not shifted to one mean", "batchnorm.cu", " + delta * delta * count * share", "",
+        norm_of_many_tiles),
+    Bug("batch norm: running variance biased", "batchnorm.cu", "m2 / (row - 1)", "m2 / row", running_statistics),
+    Bug("batch norm and relu: mask lost", "batchnorm.cu", "return affine(x, mean, scale, beta) > acc(0) ? dy : acc(0)", "return dy",
+        norm("relu")),
+    Bug("batch norm, sum and relu: dz not masked", "batchnorm.cu", "dz_row[i] = real(g)", "dz_row[i] = dy_row[i]",
+        norm("add_relu")),
+
+    Bug("max-pool: every pixel of a window gets dy", "maxpool.cu", "winner[out + n] == place ? acc(dy[out + n]) : acc(0)",
+        "acc(dy[out + n])", pool("max", 0)),
+    Bug("max-pool, overlapping: every pixel gets dy", "maxpool.cu", "winner[out] == place ? acc(dy[out]) : acc(0)", "acc(dy[out])",
+        pool("max", 1)),
+    Bug("max-pool: winner off by one", "maxpool.cu", "first_place + r * kernel_w + k :", "first_place + r * kernel_w + k + 1 :",
+        pool("max", 0)),
+    Bug("max-pool: padding forgotten in the place", "maxpool.cu", "(iy + padding - oy * stride) * kernel_w + ix + padding -",
+        "(iy - oy * stride) * kernel_w + ix -", pool("max", 1)),
+    Bug("max-pool: the last of equal values wins", "maxpool.cu", "value > best ||", "value >= best ||", pool_with_ties),
+    Bug("average pool: dx not divided", "avgpool.cu", "dx_pixel[n] = real(sum / (kernel_h * kernel_w))", "dx_pixel[n] = real(sum)",
+        pool("average", 0)),
+
+    Bug("col2im: windows over the border lost", "conv.cu", "end_of_windows(ix, stride, padding, out_width)",
+        "end_of_windows(ix, stride, 0, out_width)", convolution(1)),
+    Bug("col2im: kx and ky swapped", "conv.cu", "* kernel_h + ky) * kernel_w + kx", "* kernel_h + kx) * kernel_w + ky",
+        convolution(1)),
+    Bug("col2im: overwrites the sums of the chunk before", "conv.cu", "adds ? acc(pixel[n]) : acc(0)", "acc(0)",
+        convolution(1, workspace=1)),
+    Bug("conv: window of the adjoint not turned", conv._adjoint_weight, "[..., ::-1, ::-1]", "", convolution(0)),
+    Bug("conv: height and width of the adjoint swapped", conv._adjoint_weight, "[..., ::-1, ::-1]",
+        "[..., ::-1, ::-1].swapaxes(3, 4)", convolution(0)),
+    Bug("conv: groups of the adjoint mixed up", conv._adjoint_weight, "weight.reshape(groups, outputs // groups,",
+        "weight.reshape(outputs // groups, groups,", convolution(0)),
+    Bug("conv: padding of the adjoint", conv.backward, "padding=g.adjoint_padding", "padding=padding", convolution(5)),
+    Bug("conv: dweight of the last chunk only", conv._weight_gradient, "beta=float(i > 0)", "beta=0.0",
+        convolution(0, workspace=1)),
+    Bug("conv: dbias dropped", conv.backward, "bias_op.gradient(dy, dbias)", "dbias[...] = 0", convolution(2)),
+    Bug("bias: only the first tile", "bias.cu", "for (int t = 0; t < tiles; ++t) sum +=", "for (int t = 0; t < 1; ++t) sum +=",
+        bias_of_two_tiles),
+
+    Bug("linear: dweight transposed", linear.backward, "gemm(dy, x.T, dweight)", "gemm(x, dy.T, dweight)", square_linear),
+    Bug("linear: dx with the weight not transposed", linear.backward, "gemm(weight.T, dy, dx)", "gemm(weight, dy, dx)",
+        square_linear),
+    Bug("linear: dbias dropped", linear.backward, "bias_op.gradient(dy, dbias)", "dbias[...] = 0", square_linear),
+
+    Bug("cross-entropy: dlogits without the one-hot label", "loss.cu", " - (k == label ? on : acc(0))", "", cross_entropy(0.0)),
+    Bug("cross-entropy: dlogits without 1/N", "loss.cu", "*scale / valid", "*scale", cross_entropy(0.0)),
+    Bug("cross-entropy: 1/N counts the padding", "loss.cu", "*scale / valid", "*scale / batch", cross_entropy_of_a_padded_batch),
+    Bug("cross-entropy: sign of the smoothing", "loss.cu", "(p - off -", "(p + off -", cross_entropy(0.1)),
+    Bug("cross-entropy: smoothing not taken from the label", "loss.cu", "on = 1 - smoothing", "on = 1", cross_entropy(0.1)),
+
+    Bug("dropout: kept values not scaled", "dropout.cu", "? acc(x[i]) * scale", "? acc(x[i])", dropout_values),
+    Bug("dropout: dx not scaled", layers.Dropout.backward, "self._index, step)", "self._index, step) * (1 - self.rate)",
+        dropout_layer),
+    Bug("dropout: dx with another layer's mask", layers.Dropout.backward, "self._index,", "self._index + 1,", dropout_layer),
+    Bug("dropout: dx with the next step's mask", layers.Dropout.forward, "self._step.copy()", "self._step", dropout_layer),
+
+    Bug("residual: gradient of the shortcut not added", layers.Residual.backward,
+        "add.forward(self.body.backward(dy), self.shortcut.backward(dz) if self.shortcut else dz)", "self.body.backward(dy)", network),
+    Bug("residual: gradient of the shortcut not masked", layers.Residual.backward, "dy, dz = self.norm.backward(dy)",
+        "dy, _ = self.norm.backward(dy)", network),
+
+    Bug("sgd: Nesterov without looking ahead", "optimizer.cu", "g_share = nesterov ? 1 : 0, v_share = nesterov ? momentum : 1",
+        "g_share = 0, v_share = 1", optimizer("nesterov")),
+    Bug("sgd and adam: sign of the weight decay", "optimizer.cu", "+ weight_decay * master[i]", "- weight_decay * master[i]",
+        optimizer("sgd"), times=2),
+    Bug("adam: first moment without bias correction", "optimizer.cu", "state[LR] / (1 - pow(beta1, t))", "state[LR]",
+        optimizer("adam")),
+    Bug("adam: second moment without bias correction", "optimizer.cu", "second_correction = 1 / (1 - pow(beta2, t))",
+        "second_correction = 1", optimizer("adam")),
+    Bug("adam: step off by one", "optimizer.cu", "t = state[STEP] + 1", "t = state[STEP] + 2", optimizer("adam")),
+]
+
+
+@pytest.fixture(params=["fast", *(["cuda"] if gpu_present() else [])])
+def machine(request):
+    it = Target(request.param)
+    with launch_settings(**it.settings):
+        yield it
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.what)
+def test_bug_is_noticed(machine, bug, tmp_path, monkeypatch):
+    bug.check(machine, np.random.default_rng(20161))  # the true text passes the very same check
+    bug.plant(tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        bug.check(machine, np.random.default_rng(20161))
