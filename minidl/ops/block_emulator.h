@@ -113,12 +113,16 @@ struct Place {
     }
 };
 
+inline bool same_place(const Fiber& a, const Fiber& b) {
+    if (a.state != b.state) return false;
+    return a.state == FINISHED || (a.line == b.line && !strcmp(a.file, b.file));
+}
+
 inline void check_barrier() {
     const Fiber& first = fibers[0];
     for (int i = 1; i < (int)blockDim.x; ++i) {
         const Fiber& other = fibers[i];
-        if (other.state == first.state && (other.state == FINISHED || (other.line == first.line && !strcmp(other.file, first.file))))
-            continue;
+        if (same_place(first, other)) continue;
         describe_fault("divergent barrier in block (%u, %u): thread 0 at %s, thread %d at %s", blockIdx.x, blockIdx.y,
                        Place(first).text, i, Place(other).text);
         return;
