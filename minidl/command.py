@@ -1,10 +1,13 @@
 """What every command shares: errors become one line and an exit code."""
 
+import errno
 import os
 import sys
 
 from minidl import signals
 from minidl.errors import CheckpointError, DeviceError, UserError
+
+READER_LEFT = 141  # as shells report a process that SIGPIPE ended
 
 
 def run(main):
@@ -23,8 +26,10 @@ def run(main):
         return _fail("interrupted", signals.INTERRUPTED)
     except BrokenPipeError:
         _give_up_stdout()  # whoever read the output has left
-        return 0
-    except OSError as error:  # a disk that is full, most likely
+        return READER_LEFT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         _give_up_stdout()
         return _fail(error, CheckpointError.exit_code)
 

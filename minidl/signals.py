@@ -3,6 +3,7 @@
 An exception raised at any moment, as Python does by default, can be lost: those of finalizers are only printed.
 """
 
+import os
 import signal
 import sys
 
@@ -18,17 +19,13 @@ def install():
 
 def obey():
     """End the process, as far as `command.run` lets it, if a signal has asked for it."""
+    if _asked == [signal.SIGINT]:
+        raise KeyboardInterrupt
     if _asked:
-        _end()
+        sys.exit(TERMINATED)
 
 
 def _remember(number, frame):
+    if _asked:
+        os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
     _asked.append(number)
-    if len(_asked) > 1:
-        _end()
-
-
-def _end():
-    if _asked[-1] == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(TERMINATED)

@@ -49,7 +49,7 @@ class Trainer:
         self.model.train()
         self._totals[...] = 0
         metrics = None
-        for done, (indices, lr) in enumerate(zip(indices_of_batches, learning_rates), start=1):
+        for done, (indices, lr) in enumerate(zip(indices_of_batches, learning_rates, strict=True), start=1):
             self.step(indices, lr)
             if done % READ_EVERY == 0 or done == len(indices_of_batches):
                 metrics = _metrics(self.model.device.to_host(self._totals))

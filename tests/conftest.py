@@ -74,6 +74,20 @@ def target(request):
         yield it
 
 
+@pytest.fixture(params=["fast", *(["cuda"] if gpu_present() else [])])
+def machine(request):
+    """A Target as a user's run launches kernels, for what has been tested at other block sizes."""
+    it = Target(request.param)
+    with launch_settings(**it.settings):
+        yield it
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if gpu_present() else [])])
+def place(request):
+    """The devices of this machine, for what is not launched in several ways."""
+    return device.select(request.param)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(20161)

@@ -104,6 +104,12 @@ def test_gradients(target, rng, shape, variant, training):
                      ("dx", "dgamma", "dbeta", "dz")[index])
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_over_many_tiles(target, rng, variant, monkeypatch):
+    monkeypatch.setattr(batchnorm, "TILE", 16)
+    test_gradients(target, rng, (3, 4, 5, 2), variant, True)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_other_types_follow_float64(target, rng, variant, dtype):

@@ -1,6 +1,5 @@
 """The loader: signatures, launches and their refusals, the vocabulary of common.cuh, and builds for the CPU."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,11 +18,6 @@ from minidl.kernels import C_TYPES, Kernels, blocks_for, launch_settings, parse_
 
 FOLDER = Path(__file__).parent / "kernels"
 ARGUMENTS, CONVERT, VOCABULARY = (Kernels(FOLDER / f"{name}.cu") for name in ("arguments", "convert", "vocabulary"))
-
-
-@pytest.fixture(params=["cpu", *(["cuda"] if gpu_present() else [])])
-def place(request):
-    return device.select(request.param)
 
 
 # ---- signatures --------------------------------------------------------------------------------------------------
@@ -257,7 +251,7 @@ def test_launches_from_several_threads():
 
 
 def test_launches_from_tasks():
-    """Each on its own core: while the team is busy or not."""
+    """Each stays on its own core, and so runs all of its blocks by itself."""
     place, results = device.select("cpu"), []
     for _ in range(20):
         device.run_tasks([lambda: results.append(visited(place, 999, 1, room=999)[0])] * device.workers(np.zeros(1)))
@@ -343,7 +337,7 @@ def test_floats_round_to_16_bits(target, rng, dtype):
 
 
 def test_philox_known_answers(target):
-    """Random123 1.14, tests/kat_vectors, philox4x32 10."""
+    """The vectors of Random123, tests/kat_vectors, philox4x32 with 10 rounds."""
     ones, pi = 2**32 - 1, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
     counters = np.array([[0] * 4, [ones] * 4, pi[:4]], np.uint32)
     keys = np.array([0, 2**64 - 1, pi[4] | pi[5] << 32], np.uint64)
@@ -539,9 +533,9 @@ def test_choice_of_cache_folder(fresh_build, monkeypatch, tmp_path, good):
     """The first of three that can be written: a path below a file cannot."""
     (tmp_path / "file").touch()
     for name in ("MINIDL_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "an älter folder" if name == good else tmp_path / "file" / "folder"))
+        monkeypatch.setenv(name, str(tmp_path / "a földer" if name == good else tmp_path / "file" / "folder"))
     inner = {"MINIDL_CACHE": "kernels", "XDG_CACHE_HOME": "minidl/kernels", "HOME": ".cache/minidl/kernels"}[good]
-    assert host_build.cache_folder() == tmp_path / "an älter folder" / inner
+    assert host_build.cache_folder() == tmp_path / "a földer" / inner
 
 
 @pytest.fixture

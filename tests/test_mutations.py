@@ -23,10 +23,9 @@ import test_linear
 import test_loss
 import test_optimizer
 import test_pooling
-from conftest import Target, gpu_present
 from minidl import layers
 from minidl.host_build import OPS
-from minidl.kernels import Kernels, launch_settings
+from minidl.kernels import Kernels
 from minidl.ops import batchnorm, conv, linear
 from reference import assert_close
 
@@ -224,13 +223,6 @@ BUGS = [
         "second_correction = 1", optimizer("adam")),
     Bug("adam: step off by one", "optimizer.cu", "t = state[STEP] + 1", "t = state[STEP] + 2", optimizer("adam")),
 ]
-
-
-@pytest.fixture(params=["fast", *(["cuda"] if gpu_present() else [])])
-def machine(request):
-    it = Target(request.param)
-    with launch_settings(**it.settings):
-        yield it
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.what)

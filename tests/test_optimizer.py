@@ -5,7 +5,7 @@ import pytest
 
 import reference
 from minidl import optim
-from minidl.kernels import acc_dtype, storage_dtype
+from minidl.kernels import storage_dtype
 from minidl.layers import Parameter, Parameters
 from minidl.ops import optimizer
 from reference import assert_close, tolerance

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 
 import models
-from conftest import Target, gpu_present
 from minidl import layers, optim
 from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
-from minidl.kernels import launch_settings
 from minidl.layers import (BatchNorm2d, ChannelDropout, Conv2d, GlobalAvgPool2d, GlobalMaxPool2d, Linear, MaxPool2d,
                            Residual, Sequential)
 from minidl.ops import dropout, loss
@@ -28,14 +26,6 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 TOLERANCES = {"float64": (1e-10, 1e-10), "float32": (1e-5, 1e-4)}  # of outputs, of gradients
-
-
-@pytest.fixture(params=["fast", *(["cuda"] if gpu_present() else [])])
-def machine(request):
-    """A Target as in conftest.py, but only as a user's run launches kernels."""
-    it = Target(request.param)
-    with launch_settings(**it.settings):
-        yield it
 
 
 @pytest.fixture(autouse=True)
@@ -260,7 +250,7 @@ def compare(network, module, x, labels, machine, dtype):
 @pytest.mark.parametrize("name", SIMPLENETS)
 def test_simplenet(machine, rng, name, dtype):
     """In float32 on one of six inputs: where a ReLU or a maximum stands on the edge, rounding decides it, and a single
-    decision moves the gradients by 1e-3 (about every third input has one). A wrong gradient is wrong on all inputs.
+    decision moves the gradients by 1e-3 or more (about every sixth input has one). A wrong gradient is wrong on all inputs.
     """
     inputs = 1 if dtype == "float64" else 6
     for left in reversed(range(inputs)):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,20 +38,31 @@ def environment(**changes):
     return {name: str(value) for name, value in variables.items() if value is not None}
 
 
-def train(folder, *arguments, stdout=subprocess.PIPE, **changes):
+@contextmanager
+def ctrl_c():
+    """Who ignores Ctrl-C, as what runs in the background does, has children that ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def python(folder, *arguments, stdout=subprocess.PIPE, **changes):
+    """Run `python *arguments` in `folder` and wait for it."""
+    with ctrl_c():
+        return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment(**changes), stdout=stdout,
+                              stderr=subprocess.PIPE, timeout=SECONDS, encoding="utf-8")
+
+
+def train(folder, *arguments, **settings):
     """Run `python train.py *arguments` in `folder` and wait for it."""
-    return subprocess.run([sys.executable, TRAIN, *arguments], cwd=folder, env=environment(**changes), stdout=stdout,
-                          stderr=subprocess.PIPE, timeout=SECONDS, encoding="utf-8")
+    return python(folder, TRAIN, *arguments, **settings)
 
 
 def start(folder, *arguments, **settings):
     """Start `python train.py *arguments` in `folder`."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who ignores Ctrl-C has children that do
-    try:
+    with ctrl_c():
         return subprocess.Popen([sys.executable, TRAIN, *arguments], cwd=folder, env=environment(), stdout=subprocess.PIPE,
                                 encoding="utf-8", **settings)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def assert_refused(result, code, *texts):
@@ -277,13 +289,69 @@ def test_signals(tmp_path, number, code):
     assert rows(tmp_path / "it")[0]["epoch"] == "1"
 
 
+SIGNAL_IN_A_FINALIZER = """
+import os, sys, time
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import train
+from minidl import command
+from minidl.training import Trainer
+
+number = int(sys.argv.pop())
+step = Trainer.step
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+
+def step_once_with_a_signal(self, *arguments):
+    Trainer.step = step
+    Late()
+    return step(self, *arguments)
+
+Trainer.step = step_once_with_a_signal
+sys.exit(command.run(train.main))
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_in_a_finalizer_is_not_lost(tmp_path, number, code):
+    """Python prints and forgets what is raised there, and tqdm and the memory pool have finalizers."""
+    script = SIGNAL_IN_A_FINALIZER.replace("sys.argv[0]", repr(str(TRAIN)))
+    result = python(tmp_path, "-c", script, *DIGITS, "--epochs", "2", str(int(number)))
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+
+
+TWO_SIGNALS = """
+import os, sys, time
+from minidl import command
+
+def main():
+    os.kill(os.getpid(), int(sys.argv[1]))
+    print("the step is done", flush=True)
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(60)
+    print("the second signal waited too")
+
+sys.exit(command.run(main))
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(tmp_path, number, code):
+    result = python(tmp_path, "-c", TWO_SIGNALS, str(int(number)))
+    assert (result.returncode, result.stdout) == (code, "the step is done\n")
+    assert "Traceback" not in result.stderr
+
+
 def test_readers_that_leave_early(tmp_path):
-    """As in `python train.py | head -1`."""
+    """As in `python train.py | head -1`: the run ends quietly, but as one that was cut short."""
     with start(tmp_path, *DIGITS, "--epochs", "2", stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""
-    assert process.returncode == 0
+    assert process.returncode == 141  # as the shell reports SIGPIPE
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
