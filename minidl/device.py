@@ -6,7 +6,6 @@ import re
 import sys
 import threading
 import weakref
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
@@ -180,16 +179,16 @@ def empty(shape, dtype, like):
 
 
 class HostPool:
-    """Memory of large NumPy arrays, kept for the next array of the same size, as CuPy does on a GPU.
+    """Memory of large NumPy arrays, kept for the next arrays, as CuPy does on a GPU.
 
-    Fresh pages from the operating system cost more time than the arithmetic on them. What is kept unused never
-    exceeds the most that was in use at one time.
+    Fresh pages from the operating system cost more time than the arithmetic on them. An array gets the smallest block
+    that is free and at most twice its size. What is kept unused never exceeds the most that was in use at one time.
     """
 
     SMALLEST = 1 << 18  # bytes; malloc keeps smaller blocks by itself
 
     def __init__(self):
-        self._free = defaultdict(list)  # size -> blocks; sizes in the order of their last use
+        self._free = []  # blocks, in the order in which they came back
         self._free_bytes = self._used_bytes = self._peak_bytes = 0
         self._lock = threading.RLock()  # finalizers may run in the middle of anything
 
@@ -199,34 +198,30 @@ class HostPool:
         if size < self.SMALLEST:
             return np.empty(shape, dtype)
         with self._lock:
-            blocks = self._free.get(size)
-            if blocks:
-                block = blocks.pop()
-                self._free_bytes -= size
-            else:
-                block = np.empty(size, np.uint8)
-            self._used_bytes += size
+            block = self._take(size)
+            self._used_bytes += block.nbytes
             self._peak_bytes = max(self._peak_bytes, self._used_bytes)
         # All views of an array keep alive the first one that stands on a foreign buffer: `owner`, not `block`.
-        owner = np.frombuffer(block.data, np.uint8)
+        owner = np.frombuffer(block.data, np.uint8, count=size)
         weakref.finalize(owner, self._take_back, block).atexit = False
         return owner.view(dtype).reshape(shape)
 
+    def _take(self, size):
+        fitting = [index for index, block in enumerate(self._free) if size <= block.nbytes <= 2 * size]
+        if not fitting:
+            return np.empty(size, np.uint8)
+        # Of equal blocks the one that came back last: it is the likeliest to be in the cache still.
+        block = self._free.pop(min(reversed(fitting), key=lambda index: self._free[index].nbytes))
+        self._free_bytes -= block.nbytes
+        return block
+
     def _take_back(self, block):
         with self._lock:
-            size = block.nbytes
-            self._used_bytes -= size
-            self._free_bytes += size
-            self._free[size] = self._free.pop(size, [])  # now the most recently used size
-            self._free[size].append(block)
+            self._used_bytes -= block.nbytes
+            self._free_bytes += block.nbytes
+            self._free.append(block)
             while self._free_bytes > self._peak_bytes:
-                oldest = next(iter(self._free))
-                blocks = self._free[oldest]
-                if blocks:
-                    blocks.pop()
-                    self._free_bytes -= oldest
-                else:
-                    del self._free[oldest]
+                self._free_bytes -= self._free.pop(0).nbytes
 
 
 _host_pool = HostPool()
