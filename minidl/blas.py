@@ -4,18 +4,21 @@ cuBLAS is called through a handle and a workspace of our own, because CuPy's wra
 is captured into a CUDA graph. No other file knows of this.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
+from typing import Any
 
 import numpy as np
 
-from minidl.device import array_module
+from minidl.device import Array, array_module
 
 # Whether float32 products may round their factors to TF32, 10 bits of mantissa. Set by `--precision tf32`.
 allow_tf32 = False
 
 
-def gemm(a, b, out, alpha=1.0, beta=0.0):
+def gemm(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float = 0.0) -> None:
     """out = alpha * a @ b + beta * out, for matrices or equally long stacks of matrices.
 
     a (m, k), b (k, n), out (m, n), or each with a leading batch axis. Every operand may be a sub-matrix or a
@@ -30,7 +33,7 @@ def gemm(a, b, out, alpha=1.0, beta=0.0):
     product(a, b, out, alpha, beta)
 
 
-def _check(a, b, out):
+def _check(a: Array, b: Array, out: Array) -> None:
     if not array_module(a) is array_module(b) is array_module(out):
         raise TypeError("gemm: operands on different devices")
     if not a.ndim == b.ndim == out.ndim or a.ndim not in (2, 3):
@@ -49,7 +52,7 @@ def _check(a, b, out):
         raise ValueError(f"gemm: rows of out are not contiguous: strides {out.strides}")
 
 
-def _transposed_and_leading_dimension(name, array):
+def _transposed_and_leading_dimension(name: str, array: Array) -> tuple[bool, int]:
     """A matrix (or stack) -> (whether its columns, not its rows, are contiguous; elements from one to the next)."""
     rows, columns = array.shape[-2:]
     row_stride, column_stride = (stride // array.itemsize for stride in array.strides[-2:])
@@ -64,7 +67,7 @@ def _transposed_and_leading_dimension(name, array):
 
 
 @np.errstate(all="ignore")  # overflow and NaN pass without a warning, as they do on a GPU
-def _gemm_on_host(a, b, out, alpha, beta):
+def _gemm_on_host(a: Array, b: Array, out: Array, alpha: float, beta: float) -> None:
     if a.dtype.itemsize == 2:  # exact in float32
         a, b = a.astype(np.float32), b.astype(np.float32)
     elif allow_tf32 and a.dtype == np.float32:
@@ -82,7 +85,7 @@ def _gemm_on_host(a, b, out, alpha, beta):
     out[...] = product
 
 
-def _round_to_tf32(array):
+def _round_to_tf32(array: Array) -> Array:
     """float32 -> float32 with 10 bits of mantissa, to nearest, ties away from zero, as the tensor cores read it."""
     bits = np.ascontiguousarray(array).view(np.uint32)
     rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
@@ -98,8 +101,9 @@ _DEFAULT_ALGORITHM = -1
 _WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for Hopper
 
 
-def _gemm_on_gpu(a, b, out, alpha, beta):
+def _gemm_on_gpu(a: Any, b: Any, out: Any, alpha: float, beta: float) -> None:  # Any: CuPy's `data` is not NumPy's
     kind = a.dtype.name
+    scalar: type[ctypes.c_double | ctypes.c_float]
     if kind == "float64":
         compute, scalar = _COMPUTE_64F, ctypes.c_double
     elif kind == "float32":
@@ -124,7 +128,7 @@ def _gemm_on_gpu(a, b, out, alpha, beta):
 class _Cublas:
     """A cuBLAS handle of one device, bound to CuPy's current stream at each call."""
 
-    def __init__(self, device_index):
+    def __init__(self, device_index: int) -> None:
         import cupy
         from cupy_backends.cuda.libs import cublas  # loads the library that CuPy was built for
 
@@ -133,16 +137,16 @@ class _Cublas:
         self._current_stream = cupy.cuda.get_current_stream
         self._workspace = cupy.cuda.alloc(_WORKSPACE_BYTES)
         self._handle = ctypes.c_void_p()
-        self._stream = None
+        self._stream: int | None = None
         self._check("cublasCreate_v2", self._library.cublasCreate_v2(ctypes.byref(self._handle)))
 
     @staticmethod
-    def of_current_device():
+    def of_current_device() -> _Cublas:
         import cupy
 
         return _cublas_of_device(cupy.cuda.runtime.getDevice())
 
-    def call(self, function, *arguments):
+    def call(self, function: str, *arguments: Any) -> None:
         stream = self._current_stream().ptr
         if stream != self._stream:
             self._check("cublasSetStream_v2", self._library.cublasSetStream_v2(self._handle, ctypes.c_void_p(stream)))
@@ -153,11 +157,11 @@ class _Cublas:
         self._check(function, getattr(self._library, function)(self._handle, *arguments))
 
     @staticmethod
-    def _check(function, status):
+    def _check(function: str, status: int) -> None:
         if status:
             raise RuntimeError(f"{function} failed with status {status}")
 
 
 @functools.cache
-def _cublas_of_device(index):
+def _cublas_of_device(index: int) -> _Cublas:
     return _Cublas(index)

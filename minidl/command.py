@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from collections.abc import Callable
 
 from minidl import signals
 from minidl.errors import CheckpointError, DeviceError, UserError
@@ -10,7 +11,7 @@ from minidl.errors import CheckpointError, DeviceError, UserError
 READER_LEFT = 141  # as shells report a process that SIGPIPE ended
 
 
-def run(main):
+def run(main: Callable[[], object]) -> int:
     """Call main() and return the exit code of the process. No traceback for anything that a user can cause or mend."""
     _open_streams()
     signals.install()
@@ -34,7 +35,7 @@ def run(main):
         return _fail(error, CheckpointError.exit_code)
 
 
-def _open_streams():
+def _open_streams() -> None:
     """Under some schedulers a stream is closed, and some locales know no letters beyond ASCII: neither ends a run."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -44,12 +45,12 @@ def _open_streams():
             stream.reconfigure(errors="backslashreplace")
 
 
-def _give_up_stdout():
+def _give_up_stdout() -> None:
     """What is still in its buffer cannot be written; Python would say so once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(message, code):
+def _fail(message: object, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
 

@@ -1,21 +1,31 @@
 """Where arrays live: NumPy on the CPU, CuPy on an NVIDIA GPU. Choice of a device, allocation, threads."""
 
+from __future__ import annotations
+
+import ctypes
 import functools
 import os
 import re
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from minidl import host_build
 from minidl.errors import DeviceError, UsageError
 
+# A numpy or a cupy array: CuPy's have NumPy's interface, and no type stubs of their own.
+Array: TypeAlias = npt.NDArray[Any]
 
-def array_module(array):
+
+def array_module(array: object) -> ModuleType:
     """The module, numpy or cupy, that `array` belongs to."""
     if isinstance(array, np.ndarray):
         return np
@@ -31,24 +41,24 @@ class Device:
     name: "cpu" or "cuda:N"; xp: numpy or cupy; description: one phrase for people.
     """
 
-    def __init__(self, name, xp, description):
+    def __init__(self, name: str, xp: ModuleType, description: str) -> None:
         self.name, self.xp, self.description = name, xp, description
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         """Wait until everything launched so far is done, so that a clock can be read."""
         if self.name != "cpu":
             self.xp.cuda.get_current_stream().synchronize()
 
-    def array(self, values, dtype=None):
+    def array(self, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> Array:
         """`values` (a NumPy array or a sequence) as a contiguous array on this device."""
         return self.xp.ascontiguousarray(self.xp.asarray(values, dtype=dtype))
 
-    def to_host(self, array):
+    def to_host(self, array: Any) -> Array:  # Any: NumPy's arrays have no `get`
         """An array of this device as a NumPy array. Waits for the device."""
         return array if self.name == "cpu" else array.get()
 
 
-def select(name="auto"):
+def select(name: str = "auto") -> Device:
     """"auto", "cpu", "cuda" or "cuda:N" -> Device. "auto" is the first GPU, or the CPU where there is none.
 
     Raises DeviceError for a GPU that is not there, saying what is missing, and UsageError for another name.
@@ -66,11 +76,11 @@ def select(name="auto"):
     return _gpu(int(match[1] or 0))
 
 
-def _cpu():
+def _cpu() -> Device:
     return Device("cpu", np, f"CPU, {cpu_threads()} threads")
 
 
-def _gpu(index):
+def _gpu(index: int) -> Device:
     import cupy
 
     count = cupy.cuda.runtime.getDeviceCount()
@@ -82,7 +92,7 @@ def _gpu(index):
     return Device(f"cuda:{index}", cupy, f"{properties['name'].decode()} (cuda:{index}), {memory:.0f} GiB")
 
 
-def _missing_for_gpu():
+def _missing_for_gpu() -> str | None:
     """What keeps this process from using a GPU, as a phrase with its remedy, or None."""
     install = "`pip install 'minidl[cuda13]'` (driver 580 or newer; older ones: minidl[cuda12])"
     try:
@@ -103,7 +113,7 @@ def _missing_for_gpu():
     return None
 
 
-def cpu_threads():
+def cpu_threads() -> int:
     """Threads that kernels and BLAS use on the CPU: $OMP_NUM_THREADS, or all cores this process may use."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if setting.isdecimal() and int(setting) > 0:
@@ -112,19 +122,19 @@ def cpu_threads():
 
 
 @functools.cache
-def host_threads():
+def host_threads() -> ctypes.CDLL:
     """The thread team of this process, a ctypes library with `run_on_team` and `set_team_size`."""
     team = host_build.library(host_build.OPS / "host_threads.cpp", "fast")
     team.set_team_size(cpu_threads())
     return team
 
 
-def workers(like):
+def workers(like: Array) -> int:
     """How many tasks `run_tasks` runs at a time beside `like` (an array): the CPU's threads, or 1 on a GPU."""
     return cpu_threads() if array_module(like) is np else 1
 
 
-def run_tasks(tasks):
+def run_tasks(tasks: Sequence[Callable[[], object]]) -> None:
     """Call each of the functions `tasks`, at most `workers` of them, and wait for all.
 
     Several run at once, a core each: inside them, kernels and BLAS keep to their core. One alone may use all cores.
@@ -142,7 +152,7 @@ def run_tasks(tasks):
         other.result()  # raises what the task raised
 
 
-def on_one_core():
+def on_one_core() -> bool:
     """Whether the caller is one of several tasks, and must leave the other cores to them."""
     return getattr(_this_thread, "on_one_core", False)
 
@@ -150,7 +160,7 @@ def on_one_core():
 _this_thread = threading.local()
 
 
-def _on_one_core(task):
+def _on_one_core(task: Callable[[], object]) -> None:
     _this_thread.on_one_core = True
     try:
         task()
@@ -159,12 +169,12 @@ def _on_one_core(task):
 
 
 @functools.cache
-def _executor():
+def _executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cpu_threads())
 
 
 @functools.cache
-def _blas():
+def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
@@ -172,7 +182,7 @@ def _blas():
 os.register_at_fork(after_in_child=_executor.cache_clear)
 
 
-def empty(shape, dtype, like):
+def empty(shape: tuple[int, ...], dtype: npt.DTypeLike, like: Array | Device) -> Array:
     """An uninitialized array beside `like` (an array or a Device), from that device's memory pool."""
     xp = like.xp if isinstance(like, Device) else array_module(like)
     return _host_pool.empty(shape, np.dtype(dtype)) if xp is np else xp.empty(shape, dtype)
@@ -187,12 +197,12 @@ class HostPool:
 
     SMALLEST = 1 << 18  # bytes; malloc keeps smaller blocks by itself
 
-    def __init__(self):
-        self._free = []  # blocks, in the order in which they came back
+    def __init__(self) -> None:
+        self._free: list[Array] = []  # blocks, in the order in which they came back
         self._free_bytes = self._used_bytes = self._peak_bytes = 0
         self._lock = threading.RLock()  # finalizers may run in the middle of anything
 
-    def empty(self, shape, dtype):
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An uninitialized array (shape), C-contiguous, whose memory returns here when its last view is gone."""
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if size < self.SMALLEST:
@@ -206,7 +216,7 @@ class HostPool:
         weakref.finalize(owner, self._take_back, block).atexit = False
         return owner.view(dtype).reshape(shape)
 
-    def _take(self, size):
+    def _take(self, size: int) -> Array:
         fitting = [index for index, block in enumerate(self._free) if size <= block.nbytes <= 2 * size]
         if not fitting:
             return np.empty(size, np.uint8)
@@ -215,7 +225,7 @@ class HostPool:
         self._free_bytes -= block.nbytes
         return block
 
-    def _take_back(self, block):
+    def _take_back(self, block: Array) -> None:
         with self._lock:
             self._used_bytes -= block.nbytes
             self._free_bytes += block.nbytes

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from minidl.errors import DeviceError
@@ -33,7 +34,7 @@ class CompileError(Exception):
 
 
 @functools.cache
-def compiler():
+def compiler() -> list[str]:
     """The command of the host compiler, as a list: $CXX, g++, clang++, or zig's from the package `ziglang`.
 
     Raises DeviceError where there is none.
@@ -55,7 +56,7 @@ def compiler():
 
 
 @functools.cache
-def _machine():
+def _machine() -> str:
     """What a library built here depends on besides its sources: the compiler's version and the CPU."""
     version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
     cpu = platform.processor()
@@ -68,8 +69,9 @@ def _machine():
 
 
 @functools.cache
-def cache_folder():
+def cache_folder() -> Path:
     """A folder for built libraries that can be written: $MINIDL_CACHE, the user's cache, or a temporary one."""
+    folder: Path | str
     candidates = [os.environ.get("MINIDL_CACHE")]
     if os.environ.get("XDG_CACHE_HOME"):
         candidates.append(os.path.join(os.environ["XDG_CACHE_HOME"], "minidl"))
@@ -90,7 +92,7 @@ def cache_folder():
 
 
 @functools.cache
-def sources_digest(source):
+def sources_digest(source: Path) -> str:
     """A digest of a kernel file (Path) and of all headers it may include."""
     digest = hashlib.sha256()
     for path in [source, *sorted(OPS.glob("*.cuh")), *sorted(OPS.glob("*.h"))]:
@@ -98,7 +100,7 @@ def sources_digest(source):
     return digest.hexdigest()
 
 
-def library(source, mode, defines=(), epilogue=""):
+def library(source: Path, mode: str, defines: Iterable[str] = (), epilogue: str = "") -> ctypes.CDLL:
     """Build the file `source` (Path) in `mode`, or find it built, and load it -> ctypes library.
 
     `epilogue` is text to compile after it. Raises CompileError, and DeviceError without a compiler or where what it
@@ -118,7 +120,7 @@ def library(source, mode, defines=(), epilogue=""):
                           "builds for this machine, or set MINIDL_CACHE to a folder whose programs may run") from None
 
 
-def _is_whole(path):
+def _is_whole(path: Path) -> bool:
     """Whether a library is there and ends with the digest of its content. Loading half of one can kill the process."""
     try:
         content = path.read_bytes()
@@ -127,7 +129,7 @@ def _is_whole(path):
     return content[-_DIGEST_BYTES:] == hashlib.sha256(content[:-_DIGEST_BYTES]).digest()
 
 
-def _compile(command, source, epilogue, path):
+def _compile(command: list[str], source: Path, epilogue: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="minidl-") as folder:
         unit = Path(folder) / f"{source.stem}.cpp"
         unit.write_text(f'#include "{source}"\n{epilogue}')

@@ -8,20 +8,27 @@ float as a double whatever the kernel declares) and the checks of type, contigui
 Arrays on the GPU run the file compiled by NVRTC, arrays on the CPU the same file compiled by the host compiler.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from minidl import host_build
-from minidl.device import array_module, host_threads, on_one_core
+from minidl.device import Array, array_module, host_threads, on_one_core
 from minidl.errors import DeviceError
 from minidl.host_build import OPS, CompileError
 
 # C type -> NumPy type. `real` and `acc` depend on the arrays that a launch gets: see PRECISIONS.
-C_TYPES = {
+C_TYPES: dict[str, type[np.number[Any]]] = {
     "float": np.float32, "double": np.float64, "int": np.int32, "long long": np.int64, "unsigned": np.uint32,
     "unsigned long long": np.uint64, "unsigned char": np.uint8, "unsigned short": np.uint16,
 }
@@ -39,12 +46,12 @@ class KernelFault(Exception):
 
 
 class _Settings:
-    mode = "fast"                  # of kernels on the CPU: fast, emulate, sanitize
-    threads_per_block = None       # replaces the launchers' choice
+    mode = "fast"                           # of kernels on the CPU: fast, emulate, sanitize
+    threads_per_block: int | None = None    # replaces the launchers' choice
 
 
 @contextmanager
-def launch_settings(mode="fast", threads_per_block=None):
+def launch_settings(mode: str = "fast", threads_per_block: int | None = None) -> Iterator[None]:
     """Within the `with` block, host kernels run in `mode`, and all blocks have `threads_per_block` threads.
 
     For tests: any launch shape must be right.
@@ -57,12 +64,12 @@ def launch_settings(mode="fast", threads_per_block=None):
         _Settings.mode, _Settings.threads_per_block = before
 
 
-def acc_dtype(dtype):
+def acc_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     """The type in which values stored as `dtype` are computed with and accumulated: float32, or float64."""
     return np.dtype(PRECISIONS[np.dtype(dtype).name][2])
 
 
-def storage_dtype(name):
+def storage_dtype(name: str | np.dtype[Any]) -> np.dtype[Any]:
     """"float32", "float64", "float16" or "bfloat16" -> NumPy dtype. Raises DeviceError where bfloat16 needs ml_dtypes."""
     name = str(name)
     if name not in PRECISIONS:
@@ -75,12 +82,12 @@ def storage_dtype(name):
     return np.dtype(name)
 
 
-def blocks_for(n, per_block=4096):
+def blocks_for(n: int, per_block: int = 4096) -> int:
     """Blocks for a GRID_LOOP over n elements, about `per_block` elements each."""
     return max(1, min(-(-n // per_block), 65535))
 
 
-def gpu_options(precision):
+def gpu_options(precision: str) -> tuple[str, ...]:
     """What NVRTC is told for tensors stored as `precision` -> tuple of options."""
     real, acc, _ = PRECISIONS[precision]
     return "--std=c++17", f"-I{OPS}", f"-DREAL={real}", f"-DACC={acc}"
@@ -89,11 +96,11 @@ def gpu_options(precision):
 class Kernels:
     """The kernels of one .cu file, as attributes. Nothing is read or compiled before the first use."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         """`path`: a file name in minidl/ops, or a Path."""
         self.path = OPS / path
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Kernel:
         if name.startswith("_") or name not in self.signatures:
             raise AttributeError(f"{self.path.name} has no kernel {name!r}")
         kernel = Kernel(self, name, self.signatures[name])
@@ -101,12 +108,12 @@ class Kernels:
         return kernel
 
     @functools.cached_property
-    def signatures(self):
+    def signatures(self) -> dict[str, list[Parameter]]:
         """{kernel name: [Parameter, ...]}, in the order of the file."""
         return parse_signatures(self.path.read_text())
 
     @functools.cache
-    def host_library(self, mode, precision):
+    def host_library(self, mode: str, precision: str) -> ctypes.CDLL:
         real, acc, _ = PRECISIONS[precision]
         epilogue = "".join(f"EXPORT({name})\n" for name in self.signatures)
         library = host_build.library(self.path, mode, (f"REAL={real}", f"ACC={acc}"), epilogue)
@@ -115,7 +122,7 @@ class Kernels:
         return library
 
     @functools.cache
-    def gpu_module(self, precision):
+    def gpu_module(self, precision: str) -> Any:
         import cupy
 
         # CuPy's cache of compiled kernels does not see included files: the digest makes it.
@@ -132,14 +139,14 @@ class Kernels:
 class Parameter:
     """One parameter of a kernel: `const real* x` has name x, c_type real, is an array and is read only."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         words = text.replace("*", " * ").split()
         self.name = words.pop()
         self.is_array = "*" in words
         self.is_const = "const" in text.split("*")[0]
         self.c_type = " ".join(word for word in words if word not in ("const", "*", "__restrict__"))
 
-    def dtype(self, precision):
+    def dtype(self, precision: str) -> np.dtype[Any]:
         """The NumPy type that arguments need, or are converted to, where tensors are stored as `precision`."""
         if self.c_type == "real":
             return np.dtype(precision)
@@ -148,7 +155,7 @@ class Parameter:
         return np.dtype(C_TYPES[self.c_type])
 
 
-def parse_signatures(source):
+def parse_signatures(source: str) -> dict[str, list[Parameter]]:
     """The text of a .cu file -> {kernel name: [Parameter, ...]}."""
     source = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
     found = re.findall(r"__global__\s+void\s+(\w+)\s*\(([^)]*)\)", source)
@@ -158,10 +165,10 @@ def parse_signatures(source):
 class Kernel:
     """One kernel. `kernel[blocks, threads](*arguments)` checks the arguments and launches it."""
 
-    def __init__(self, kernels, name, parameters):
+    def __init__(self, kernels: Kernels, name: str, parameters: list[Parameter]) -> None:
         self.kernels, self.name, self.parameters = kernels, name, parameters
 
-    def __getitem__(self, shape):
+    def __getitem__(self, shape: tuple[int | tuple[int, int], int]) -> Callable[..., None]:
         """`shape`: (blocks, threads of a block); blocks is a number or a pair (x, y). Within CUDA's limits, on the CPU too."""
         blocks, threads = shape
         x, y = grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
@@ -170,7 +177,7 @@ class Kernel:
                              "1 to 65535 blocks of 1 to 1024")
         return functools.partial(self._launch, grid, threads)
 
-    def _launch(self, grid, threads, *arguments):
+    def _launch(self, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
         if len(arguments) != len(self.parameters):
             raise TypeError(f"{self.name}: {len(arguments)} arguments, the kernel has {len(self.parameters)}: "
                             + ", ".join(parameter.name for parameter in self.parameters))
@@ -184,7 +191,7 @@ class Kernel:
         else:
             self._gpu_function(precision)(grid, (threads,), tuple(values))
 
-    def _target(self, arguments):
+    def _target(self, arguments: Sequence[Any]) -> tuple[ModuleType, str]:
         """The module of the arrays, and the type of storage: that of the first array declared real (or acc)."""
         xp, of_acc, of_real = None, None, None
         for parameter, argument in zip(self.parameters, arguments):
@@ -204,10 +211,10 @@ class Kernel:
         return xp or np, precision if precision in PRECISIONS else "float32"
 
     @functools.cache
-    def _dtypes(self, precision):
+    def _dtypes(self, precision: str) -> list[np.dtype[Any]]:
         return [parameter.dtype(precision) for parameter in self.parameters]
 
-    def _check_array(self, parameter, argument, xp, dtype):
+    def _check_array(self, parameter: Parameter, argument: Any, xp: ModuleType, dtype: np.dtype[Any]) -> Array:
         if not isinstance(argument, xp.ndarray):
             raise TypeError(f"{self.name}: {parameter.name} must be a {xp.__name__} array, got "
                             f"{type(argument).__module__}.{type(argument).__name__}")
@@ -220,7 +227,7 @@ class Kernel:
             raise TypeError(f"{self.name}: {parameter.name} is written, but the array is read-only")
         return argument
 
-    def _convert_scalar(self, parameter, argument, dtype):
+    def _convert_scalar(self, parameter: Parameter, argument: Any, dtype: np.dtype[Any]) -> np.generic:
         """A number -> a NumPy scalar of the declared type, which CuPy passes as it is."""
         whole = dtype.kind in "iu"
         if not isinstance(argument, (int, np.integer) if whole else (int, float, np.integer, np.floating)) \
@@ -232,7 +239,7 @@ class Kernel:
         except OverflowError:
             raise TypeError(f"{self.name}: {parameter.name} = {argument} does not fit {dtype}") from None
 
-    def _launch_on_host(self, precision, grid, threads, values):
+    def _launch_on_host(self, precision: str, grid: tuple[int, int], threads: int, values: list[Array | np.generic]) -> None:
         function = self._host_function(_Settings.mode, precision)
         cells = [_POINTER(value.__array_interface__["data"][0]) if isinstance(value, np.ndarray)
                  else _HOST_SCALARS[value.dtype](value) for value in values]
@@ -243,16 +250,16 @@ class Kernel:
             raise KernelFault(f"{self.name}: {message.value.decode()}")
 
     @functools.cache
-    def _gpu_function(self, precision):
+    def _gpu_function(self, precision: str) -> Callable[..., None]:
         return self.kernels.gpu_module(precision).get_function(self.name)
 
     @functools.cache
-    def _host_function(self, mode, precision):
+    def _host_function(self, mode: str, precision: str) -> Callable[..., int]:
         return self.kernels.host_library(mode, precision)["launch_" + self.name]
 
 
 _POINTER = ctypes.c_void_p
-_HOST_SCALARS = {np.dtype(c_type): c_type for c_type in (
+_HOST_SCALARS: dict[np.dtype[Any], Any] = {np.dtype(c_type): c_type for c_type in (
     ctypes.c_float, ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint8,
     ctypes.c_uint16)}
 

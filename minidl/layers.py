@@ -10,19 +10,28 @@ and backward takes it, so memory is freed on the way back; in evaluation nothing
     dx = net.backward(dy)          # and the gradients in net.parameters.grad, overwritten at each backward
 """
 
+from __future__ import annotations
+
 import math
 import zlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
 from minidl import initializers, random_keys
-from minidl.device import select
+from minidl.device import Array, Device, select
 from minidl.errors import CheckpointError
+from minidl.initializers import Initializer
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.ops import add, avgpool, batchnorm, conv, dropout, linear, maxpool, optimizer, relu
 from minidl.ops.window import output_size, pair
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
+
+@final
 class Parameter:
     """A tensor that is learned.
 
@@ -31,7 +40,11 @@ class Parameter:
     buffers.
     """
 
-    def __init__(self, shape, initializer):
+    data: Any    # each an Array, but None before Layer.initialize
+    master: Any
+    grad: Any
+
+    def __init__(self, shape: tuple[int, ...], initializer: Initializer) -> None:
         self.shape, self.initializer = tuple(shape), initializer
         self.size = math.prod(self.shape)
         self.data = self.master = self.grad = None
@@ -46,7 +59,11 @@ class Parameters:
 
     ALIGNMENT = 64
 
-    def __init__(self, by_name, device, dtype):
+    data: Array
+    master: Array
+    grad: Array
+
+    def __init__(self, by_name: dict[str, Parameter], device: Device, dtype: np.dtype[Any]) -> None:
         self.by_name = by_name
         offsets, size = [], 0
         for parameter in by_name.values():
@@ -60,11 +77,11 @@ class Parameters:
                 view = getattr(self, kind)[begin:begin + parameter.size].reshape(parameter.shape)
                 setattr(parameter, kind, view)
 
-    def count(self):
+    def count(self) -> int:
         """Number of learned values, the gaps not counted."""
         return sum(parameter.size for parameter in self.by_name.values())
 
-    def cast(self):
+    def cast(self) -> None:
         """Bring `data` up to date after `master` was changed by other means than an optimizer."""
         optimizer.cast(self.master, self.data)
 
@@ -72,55 +89,59 @@ class Parameters:
 class Layer:
     """What all layers share. Parts of a layer, and its parameters, are simply its attributes."""
 
+    device: Device
+    dtype: np.dtype[Any]
+    step: Array
+    parameters: Parameters
     training = True
-    _saved = None
+    _saved: tuple[Any, ...] | None = None
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         """x (C, H, W, N) -> y."""
         raise NotImplementedError
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Any:  # an Array; None after skip_input_gradient; a pair from a BatchNorm2d given z
         """dy, shaped like the last forward's y -> dx, shaped like its x. Overwrites the parameters' gradients."""
         raise NotImplementedError
 
-    def output_shape(self, shape):
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(C, H, W) of the input -> (C, H, W) of the output. Raises ValueError where they do not fit."""
         return shape
 
-    def macs(self, shape):
+    def macs(self, shape: tuple[int, ...]) -> int:
         """Multiply-accumulates of convolutions and linear layers for one image of `shape` (C, H, W), forward."""
         return 0
 
-    def skip_input_gradient(self):
+    def skip_input_gradient(self) -> None:
         """Nobody will read the dx of this layer: do not compute it where that costs something."""
 
     # ---- parts
 
-    def children(self):
+    def children(self) -> dict[str, Layer]:
         """{name: Layer}: the parts, in the order of their definition."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Layer)}
 
-    def named_layers(self, prefix=""):
+    def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
         """Yield (dotted name, layer) for this layer, named "", and all below it."""
         yield prefix, self
         for name, child in self.children().items():
             yield from child.named_layers(f"{prefix}.{name}" if prefix else name)
 
-    def named_parameters(self):
+    def named_parameters(self) -> dict[str, Parameter]:
         """{dotted name: Parameter} of this layer and all below it."""
         return {f"{path}.{name}".lstrip("."): value for path, layer in self.named_layers()
                 for name, value in vars(layer).items() if isinstance(value, Parameter)}
 
-    def named_buffers(self):
+    def named_buffers(self) -> dict[str, Array]:
         """{dotted name: array} of what is kept but not learned: running statistics."""
         return {f"{path}.{name}".lstrip("."): getattr(layer, name)
                 for path, layer in self.named_layers() for name in layer.buffers}
 
-    buffers = ()
+    buffers: tuple[str, ...] = ()
 
     # ---- state
 
-    def initialize(self, device=None, dtype="float32", seed=0):
+    def initialize(self, device: Device | None = None, dtype: str | np.dtype[Any] = "float32", seed: int = 0) -> Self:
         """Put the network on a device and give its parameters their initial values. Returns the network.
 
         device: a Device, by default the CPU. dtype: type of storage, float32, float64, bfloat16 or float16. The values
@@ -141,15 +162,15 @@ class Layer:
             layer.prepare(device, dtype, random_keys.philox_key(seed, random_keys.DROPOUT), index, self.step)
         return self
 
-    def prepare(self, device, dtype, key, index, step):
+    def prepare(self, device: Device, dtype: np.dtype[Any], key: int, index: int, step: Array) -> None:
         """Allocate what this layer keeps besides parameters. key, index, step: its source of randomness."""
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Array]:
         """{name: NumPy array}: parameters and running statistics, with PyTorch's names and layouts."""
         arrays = {name: parameter.master for name, parameter in self.named_parameters().items()} | self.named_buffers()
         return {name: np.array(self.device.to_host(array)) for name, array in arrays.items()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Take over {name: array}. Nothing changes unless every name and shape fits.
 
         Names ending in num_batches_tracked, which PyTorch keeps and nobody needs, are passed over. Raises
@@ -168,28 +189,28 @@ class Layer:
             array[...] = self.device.array(np.asarray(state[name], dtype=array.dtype))
         self.parameters.cast()
 
-    def train(self, training=True):
+    def train(self, training: bool = True) -> Self:
         """Switch to training: batch statistics, dropout, and saving for backward."""
         for _, layer in self.named_layers():
             layer.training, layer._saved = training, None
         return self
 
-    def eval(self):
+    def eval(self) -> Self:
         """Switch to evaluation: running statistics, no dropout, nothing saved."""
         return self.train(False)
 
-    def _save(self, *values):
+    def _save(self, *values: Any) -> None:
         if self.training:
             self._saved = values
 
-    def _take(self):
+    def _take(self) -> tuple[Any, ...]:
         if self._saved is None:
             raise RuntimeError(f"{type(self).__name__}: backward needs a forward in training mode before it; "
                                "each forward serves one backward")
         values, self._saved = self._saved, None
         return values
 
-    def _fits(self, shape, channels):
+    def _fits(self, shape: tuple[int, ...], channels: int) -> None:
         if len(shape) != 3 or shape[0] != channels:
             raise ValueError(f"{type(self).__name__}: {channels} input channels are needed, got (C, H, W) = {tuple(shape)}")
 
@@ -203,8 +224,9 @@ class Conv2d(Layer):
     weight (O, C/groups, kh, kw), bias (O). Raises ValueError for groups that do not divide the channels.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1, bias=True,
-                 initializer=initializers.he_normal()):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...] | list[int], stride: int = 1,
+                 padding: int = 0, groups: int = 1, bias: bool = True,
+                 initializer: Initializer = initializers.he_normal()) -> None:
         for what, channels in (("input", in_channels), ("output", out_channels)):
             if groups < 1 or channels % groups:
                 raise ValueError(f"Conv2d: {channels} {what} channels do not divide into {groups} groups")
@@ -214,23 +236,23 @@ class Conv2d(Layer):
         self.bias = Parameter((out_channels,), initializers.zeros) if bias else None
         self.input_gradient = True
 
-    def output_shape(self, shape):
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         self._fits(shape, self.in_channels)
         return self.out_channels, *output_size("Conv2d", shape[1:], self.kernel_size, self.stride, self.padding)
 
-    def macs(self, shape):
+    def macs(self, shape: tuple[int, ...]) -> int:
         return self.weight.size * math.prod(self.output_shape(shape)[1:])
 
-    def skip_input_gradient(self):
+    def skip_input_gradient(self) -> None:
         self.input_gradient = False
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         self._fits(x.shape[:-1], self.in_channels)
         self._save(x)
         return conv.forward(x, self.weight.data, self.bias and self.bias.master,
                             stride=self.stride, padding=self.padding, groups=self.groups)
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array | None:
         (x,) = self._take()
         return conv.backward(dy, x, self.weight.data, self.weight.grad, self.bias and self.bias.grad,
                              stride=self.stride, padding=self.padding, groups=self.groups,
@@ -247,20 +269,20 @@ class BatchNorm2d(Layer):
 
     buffers = ("running_mean", "running_var")
 
-    def __init__(self, channels, eps=1e-5, momentum=0.1, relu=False):
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, relu: bool = False) -> None:
         self.channels, self.eps, self.momentum, self.relu = channels, eps, momentum, relu
         self.weight = Parameter((channels,), initializers.ones)
         self.bias = Parameter((channels,), initializers.zeros)
 
-    def prepare(self, device, dtype, key, index, step):
+    def prepare(self, device: Device, dtype: np.dtype[Any], key: int, index: int, step: Array) -> None:
         self.running_mean = device.xp.zeros(self.channels, acc_dtype(dtype))
         self.running_var = device.xp.ones(self.channels, acc_dtype(dtype))
 
-    def output_shape(self, shape):
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         self._fits(shape, self.channels)
         return shape
 
-    def forward(self, x, z=None):
+    def forward(self, x: Array, z: Array | None = None) -> Array:
         self._fits(x.shape[:-1], self.channels)
         y, mean, rstd = batchnorm.forward(
             x, self.weight.master, self.bias.master, self.running_mean, self.running_var,
@@ -268,7 +290,7 @@ class BatchNorm2d(Layer):
         self._save(x, mean, rstd, y if z is not None else None)
         return y
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array | tuple[Array, Array]:
         x, mean, rstd, y = self._take()
         return batchnorm.backward(dy, x, self.weight.master, self.bias.master, mean, rstd, self.weight.grad,
                                   self.bias.grad, training=True, relu=self.relu, y=y)
@@ -277,33 +299,34 @@ class BatchNorm2d(Layer):
 class Linear(Layer):
     """Fully connected: x (C, H, W, N), C*H*W = in_features, or (in_features, N) -> y (out_features, N)."""
 
-    def __init__(self, in_features, out_features, bias=True, initializer=initializers.uniform_fan_in()):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True,
+                 initializer: Initializer = initializers.uniform_fan_in()) -> None:
         self.in_features, self.out_features = in_features, out_features
         self.weight = Parameter((out_features, in_features), initializer)
         self.bias = Parameter((out_features,), initializers.uniform_fan_in(in_features)) if bias else None
         self.input_gradient = True
 
-    def output_shape(self, shape):
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if math.prod(shape) != self.in_features:
             raise ValueError(f"Linear: {self.in_features} input features are needed, got {tuple(shape)}")
         return self.out_features, 1, 1
 
-    def macs(self, shape):
+    def macs(self, shape: tuple[int, ...]) -> int:
         return self.weight.size
 
-    def skip_input_gradient(self):
+    def skip_input_gradient(self) -> None:
         self.input_gradient = False
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         self.output_shape(x.shape[:-1])
         self._save(x)
         return linear.forward(x.reshape(self.in_features, -1), self.weight.data, self.bias and self.bias.master)
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array | None:
         (x,) = self._take()
         dx = linear.backward(dy, x.reshape(self.in_features, -1), self.weight.data, self.weight.grad,
                              self.bias and self.bias.grad, input_gradient=self.input_gradient)
-        return dx.reshape(x.shape) if self.input_gradient else None
+        return dx.reshape(x.shape) if dx is not None else None
 
 
 # ---- layers without parameters -----------------------------------------------------------------------------------
@@ -312,12 +335,12 @@ class Linear(Layer):
 class ReLU(Layer):
     """max(x, 0). After a BatchNorm2d, its `relu=True` does the same in one pass less."""
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         y = relu.forward(x)
         self._save(y)
         return y
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array:
         (y,) = self._take()
         return relu.backward(dy, y)
 
@@ -325,25 +348,25 @@ class ReLU(Layer):
 class _Pool2d(Layer):
     """A window that slides over each channel; its stride is its size unless given."""
 
-    def __init__(self, kernel_size, stride=None, padding=0):
+    def __init__(self, kernel_size: int | tuple[int, ...] | list[int], stride: int | None = None, padding: int = 0) -> None:
         self.kernel_size, self.padding = pair(kernel_size), padding
         self.stride = self.kernel_size[0] if stride is None else stride
         if stride is None and self.kernel_size[0] != self.kernel_size[1]:
             raise ValueError(f"{type(self).__name__}: window {self.kernel_size} is not square and needs a stride")
 
-    def output_shape(self, shape):
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[0], *output_size(type(self).__name__, shape[1:], self.kernel_size, self.stride, self.padding)
 
 
 class MaxPool2d(_Pool2d):
     """Maximum over windows. Of equal values the first in reading order gets the gradient."""
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         y, winner = maxpool.forward(x, self.kernel_size, self.stride, self.padding)
         self._save(winner, x.shape)
         return y
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array:
         winner, x_shape = self._take()
         return maxpool.backward(dy, winner, x_shape, self.kernel_size, self.stride, self.padding)
 
@@ -351,11 +374,11 @@ class MaxPool2d(_Pool2d):
 class AvgPool2d(_Pool2d):
     """Mean over windows; zeros of the padding count."""
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         self._save(x.shape)
         return avgpool.forward(x, self.kernel_size, self.stride, self.padding)
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array:
         (x_shape,) = self._take()
         return avgpool.backward(dy, x_shape, self.kernel_size, self.stride, self.padding)
 
@@ -363,15 +386,15 @@ class AvgPool2d(_Pool2d):
 class GlobalMaxPool2d(Layer):
     """Maximum over all pixels: x (C, H, W, N) -> y (C, 1, 1, N)."""
 
-    def output_shape(self, shape):
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[0], 1, 1
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         y, winner = maxpool.forward(x, x.shape[1:3], stride=1)
         self._save(winner, x.shape)
         return y
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array:
         winner, x_shape = self._take()
         return maxpool.backward(dy, winner, x_shape, x_shape[1:3], stride=1)
 
@@ -379,14 +402,14 @@ class GlobalMaxPool2d(Layer):
 class GlobalAvgPool2d(Layer):
     """Mean over all pixels: x (C, H, W, N) -> y (C, 1, 1, N)."""
 
-    def output_shape(self, shape):
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[0], 1, 1
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         self._save(x.shape)
         return avgpool.forward(x, x.shape[1:3], stride=1)
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array:
         (x_shape,) = self._take()
         return avgpool.backward(dy, x_shape, x_shape[1:3], stride=1)
 
@@ -396,15 +419,15 @@ class Dropout(Layer):
 
     _apply = staticmethod(dropout.apply)
 
-    def __init__(self, rate):
+    def __init__(self, rate: float) -> None:
         if not 0 <= rate < 1:
             raise ValueError(f"{type(self).__name__}: rate {rate} is not in 0 <= rate < 1")
         self.rate = rate
 
-    def prepare(self, device, dtype, key, index, step):
+    def prepare(self, device: Device, dtype: np.dtype[Any], key: int, index: int, step: Array) -> None:
         self._key, self._index, self._step = key, index, step
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         if not self.training or self.rate == 0:
             self._save(None)
             return x
@@ -413,7 +436,7 @@ class Dropout(Layer):
         self._save(step)
         return self._apply(x, self.rate, self._key, self._index, step)
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array:
         (step,) = self._take()
         return dy if step is None else self._apply(dy, self.rate, self._key, self._index, step)
 
@@ -430,35 +453,35 @@ class ChannelDropout(Dropout):
 class Sequential(Layer):
     """Layers one after another: Sequential(a, b) names them "0", "1"; Sequential(conv=a, norm=b) as given."""
 
-    def __init__(self, *layers, **named_layers):
+    def __init__(self, *layers: Layer, **named_layers: Layer) -> None:
         for name, layer in {**{str(i): layer for i, layer in enumerate(layers)}, **named_layers}.items():
             if hasattr(self, name):
                 raise ValueError(f"Sequential: a layer cannot be named {name!r}")
             setattr(self, name, layer)
 
-    def output_shape(self, shape):
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         for layer in self.children().values():
             shape = layer.output_shape(shape)
         return shape
 
-    def macs(self, shape):
+    def macs(self, shape: tuple[int, ...]) -> int:
         total = 0
         for layer in self.children().values():
             total += layer.macs(shape)
             shape = layer.output_shape(shape)
         return total
 
-    def skip_input_gradient(self):
+    def skip_input_gradient(self) -> None:
         first = next(iter(self.children().values()), None)
         if first is not None:
             first.skip_input_gradient()
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         for layer in self.children().values():
             x = layer.forward(x)
         return x
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Any:
         for layer in reversed(self.children().values()):
             dy = layer.backward(dy)
         return dy
@@ -470,25 +493,25 @@ class Residual(Layer):
     shortcut: a Layer, or None for the identity.
     """
 
-    def __init__(self, body, shortcut=None, norm=None):
+    def __init__(self, body: Layer, shortcut: Layer | None = None, norm: BatchNorm2d | None = None) -> None:
         self.body, self.norm, self.shortcut = body, norm, shortcut
 
-    def output_shape(self, shape):
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         out = self.body.output_shape(shape)
         beside = self.shortcut.output_shape(shape) if self.shortcut else tuple(shape)
         if tuple(out) != tuple(beside):
             raise ValueError(f"Residual: the body gives {tuple(out)}, the shortcut {tuple(beside)}")
         return out
 
-    def macs(self, shape):
+    def macs(self, shape: tuple[int, ...]) -> int:
         return self.body.macs(shape) + (self.shortcut.macs(shape) if self.shortcut else 0)
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         y = self.body.forward(x)
         z = self.shortcut.forward(x) if self.shortcut else x
         return self.norm.forward(y, z) if self.norm else add.forward(y, z)
 
-    def backward(self, dy):
+    def backward(self, dy: Array) -> Array:
         dz = dy
         if self.norm:
             dy, dz = self.norm.backward(dy)

@@ -6,11 +6,11 @@ import numpy as np
 INITIALIZE, SHUFFLE, AUGMENT, DROPOUT = range(1, 5)
 
 
-def generator(seed, purpose, *more):
+def generator(seed: int, purpose: int, *more: int) -> np.random.Generator:
     """A NumPy generator for host-side choices, such as the order of an epoch."""
     return np.random.default_rng([seed, purpose, *more])
 
 
-def philox_key(seed, purpose):
+def philox_key(seed: int, purpose: int) -> int:
     """The 64-bit key of the kernels' generator."""
     return int(np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)[0])

@@ -7,11 +7,14 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from minidl import __version__
+from minidl.device import Device
 from minidl.errors import CheckpointError, UsageError
 
 COLUMNS = ("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "images_per_second", "seconds")
@@ -20,7 +23,7 @@ COLUMNS = ("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", 
 class RunFolder:
     """path: `output`, which must not exist or be empty; or a new folder runs/<name>-<time>."""
 
-    def __init__(self, name, output=None):
+    def __init__(self, name: str, output: str | os.PathLike[str] | None = None) -> None:
         try:
             self.path = Path(output) if output else _new_folder(name)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -30,14 +33,14 @@ class RunFolder:
             raise UsageError(f"the output folder {output or 'runs'} cannot be made: {error.strerror}") from None
         self.metrics_path = self.path / "metrics.csv"
 
-    def write_settings(self, settings, environment):
+    def write_settings(self, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """settings: {name: str, number, bool or None}, to config.toml; environment: to env.json."""
         # What is None was not set, and TOML has no word for it.
         lines = [f"{name} = {_toml(value)}\n" for name, value in settings.items() if value is not None]
         (self.path / "config.toml").write_text("".join(lines), encoding="utf-8")
         (self.path / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
-    def add_metrics(self, row):
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Append {column: value} to metrics.csv."""
         new = not self.metrics_path.exists()
         with self.metrics_path.open("a", newline="", encoding="utf-8") as file:
@@ -46,7 +49,7 @@ class RunFolder:
                 writer.writeheader()
             writer.writerow(row)
 
-    def save_weights(self, state):
+    def save_weights(self, state: Mapping[str, Any]) -> Path:
         """Write {name: array} to weights.npz, whole or not at all. Raises CheckpointError where it cannot be written."""
         path = self.path / "weights.npz"
         temporary = path.with_suffix(".tmp")
@@ -62,14 +65,14 @@ class RunFolder:
         return path
 
 
-def _toml(value):
+def _toml(value: str | float) -> str:
     """A str, number or bool in TOML: JSON's are TOML's too, once a path holds no bytes beyond its encoding."""
     if isinstance(value, str):
         value = os.fsencode(value).decode("utf-8", "replace")
     return json.dumps(value, ensure_ascii=False)
 
 
-def _new_folder(name):
+def _new_folder(name: str) -> Path:
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):  # two runs may start in one second
         path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
@@ -81,7 +84,7 @@ def _new_folder(name):
     raise UsageError(f"the folder runs holds 999 runs named {stem}")
 
 
-def environment(device):
+def environment(device: Device) -> dict[str, Any]:
     """What a result depends on besides its settings: versions, hardware, commit."""
     versions = {"minidl": __version__, "python": platform.python_version(), "numpy": np.__version__}
     if "cupy" in sys.modules:
@@ -91,7 +94,7 @@ def environment(device):
             "versions": versions, "commit": _commit()}
 
 
-def _cpu_model():
+def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -99,11 +102,11 @@ def _cpu_model():
         return platform.processor()
 
 
-def _commit():
+def _commit() -> str | None:
     """The commit of this checkout, "+" appended where files differ from it, or None outside of one."""
     source = Path(__file__).parent.parent
 
-    def git(*arguments):
+    def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", source, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:

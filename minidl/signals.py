@@ -6,18 +6,19 @@ An exception raised at any moment, as Python does by default, can be lost: those
 import os
 import signal
 import sys
+from types import FrameType
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes
-_asked = []  # signals that came
+_asked: list[int] = []  # signals that came
 
 
-def install():
+def install() -> None:
     """From now on the first SIGINT or SIGTERM waits for `obey`, and the second ends the process where it is."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _remember)
 
 
-def obey():
+def obey() -> None:
     """End the process, as far as `command.run` lets it, if a signal has asked for it."""
     if _asked == [signal.SIGINT]:
         raise KeyboardInterrupt
@@ -25,7 +26,7 @@ def obey():
         sys.exit(TERMINATED)
 
 
-def _remember(number, frame):
+def _remember(number: int, frame: FrameType | None) -> None:
     if _asked:
         os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
     _asked.append(number)

@@ -1,12 +1,16 @@
 """The training step, epochs of it, and evaluation."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from minidl import signals
-from minidl.data.batches import NO_AUGMENTATION
+from minidl.data.batches import NO_AUGMENTATION, Augmentation, Batches
+from minidl.device import Array
 from minidl.errors import DivergedError
+from minidl.layers import Layer
 from minidl.ops import loss, optimizer as optimizer_op
+from minidl.optim import Optimizer
 
 READ_EVERY = 50         # steps between two looks at the loss: each waits for the device
 MOST_SKIPPED_STEPS = 20  # in a row, by the loss scaling of float16
@@ -24,13 +28,14 @@ class Metrics:
 class Trainer:
     """Trains a network: its step is  batch -> forward -> loss -> backward -> optimizer,  all on the device."""
 
-    def __init__(self, model, optimizer, batches, augmentation=NO_AUGMENTATION, label_smoothing=0.0):
+    def __init__(self, model: Layer, optimizer: Optimizer, batches: Batches, augmentation: Augmentation = NO_AUGMENTATION,
+                 label_smoothing: float = 0.0) -> None:
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.augmentation, self.label_smoothing = augmentation, label_smoothing
-        self._totals = model.device.xp.zeros(4)  # of loss.cu
+        self._totals: Array = model.device.xp.zeros(4)  # of loss.cu
         model.skip_input_gradient()
 
-    def step(self, indices, lr):
+    def step(self, indices: Array, lr: float) -> None:
         """One step on the images `indices` int32 (N) with learning rate `lr`."""
         x, labels = self.batches.load(indices, self.model.step, self.augmentation)
         logits = self.model.forward(x)
@@ -40,7 +45,8 @@ class Trainer:
         self.optimizer.step(lr)
         self.model.step += 1
 
-    def epoch(self, indices_of_batches, learning_rates, on_step=lambda done, metrics: None):
+    def epoch(self, indices_of_batches: Sequence[Array], learning_rates: Iterable[float],
+              on_step: Callable[[int, Metrics | None], object] = lambda done, metrics: None) -> Metrics | None:
         """Train on each batch of indices with its learning rate -> Metrics over all.
 
         on_step(steps done, Metrics when last read) is called after each; the metrics are None before they were first
@@ -58,7 +64,7 @@ class Trainer:
             signals.obey()
         return metrics
 
-    def _check(self, metrics, done):
+    def _check(self, metrics: Metrics, done: int) -> None:
         if not math.isfinite(metrics.loss):
             raise DivergedError(f"the loss became {metrics.loss} by step {done} of this epoch: try a lower --lr")
         if self.optimizer.scales_loss:
@@ -67,7 +73,7 @@ class Trainer:
                 raise DivergedError(f"{skipped} steps in a row had gradients beyond float16: try --precision bf16")
 
 
-def evaluate(model, batches):
+def evaluate(model: Layer, batches: Batches) -> Metrics:
     """The network in evaluation mode on all images of `batches`, in their order -> Metrics."""
     model.eval()
     totals = model.device.xp.zeros(4)
@@ -79,6 +85,6 @@ def evaluate(model, batches):
     return _metrics(model.device.to_host(totals))
 
 
-def _metrics(totals):
+def _metrics(totals: Array) -> Metrics:
     loss_sum, first, fifth, images = (float(total) for total in totals)
     return Metrics(loss_sum / images, first / images, fifth / images)

@@ -3,13 +3,14 @@
 import difflib
 
 from minidl.errors import UsageError
+from minidl.layers import Layer
 from models.simplenet import VERSIONS, simplenet
 
 # name -> function of the number of classes
 REGISTRY = {f"simplenet-{version}": lambda classes, version=version: simplenet(version, classes) for version in VERSIONS}
 
 
-def create(name, classes=100):
+def create(name: str, classes: int = 100) -> Layer:
     """The network `name` -> Layer, not initialized. Raises UsageError for an unknown name, with the nearest known ones."""
     if name not in REGISTRY:
         near = difflib.get_close_matches(name, REGISTRY, n=3, cutoff=0.5)

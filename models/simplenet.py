@@ -10,10 +10,10 @@ layers, with momentum 0.05 and in the order conv - BN - ReLU - pool, their PyTor
 import math
 
 from minidl.initializers import xavier_uniform
-from minidl.layers import BatchNorm2d, ChannelDropout, Conv2d, GlobalMaxPool2d, Linear, MaxPool2d, Sequential
+from minidl.layers import BatchNorm2d, ChannelDropout, Conv2d, GlobalMaxPool2d, Layer, Linear, MaxPool2d, Sequential
 
 # version: (channels of layers 1..13, layers whose kernel is 1x1, rate of channel dropout after each pool)
-VERSIONS = {
+VERSIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {
     "5m": ((64, 128, 128, 128, 128, 128, 256, 256, 256, 512, 2048, 256, 256), (11, 12), 0.1),
     "310k": ((64, 32, 32, 32, 32, 32, 64, 64, 64, 128, 256, 64, 64), (11, 12), 0.0),
     "460k": ((32, 32, 32, 64, 64, 64, 64, 64, 64, 96, 96, 96, 100), (13,), 0.0),
@@ -21,12 +21,12 @@ VERSIONS = {
 POOL_AFTER = (4, 7, 9, 12)
 
 
-def simplenet(version, classes=100):
+def simplenet(version: str, classes: int = 100) -> Sequential:
     """SimpleNet of a version of the table above, for images 3 x 32 x 32 -> Sequential, logits (classes, N)."""
     channels, pointwise, dropout = VERSIONS[version]
-    layers = {}
+    layers: dict[str, Layer] = {}
 
-    def drop(number):
+    def drop(number: int) -> None:
         if dropout:
             layers[f"drop{number}"] = ChannelDropout(dropout)
 

@@ -42,7 +42,7 @@ class Bug:
     def plant(self, folder, monkeypatch):
         if callable(self.place):
             names = {}
-            exec(self.changed(textwrap.dedent(inspect.getsource(self.place))), {}, names)
+            exec(self.changed(textwrap.dedent(inspect.getsource(self.place))), dict(self.place.__globals__), names)
             monkeypatch.setattr(self.place, "__code__", names[self.place.__name__].__code__)
         else:
             copy = folder / self.place  # its headers are found in minidl/ops

@@ -12,7 +12,7 @@ _CIFARS = {dataset.name: dataset for dataset in (cifar.CIFAR100, cifar.CIFAR10)}
 NAMES = (*_CIFARS, "digits")
 
 
-def load(name, data_dir=None):
+def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dataset, Dataset]:
     """The training and the test Dataset called `name`, one of NAMES.
 
     The CIFAR files are looked for in data_dir; without one, in the folder that the environment variable MINIDL_DATA
@@ -27,7 +27,7 @@ def load(name, data_dir=None):
     return cifar.load(_CIFARS[name], _default_folders() if data_dir is None else [data_dir])
 
 
-def _default_folders():
+def _default_folders() -> list[str]:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folders = os.environ.get("MINIDL_DATA"), os.path.join(cache, "minidl", "data")
     return [folder for folder in folders if folder]

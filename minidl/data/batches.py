@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from minidl import random_keys
+from minidl.data.dataset import Dataset
+from minidl.device import Array, Device
 from minidl.kernels import acc_dtype
 from minidl.ops import augment
 
@@ -34,7 +37,7 @@ AUGMENTATIONS = {
 class Batches:
     """A Dataset on a device. Batches have a fixed size: training drops the last partial one, evaluation pads it."""
 
-    def __init__(self, dataset, device, dtype, batch_size, seed):
+    def __init__(self, dataset: Dataset, device: Device, dtype: npt.DTypeLike, batch_size: int, seed: int) -> None:
         """dtype: of the images that `load` gives. Raises ValueError for fewer images than one batch."""
         if len(dataset.labels) < batch_size:
             raise ValueError(f"batch size {batch_size} is more than the {len(dataset.labels)} images of {dataset.name}")
@@ -47,14 +50,14 @@ class Batches:
         self._scale, self._shift = device.array(1 / (255 * std), acc), device.array(-mean / std, acc)
         self._key = random_keys.philox_key(seed, random_keys.AUGMENT)
 
-    def epoch(self, epoch):
+    def epoch(self, epoch: int) -> list[Array]:
         """The training batches of an epoch (0, 1, ...), in an order that depends on (seed, epoch) -> index arrays (N)."""
         order = random_keys.generator(self.seed, random_keys.SHUFFLE, epoch).permutation(self.size).astype(np.int32)
         order = self.device.array(order)
         return [order[begin:begin + self.batch_size]
                 for begin in range(0, self.size - self.batch_size + 1, self.batch_size)]
 
-    def all(self):
+    def all(self) -> list[tuple[Array, int]]:
         """All images once, in their order -> [(index array (N), how many of them count)]."""
         count = -(-self.size // self.batch_size)
         order = np.zeros(count * self.batch_size, np.int32)  # the last batch is padded with image 0
@@ -63,7 +66,7 @@ class Batches:
         return [(order[begin:begin + self.batch_size], min(self.batch_size, self.size - begin))
                 for begin in range(0, count * self.batch_size, self.batch_size)]
 
-    def load(self, indices, step, augmentation=NO_AUGMENTATION):
+    def load(self, indices: Array, step: Array, augmentation: Augmentation = NO_AUGMENTATION) -> tuple[Array, Array]:
         """indices int32 (N) -> x (C, H, W, N), labels int32 (N). step: int64 (1), on which the variation depends.
 
         Raises ValueError where mirrored padding reaches beyond the image.

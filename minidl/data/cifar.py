@@ -7,17 +7,22 @@ The files come from the network, so nothing in them is trusted: of an archive on
 regular file of exactly its official size; nothing is written to disk, and no pickle is executed.
 """
 
+from __future__ import annotations
+
 import gzip
 import os
 import tarfile
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
 from minidl.data import plain_pickle
 from minidl.data.dataset import Dataset, check_labels
+from minidl.device import Array
 from minidl.errors import DataError
 
 HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -35,6 +40,9 @@ class File:
     records: int = 0
 
 
+_Files: TypeAlias = Iterator[tuple[str | Path, File, bytes]]  # where each was found, and its content
+
+
 @dataclass(frozen=True)
 class Edition:
     """One form in which a data set is published: the files of `folder`, packed as `archive` with that md5.
@@ -46,15 +54,15 @@ class Edition:
     folder: str
     archive: str
     md5: str
-    train: tuple
+    train: tuple[File, ...]
     test: File
     names: File
 
     @property
-    def files(self):
+    def files(self) -> tuple[File, ...]:
         return (*self.train, self.test, self.names)
 
-    def layout(self, file):
+    def layout(self, file: File) -> str:
         """What a message adds to the size of `file`."""
         return ""
 
@@ -65,15 +73,15 @@ class BinaryEdition(Edition):
 
     label_bytes: int
 
-    def layout(self, file):
+    def layout(self, file: File) -> str:
         return f" ({file.records:,} records of {self.label_bytes + PIXELS} bytes)" if file.records else ""
 
-    def images_and_labels(self, raw, records):
+    def images_and_labels(self, raw: bytes, records: int) -> tuple[Array, Array]:
         """raw (bytes) -> uint8 (records, 3, 32, 32), uint8 (records,)"""
         table = np.frombuffer(raw, np.uint8).reshape(records, self.label_bytes + PIXELS)
         return table[:, self.label_bytes :].reshape(records, *IMAGE), table[:, self.label_bytes - 1]
 
-    def class_names(self, raw):
+    def class_names(self, raw: bytes) -> list[str]:
         return raw.decode("ascii").split()
 
 
@@ -84,7 +92,7 @@ class PythonEdition(Edition):
     labels_key: str
     names_key: str
 
-    def images_and_labels(self, raw, records):
+    def images_and_labels(self, raw: bytes, records: int) -> tuple[Array, Array]:
         """raw (bytes) -> uint8 (records, 3, 32, 32), int32 (records,)"""
         contents = plain_pickle.describe(raw)
         labels = _list(contents, self.labels_key, int)
@@ -93,11 +101,11 @@ class PythonEdition(Edition):
         pixels = plain_pickle.uint8_array(contents.get("data"), (records, PIXELS))
         return pixels.reshape(records, *IMAGE), np.array(labels, np.int32)
 
-    def class_names(self, raw):
+    def class_names(self, raw: bytes) -> list[str]:
         return _list(plain_pickle.describe(raw), self.names_key, str)
 
 
-def _list(contents, key, kind):
+def _list(contents: Any, key: str, kind: type) -> list[Any]:
     """contents[key], where that is a list of `kind`."""
     entry = contents.get(key) if isinstance(contents, dict) else None
     if not isinstance(entry, list) or not all(type(item) is kind for item in entry):
@@ -112,9 +120,9 @@ class Cifar:
     name: str
     title: str
     classes: int
-    mean: tuple
-    std: tuple
-    editions: tuple
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    editions: tuple[BinaryEdition | PythonEdition, ...]
 
 
 CIFAR100 = Cifar(
@@ -182,7 +190,7 @@ CIFAR10 = Cifar(
 )
 
 
-def load(cifar, folders):
+def load(cifar: Cifar, folders: Iterable[str | os.PathLike[str]]) -> tuple[Dataset, Dataset]:
     """The training and the test Dataset of `cifar`, from the first of `folders` that holds an edition of it.
 
     In a folder it takes, the binary edition before the python edition: unpacked files, in the folder itself or in one
@@ -196,7 +204,7 @@ def load(cifar, folders):
         raise DataError(f"{cifar.title}: {error}") from error
 
 
-def _find(cifar, folders):
+def _find(cifar: Cifar, folders: list[Path]) -> tuple[BinaryEdition | PythonEdition, _Files]:
     """-> an edition and an iterator over its files, as (where, File, bytes)."""
     for folder in folders:
         for edition in cifar.editions:
@@ -209,7 +217,7 @@ def _find(cifar, folders):
     raise DataError(_not_found(cifar, folders))
 
 
-def _not_found(cifar, folders):
+def _not_found(cifar: Cifar, folders: list[Path]) -> str:
     unpacked = [f"  {e.folder}/ with {', '.join(file.name for file in e.files)}" for e in cifar.editions]
     archives = [f"  {e.archive}, md5 {e.md5}" for e in cifar.editions]
     states = ["" if f.is_dir() else " (not a folder)" if f.exists() else " (does not exist)" for f in folders]
@@ -225,7 +233,7 @@ def _not_found(cifar, folders):
     )
 
 
-def _unpacked_files(edition, folder):
+def _unpacked_files(edition: Edition, folder: Path) -> _Files:
     for file in edition.files:
         path = folder / file.name
         with open(path, "rb") as stream:
@@ -233,10 +241,11 @@ def _unpacked_files(edition, folder):
             yield path, file, stream.read(file.size)
 
 
-def _archived_files(edition, path):
+def _archived_files(edition: Edition, path: Path) -> _Files:
     wanted = {f"{edition.folder}/{file.name}": file for file in edition.files}
     with open(path, "rb") as packed:
-        stream = _Unpacked(packed, sum(file.size for file in edition.files) + ARCHIVE_EXTRA)
+        # Any: tarfile's type asks for methods that it calls in other modes only.
+        stream: Any = _Unpacked(packed, sum(file.size for file in edition.files) + ARCHIVE_EXTRA)
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:  # r|: forwards only, in small blocks
                 for member in tar:
@@ -247,7 +256,9 @@ def _archived_files(edition, path):
                     if not member.isreg() or member.issparse():
                         raise DataError(f"{where}: not a regular file")
                     _check_size(where, member.size, edition, file)
-                    yield where, file, tar.extractfile(member).read()
+                    content = tar.extractfile(member)
+                    assert content is not None  # as it is for a regular file
+                    yield where, file, content.read()
             stream.read_to_end()  # where the checksum of the gzip file is
         except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: damaged archive: {error}") from error
@@ -258,22 +269,22 @@ def _archived_files(edition, path):
 class _Unpacked:
     """What a gzip file holds, if that is at most `limit` bytes: a small file can hold any amount."""
 
-    def __init__(self, packed, limit):
+    def __init__(self, packed: BinaryIO, limit: int) -> None:
         self._stream = gzip.GzipFile(fileobj=packed)
         self._limit = limit
         self._count = 0
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         chunk = self._next(size)
         if not chunk:  # tarfile, told of a member of 2**60 bytes, would go on reading nothing up to its end
             raise EOFError("it ends too early")
         return chunk
 
-    def read_to_end(self):
+    def read_to_end(self) -> None:
         while self._next(65_536):
             pass
 
-    def _next(self, size):
+    def _next(self, size: int) -> bytes:
         chunk = self._stream.read(size)
         self._count += len(chunk)
         if self._count > self._limit:
@@ -281,14 +292,14 @@ class _Unpacked:
         return chunk
 
 
-def _check_size(where, size, edition, file):
+def _check_size(where: str | Path, size: int, edition: Edition, file: File) -> None:
     if size != file.size:
         raise DataError(f"{where}: {size:,} bytes, expected {file.size:,}{edition.layout(file)}")
 
 
-def _read(cifar, edition, files):
+def _read(cifar: Cifar, edition: BinaryEdition | PythonEdition, files: _Files) -> tuple[Dataset, Dataset]:
     """files (where, File, bytes), in any order -> the training and the test Dataset"""
-    parts = {}
+    parts: dict[File, tuple[Array, Array]] = {}
     for where, file, raw in files:
         try:
             if file is edition.names:
@@ -301,7 +312,7 @@ def _read(cifar, edition, files):
         except ValueError as error:  # its text may quote a whole damaged file
             raise DataError(f"{where}: {str(error)[:200]}") from error
 
-    def dataset(files):
+    def dataset(files: Sequence[File]) -> Dataset:
         images = np.ascontiguousarray(np.concatenate([parts[file][0] for file in files]))
         labels = np.concatenate([parts[file][1] for file in files]).astype(np.int32)
         return Dataset(cifar.name, images, labels, tuple(names), cifar.mean, cifar.std)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minidl.device import Array
 from minidl.errors import DataError
 
 
@@ -20,13 +21,13 @@ class Dataset:
     """
 
     name: str
-    images: np.ndarray
-    labels: np.ndarray
-    classes: tuple
-    mean: tuple
-    std: tuple
+    images: Array
+    labels: Array
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise DataError(f"{self.name}: images are {images.dtype} {images.shape}, need uint8 (M, 3, H, W)")
@@ -44,7 +45,7 @@ class Dataset:
             raise DataError(f"{self.name}: std is {self.std}, need 3 numbers above 0")
 
 
-def check_labels(labels, classes):
+def check_labels(labels: Array, classes: int) -> None:
     """Raises ValueError that names the first of labels (M,) outside 0..classes-1, if any is."""
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if wrong.size:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minidl.data.dataset import Dataset
+from minidl.device import Array
 
 FILE = Path(__file__).with_name("digits.csv.gz")
 ENLARGE = 4  # 8x8 to the 32x32 of CIFAR, each pixel a square
@@ -18,7 +19,7 @@ MEAN = (0.3053, 0.3053, 0.3053)  # of the training pixels, on the 0..1 scale
 STD = (0.3762, 0.3762, 0.3762)
 
 
-def load():
+def load() -> tuple[Dataset, Dataset]:
     """The training Dataset of 1,437 and the test Dataset of 360 images, uint8 (M, 3, 32, 32), gray in all channels."""
     table = np.loadtxt(FILE, np.uint8, delimiter=",")
     levels, labels = table[:, :64].reshape(-1, 1, 8, 8), table[:, 64].astype(np.int32)
@@ -26,7 +27,7 @@ def load():
     images = gray.repeat(3, axis=1).repeat(ENLARGE, axis=2).repeat(ENLARGE, axis=3)
     test = np.arange(len(labels)) % TEST_EVERY == 0
 
-    def dataset(chosen):
+    def dataset(chosen: Array) -> Dataset:
         return Dataset("digits", images[chosen], labels[chosen], tuple("0123456789"), MEAN, STD)
 
     return dataset(~test), dataset(test)

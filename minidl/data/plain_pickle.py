@@ -9,8 +9,11 @@ text and small integers, and takes at most some hundred bytes per opcode beside 
 
 import io
 import pickletools
+from typing import Any, Literal
 
 import numpy as np
+
+from minidl.device import Array
 
 ARRAY = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")  # NumPy 1 and NumPy 2
 DTYPE = "numpy dtype"
@@ -18,7 +21,7 @@ PLAIN_GLOBALS = frozenset({*ARRAY, DTYPE, "numpy ndarray"})
 MOST_OPCODES = 1_000_000  # the largest official file has 200,362 of them
 
 
-def describe(raw):
+def describe(raw: bytes) -> Any:
     """The object that the pickle `raw` (bytes) describes, of dict, list, tuple, str, int, bool and None.
 
     A global is its name, "module attribute". A call is the pair (name, arguments), and an object whose state is set
@@ -27,9 +30,11 @@ def describe(raw):
     Raises ValueError where the pickle is malformed, names a global outside PLAIN_GLOBALS, uses an opcode that no CIFAR
     file has, or has more than MOST_OPCODES of them.
     """
-    stack, marks, memo = [], [], {}
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
 
-    def items_since_mark():
+    def items_since_mark() -> list[Any]:
         start = marks.pop()
         items = stack[start:]
         del stack[start:]
@@ -92,18 +97,18 @@ def describe(raw):
         raise ValueError(f"malformed pickle at byte {position}") from error
 
 
-def _plain(name):
+def _plain(name: Any) -> str:
     """`name`, where it is one of PLAIN_GLOBALS."""
     if name not in PLAIN_GLOBALS:
         raise ValueError(f"refused: the pickle calls for {ascii(name.replace(' ', '.')[:80])}, which is not plain data")
     return name
 
 
-def uint8_array(description, shape):
+def uint8_array(description: Any, shape: tuple[int, ...]) -> Array:
     """The uint8 array of `shape` that `description`, an object from `describe`, stands for; else ValueError."""
     match description:
         case ((array, _), (1, described_shape, ((dtype, ("u1", *_)), _), by_columns, str(text))):
             if array in ARRAY and dtype == DTYPE and described_shape == shape:
-                order = "F" if by_columns else "C"
+                order: Literal["F", "C"] = "F" if by_columns else "C"
                 return np.frombuffer(text.encode("latin-1"), np.uint8).reshape(shape, order=order)
     raise ValueError(f"the pickle does not hold a uint8 array {shape}")

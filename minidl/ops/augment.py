@@ -1,15 +1,17 @@
 """Batches from uint8 images on the device: choice, augmentation, normalization. Formulas: augment.cu."""
 
 import numpy as np
+import numpy.typing as npt
 
-from minidl.device import empty
+from minidl.device import Array, empty
 from minidl.kernels import Kernels, blocks_for
 from minidl.ops.window import threads_along
 
 KERNELS = Kernels("augment.cu")
 
 
-def draw(indices, labels, step, image_size, *, key, padding=0, flips=False, cutout=0):
+def draw(indices: Array, labels: Array, step: Array, image_size: tuple[int, int], *, key: int, padding: int = 0,
+         flips: bool = False, cutout: int = 0) -> tuple[Array, Array]:
     """indices int32 (N) into labels int32 (M) -> draws int32 (5, N), batch labels int32 (N).
 
     draws, one column per image: shift down and right in -padding..padding, flip, top and left of the cutout square of
@@ -23,7 +25,8 @@ def draw(indices, labels, step, image_size, *, key, padding=0, flips=False, cuto
     return draws, batch_labels
 
 
-def apply(images, indices, draws, scale, shift, *, dtype, reflect=False, cutout=0):
+def apply(images: Array, indices: Array, draws: Array, scale: Array, shift: Array, *, dtype: npt.DTypeLike,
+          reflect: bool = False, cutout: int = 0) -> Array:
     """images uint8 (M, C, H, W), indices int32 (N), draws as from `draw` -> x (C, H, W, N) of `dtype`.
 
     Pixel values v become v * scale[c] + shift[c]. Outside the image: 0, the mean colour; or with `reflect` the image

@@ -1,13 +1,13 @@
 """Average pooling. Formulas: avgpool.cu."""
 
-from minidl.device import empty
+from minidl.device import Array, empty
 from minidl.kernels import Kernels
 from minidl.ops.window import output_size, threads_along
 
 KERNELS = Kernels("avgpool.cu")
 
 
-def forward(x, window, stride, padding=0):
+def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0) -> Array:
     """x (C, H, W, N), window (kh, kw) -> y (C, H', W', N), the means; zeros of the padding count.
 
     H' = floor((H + 2 * padding - kh) / stride) + 1. Raises ValueError for a window larger than the padded image.
@@ -20,7 +20,7 @@ def forward(x, window, stride, padding=0):
     return y
 
 
-def backward(dy, x_shape, window, stride, padding=0):
+def backward(dy: Array, x_shape: tuple[int, ...], window: tuple[int, ...], stride: int, padding: int = 0) -> Array:
     """dy (C, H', W', N) -> dx of shape x_shape (C, H, W, N)."""
     channels, height, width, batch = x_shape
     dx = empty(x_shape, dy.dtype, like=dy)

@@ -1,6 +1,6 @@
 """Batch normalization, alone or fused with what follows it. Formulas: batchnorm.cu."""
 
-from minidl.device import empty
+from minidl.device import Array, empty
 from minidl.kernels import Kernels, acc_dtype, blocks_for
 
 KERNELS = Kernels("batchnorm.cu")
@@ -8,7 +8,8 @@ THREADS = 256
 TILE = 4096  # values of a row that one block takes: 16 kB of float32, read twice, the second time from cache
 
 
-def forward(x, gamma, beta, running_mean, running_var, *, training, momentum, eps, relu=False, z=None):
+def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, *, training: bool,
+            momentum: float, eps: float, relu: bool = False, z: Array | None = None) -> tuple[Array, Array, Array]:
     """x (C, H, W, N), gamma, beta, running statistics (C) -> y (C, H, W, N), mean (C), rstd (C).
 
     y = gamma * (x - mean) * rstd + beta; with `relu`, max(y, 0); with `z` (C, H, W, N) too, max(y + z, 0).
@@ -43,7 +44,8 @@ def forward(x, gamma, beta, running_mean, running_var, *, training, momentum, ep
     return y, mean, rstd
 
 
-def backward(dy, x, gamma, beta, mean, rstd, dgamma, dbeta, *, training, relu=False, y=None):
+def backward(dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array, *,
+             training: bool, relu: bool = False, y: Array | None = None) -> Array | tuple[Array, Array]:
     """dy, x (C, H, W, N); gamma, beta, mean, rstd (C) as in `forward` -> dx (C, H, W, N), or (dx, dz).
 
     Overwrites dgamma, dbeta (C). For a forward with `z`, give its output `y`; the result is then (dx, dz).
@@ -72,7 +74,7 @@ def backward(dy, x, gamma, beta, mean, rstd, dgamma, dbeta, *, training, relu=Fa
     return dx
 
 
-def _tiles(x):
+def _tiles(x: Array) -> tuple[int, int, int]:
     """x (C, H, W, N) -> channels, values per channel, tiles per channel."""
     channels = x.shape[0]
     row = x.size // channels

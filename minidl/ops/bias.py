@@ -1,6 +1,6 @@
 """The bias of convolutions and linear layers. Formulas: bias.cu."""
 
-from minidl.device import empty
+from minidl.device import Array, empty
 from minidl.kernels import Kernels, blocks_for
 
 KERNELS = Kernels("bias.cu")
@@ -8,14 +8,14 @@ THREADS = 256
 TILE = 4096  # values of a row that one block takes
 
 
-def add(y, bias, columns=slice(None)):
+def add(y: Array, bias: Array, columns: slice = slice(None)) -> None:
     """y (O, ...) seen as a matrix (O, P): add bias (O) to the range `columns` (a slice) of each row, in place."""
     row = y.size // y.shape[0]
     begin, end, _ = columns.indices(row)
     KERNELS.bias_add[(-(-(end - begin) // TILE), y.shape[0]), THREADS](y, bias, row, begin, end - begin, TILE)
 
 
-def gradient(dy, dbias):
+def gradient(dy: Array, dbias: Array) -> None:
     """dy (O, ...): overwrite dbias (O) with the sum of each row."""
     rows = dy.shape[0]
     row = dy.size // rows

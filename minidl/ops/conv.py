@@ -1,9 +1,12 @@
 """Convolution: im2col and matrix products, in chunks of output pixels. Formulas: conv.cu."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from functools import partial
 
 from minidl.blas import gemm
-from minidl.device import array_module, empty, run_tasks, workers
+from minidl.device import Array, array_module, empty, run_tasks, workers
 from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
 from minidl.ops.window import output_size, threads_along
@@ -16,7 +19,8 @@ WORKSPACE_BYTES = {"numpy": 4 << 20, "cupy": 128 << 20}
 STRETCH = 32  # pixels of a row of cols that one block of im2col copies
 
 
-def forward(x, weight, bias=None, *, stride=1, padding=0, groups=1):
+def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0,
+            groups: int = 1) -> Array:
     """x (C, H, W, N), weight (O, C/groups, kh, kw), bias (O) -> y (O, H', W', N).
 
     H' = floor((H + 2 * padding - kh) / stride) + 1, W' alike. Raises ValueError for shapes that do not fit, groups
@@ -26,7 +30,7 @@ def forward(x, weight, bias=None, *, stride=1, padding=0, groups=1):
     y = empty(g.out_shape, x.dtype, like=x)
     w_matrix, y_matrix = g.weight_matrix(weight), g.out_matrix(y)
 
-    def compute(chunks):
+    def compute(chunks: Sequence[_Chunk]) -> None:
         for chunk in chunks:
             # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
             gemm(w_matrix, _unfold(x, g, chunk), y_matrix[:, :, chunk.columns])
@@ -37,7 +41,8 @@ def forward(x, weight, bias=None, *, stride=1, padding=0, groups=1):
     return y
 
 
-def backward(dy, x, weight, dweight, dbias=None, *, stride=1, padding=0, groups=1, input_gradient=True):
+def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | None = None, *, stride: int = 1,
+             padding: int = 0, groups: int = 1, input_gradient: bool = True) -> Array | None:
     """dy (O, H', W', N), x and weight as in `forward` -> dx (C, H, W, N), or None without `input_gradient`.
 
     Overwrites dweight (O, C/groups, kh, kw) and dbias (O), which may be float32 where the others are 16 bits wide.
@@ -54,7 +59,7 @@ def backward(dy, x, weight, dweight, dbias=None, *, stride=1, padding=0, groups=
     return _input_gradient_by_col2im(dy, x, weight, g)
 
 
-def _unfold(x, g, chunk):
+def _unfold(x: Array, g: _Geometry, chunk: _Chunk) -> Array:
     """The chunk's columns: cols (G, K, P)."""
     if g.pointwise:
         return x.reshape(g.groups, g.depth, g.positions)[:, :, chunk.columns]
@@ -65,13 +70,13 @@ def _unfold(x, g, chunk):
     return cols
 
 
-def _weight_gradient(dy, x, dweight, g):
+def _weight_gradient(dy: Array, x: Array, dweight: Array, g: _Geometry) -> None:
     dy_matrix, dw_matrix = g.out_matrix(dy), g.weight_matrix(dweight)
     chunks_of_workers = g.chunks_of_workers()
     # Each worker sums over its chunks; then the sums are added in the order of the workers.
     sums = [dw_matrix, *(empty(dw_matrix.shape, dw_matrix.dtype, like=dw_matrix) for _ in chunks_of_workers[1:])]
 
-    def accumulate(chunks, total):
+    def accumulate(chunks: Sequence[_Chunk], total: Array) -> None:
         for i, chunk in enumerate(chunks):
             # (G, O/G, K) += (G, O/G, P) @ (G, P, K)
             gemm(dy_matrix[:, :, chunk.columns], _unfold(x, g, chunk).transpose(0, 2, 1), total, beta=float(i > 0))
@@ -81,7 +86,7 @@ def _weight_gradient(dy, x, dweight, g):
         dw_matrix += other
 
 
-def _adjoint_weight(weight, groups):
+def _adjoint_weight(weight: Array, groups: int) -> Array:
     """weight (O, C/groups, kh, kw) -> (C, O/groups, kh, kw), its windows turned by half a turn."""
     outputs, group_channels, kernel_h, kernel_w = weight.shape
     grouped = weight.reshape(groups, outputs // groups, group_channels, kernel_h, kernel_w)[..., ::-1, ::-1]
@@ -89,7 +94,7 @@ def _adjoint_weight(weight, groups):
     return array_module(weight).ascontiguousarray(adjoint)
 
 
-def _input_gradient_by_col2im(dy, x, weight, g):
+def _input_gradient_by_col2im(dy: Array, x: Array, weight: Array, g: _Geometry) -> Array:
     dx = empty(x.shape, x.dtype, like=x)
     dy_matrix, w_transposed = g.out_matrix(dy), g.weight_matrix(weight).transpose(0, 2, 1)
     covered = 0  # input rows that hold sums already
@@ -111,7 +116,7 @@ def _input_gradient_by_col2im(dy, x, weight, g):
 class _Chunk:
     """A range of output pixels, and its columns in the matrix of outputs."""
 
-    def __init__(self, pixel_begin, pixel_end, batch):
+    def __init__(self, pixel_begin: int, pixel_end: int, batch: int) -> None:
         self.pixel_begin, self.pixel_count = pixel_begin, pixel_end - pixel_begin
         self.columns = slice(pixel_begin * batch, pixel_end * batch)
 
@@ -119,7 +124,7 @@ class _Chunk:
 class _Geometry:
     """Sizes of one convolution, checked."""
 
-    def __init__(self, x, weight, stride, padding, groups):
+    def __init__(self, x: Array, weight: Array, stride: int, padding: int, groups: int) -> None:
         self.channels, self.height, self.width, self.batch = x.shape
         outputs, group_channels, *kernel = weight.shape
         if groups < 1 or self.channels % groups or outputs % groups:
@@ -140,13 +145,13 @@ class _Geometry:
         self._pixel_bytes = self.groups * self.depth * self.batch * x.itemsize  # of cols
         self._limit = WORKSPACE_BYTES[array_module(x).__name__]
 
-    def weight_matrix(self, weight):
+    def weight_matrix(self, weight: Array) -> Array:
         return weight.reshape(self.groups, -1, self.depth)
 
-    def out_matrix(self, y):
+    def out_matrix(self, y: Array) -> Array:
         return y.reshape(self.groups, -1, self.positions)
 
-    def chunks(self, whole_rows=False):
+    def chunks(self, whole_rows: bool = False) -> list[_Chunk]:
         """Ranges of output pixels whose cols fit the workspace, of nearly equal size; a whole number for each worker."""
         unit = self.out_width if whole_rows else 1
         units = self.out_height * self.out_width // unit
@@ -156,7 +161,7 @@ class _Geometry:
         bounds = [units * i // count * unit for i in range(count + 1)]
         return [_Chunk(begin, end, self.batch) for begin, end in zip(bounds, bounds[1:])]
 
-    def chunks_of_workers(self):
+    def chunks_of_workers(self) -> list[list[_Chunk]]:
         """The chunks, dealt out to at most `workers` tasks: [[chunk, ...], ...]."""
         chunks = self.chunks()
         count = min(self._workers, len(chunks))

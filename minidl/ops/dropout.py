@@ -1,6 +1,6 @@
 """Dropout and channel dropout. Formulas: dropout.cu. Each is its own backward: apply it to dy at the same step."""
 
-from minidl.device import empty
+from minidl.device import Array, empty
 from minidl.kernels import Kernels, blocks_for
 from minidl.ops.window import threads_along
 
@@ -8,7 +8,7 @@ KERNELS = Kernels("dropout.cu")
 THREADS = 256
 
 
-def apply(x, rate, key, layer, step):
+def apply(x: Array, rate: float, key: int, layer: int, step: Array) -> Array:
     """x of any shape -> y: each element 0 with probability `rate`, else x / (1 - rate).
 
     The decision is a pure function of key (64 bits), layer (32 bits), the number in step (an int64 array of one
@@ -19,7 +19,7 @@ def apply(x, rate, key, layer, step):
     return y
 
 
-def apply_to_channels(x, rate, key, layer, step):
+def apply_to_channels(x: Array, rate: float, key: int, layer: int, step: Array) -> Array:
     """x (C, H, W, N) -> y: as `apply`, with one decision for each channel of each image."""
     channels, height, width, batch = x.shape
     y = empty(x.shape, x.dtype, like=x)
@@ -28,7 +28,7 @@ def apply_to_channels(x, rate, key, layer, step):
     return y
 
 
-def _decision(rate):
+def _decision(rate: float) -> tuple[int, float]:
     """The number below which random 32 bits drop an element, and the factor of those kept."""
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate {rate} is not in 0 <= rate < 1")

@@ -4,11 +4,11 @@
 """
 
 from minidl.blas import gemm
-from minidl.device import empty
+from minidl.device import Array, empty
 from minidl.ops import bias as bias_op
 
 
-def forward(x, weight, bias=None):
+def forward(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x (C, N), weight (O, C), bias (O) -> y (O, N). Raises ValueError for shapes that do not fit."""
     if x.ndim != 2 or x.shape[0] != weight.shape[1]:
         raise ValueError(f"linear: input {x.shape} does not fit weight {weight.shape}: (C, N) with C = {weight.shape[1]} is needed")
@@ -19,7 +19,8 @@ def forward(x, weight, bias=None):
     return y
 
 
-def backward(dy, x, weight, dweight, dbias=None, *, input_gradient=True):
+def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | None = None, *,
+             input_gradient: bool = True) -> Array | None:
     """dy (O, N), x and weight as in `forward` -> dx (C, N), or None without `input_gradient`.
 
     Overwrites dweight (O, C) and dbias (O).

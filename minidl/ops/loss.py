@@ -2,14 +2,15 @@
 
 import numpy as np
 
-from minidl.device import empty
+from minidl.device import Array, empty
 from minidl.kernels import Kernels, acc_dtype, blocks_for
 
 KERNELS = Kernels("loss.cu")
 THREADS = 128
 
 
-def forward_backward(logits, labels, totals, scale, *, valid=None, smoothing=0.0):
+def forward_backward(logits: Array, labels: Array, totals: Array, scale: Array, *, valid: int | None = None,
+                     smoothing: float = 0.0) -> Array:
     """logits (K, N), labels int32 (N) -> dlogits (K, N), the gradient of the mean loss times `scale`.
 
     Adds to totals, float64 (4): the sum of losses, the top-1 hits, the top-5 hits, and the images of this batch.

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from minidl.device import empty
+from minidl.device import Array, empty
 from minidl.kernels import Kernels
 from minidl.ops.window import output_size, threads_along
 
 KERNELS = Kernels("maxpool.cu")
 
 
-def forward(x, window, stride, padding=0):
+def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0) -> tuple[Array, Array]:
     """x (C, H, W, N), window (kh, kw) -> y (C, H', W', N), winner (C, H', W', N).
 
     H' = floor((H + 2 * padding - kh) / stride) + 1. winner, uint16: the place ky * kw + kx of each maximum in its
@@ -29,7 +29,8 @@ def forward(x, window, stride, padding=0):
     return y, winner
 
 
-def backward(dy, winner, x_shape, window, stride, padding=0):
+def backward(dy: Array, winner: Array, x_shape: tuple[int, ...], window: tuple[int, ...], stride: int,
+             padding: int = 0) -> Array:
     """dy, winner (C, H', W', N) as in `forward` -> dx of shape x_shape (C, H, W, N)."""
     channels, height, width, batch = x_shape
     dx = empty(x_shape, dy.dtype, like=dy)

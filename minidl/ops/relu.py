@@ -1,20 +1,20 @@
 """Rectifier. Formulas: relu.cu."""
 
-from minidl.device import empty
+from minidl.device import Array, empty
 from minidl.kernels import Kernels, blocks_for
 
 KERNELS = Kernels("relu.cu")
 THREADS = 256
 
 
-def forward(x):
+def forward(x: Array) -> Array:
     """x of any shape -> y of the same shape, max(x, 0); NaN stays NaN."""
     y = empty(x.shape, x.dtype, like=x)
     KERNELS.relu_forward[blocks_for(x.size), THREADS](x, y, x.size)
     return y
 
 
-def backward(dy, y):
+def backward(dy: Array, y: Array) -> Array:
     """dy, y of one shape -> dx: dy where y is positive, else 0."""
     dx = empty(dy.shape, dy.dtype, like=dy)
     KERNELS.relu_backward[blocks_for(dy.size), THREADS](dy, y, dx, dy.size)

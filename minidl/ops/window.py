@@ -1,12 +1,12 @@
 """Sliding windows, for convolution and pooling: sizes, and what is refused."""
 
 
-def pair(size):
+def pair(size: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
     """A number, or a pair (height, width) -> the pair."""
     return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
 
 
-def output_size(op, size, window, stride, padding):
+def output_size(op: str, size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: int) -> tuple[int, ...]:
     """(H, W) of the input, (kh, kw) of the window -> (H', W') of the output.
 
     H' = floor((H + 2 * padding - kh) / stride) + 1. Raises ValueError, naming `op`, for an impossible window.
@@ -20,6 +20,6 @@ def output_size(op, size, window, stride, padding):
     return tuple((length - side) // stride + 1 for length, side in zip(padded, window))
 
 
-def threads_along(batch):
+def threads_along(batch: int) -> int:
     """Threads of a block whose loops run along the batch: whole warps, at most 256."""
     return min(256, -(-batch // 32) * 32)
