@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import ModuleType
@@ -200,7 +201,8 @@ class HostPool:
     def __init__(self) -> None:
         self._free: list[Array] = []  # blocks, in the order in which they came back
         self._free_bytes = self._used_bytes = self._peak_bytes = 0
-        self._lock = threading.RLock()  # finalizers may run in the middle of anything
+        self._lock = threading.Lock()
+        self._returned: deque[Array] = deque()  # blocks whose arrays are gone, before they are counted
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An uninitialized array (shape), C-contiguous, whose memory returns here when its last view is gone."""
@@ -208,13 +210,33 @@ class HostPool:
         if size < self.SMALLEST:
             return np.empty(shape, dtype)
         with self._lock:
+            self._take_back()
             block = self._take(size)
             self._used_bytes += block.nbytes
             self._peak_bytes = max(self._peak_bytes, self._used_bytes)
         # All views of an array keep alive the first one that stands on a foreign buffer: `owner`, not `block`.
         owner = np.frombuffer(block.data, np.uint8, count=size)
-        weakref.finalize(owner, self._take_back, block).atexit = False
+        weakref.finalize(owner, self._return, block).atexit = False
         return owner.view(dtype).reshape(shape)
+
+    def _return(self, block: Array) -> None:
+        # A finalizer, it may run in the middle of anything, this class included: it never waits for the lock. Whoever
+        # has it, or takes it next, counts the block.
+        self._returned.append(block)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take_back()
+            finally:
+                self._lock.release()
+
+    def _take_back(self) -> None:
+        while self._returned:
+            block = self._returned.popleft()
+            self._used_bytes -= block.nbytes
+            self._free_bytes += block.nbytes
+            self._free.append(block)
+        while self._free_bytes > self._peak_bytes:
+            self._free_bytes -= self._free.pop(0).nbytes
 
     def _take(self, size: int) -> Array:
         fitting = [index for index, block in enumerate(self._free) if size <= block.nbytes <= 2 * size]
@@ -224,14 +246,6 @@ class HostPool:
         block = self._free.pop(min(reversed(fitting), key=lambda index: self._free[index].nbytes))
         self._free_bytes -= block.nbytes
         return block
-
-    def _take_back(self, block: Array) -> None:
-        with self._lock:
-            self._used_bytes -= block.nbytes
-            self._free_bytes += block.nbytes
-            self._free.append(block)
-            while self._free_bytes > self._peak_bytes:
-                self._free_bytes -= self._free.pop(0).nbytes
 
 
 _host_pool = HostPool()

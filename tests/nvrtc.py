@@ -1,6 +1,6 @@
 """The real CUDA compiler without a GPU: NVRTC of the nvidia-cuda-nvrtc wheel, from a .cu file to machine code.
 
-    python tests/nvrtc.py [ARCHITECTURE] [PRECISION]      registers, spills and shared memory of every kernel
+    python tests/nvrtc.py sm_80 sm_90 --precision bfloat16      registers, spills and shared memory of every kernel
 """
 
 import argparse
@@ -113,9 +113,10 @@ def usage_table(rows):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What every kernel of minidl uses on a GPU.")
-    parser.add_argument("architecture", nargs="?", default="sm_90")
-    parser.add_argument("precision", nargs="?", default="float32", choices=PRECISIONS)
+    parser.add_argument("architectures", nargs="*", default=["sm_90"], metavar="ARCHITECTURE")
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     wanted = parser.parse_args()
-    programs = [compile_to_cubin(path, gpu_options(wanted.precision), wanted.architecture) for path in sorted(OPS.glob("*.cu"))]
-    print(usage_table([(name, wanted.precision, wanted.architecture, usage)
-                       for program in programs for name, usage in kernel_usage(program.log).items()]), end="")
+    programs = [(arch, compile_to_cubin(path, gpu_options(wanted.precision), arch))
+                for arch in wanted.architectures for path in sorted(OPS.glob("*.cu"))]
+    print(usage_table([(name, wanted.precision, arch, usage)
+                       for arch, program in programs for name, usage in kernel_usage(program.log).items()]), end="")

@@ -1,12 +1,11 @@
 """Every kernel through the real CUDA compiler, for every kind of GPU that minidl runs on; no GPU is needed.
 
-$MINIDL_KERNEL_REPORT names a file for the table of registers, spills and shared memory.
+`python tests/nvrtc.py` prints what each kernel uses.
 """
 
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,14 +28,6 @@ def compiler(request):
         if os.environ.get("CI"):  # where a skipped test would go unnoticed
             raise
         pytest.skip(str(missing))
-
-
-@pytest.fixture(scope="module")
-def report(compiler):
-    rows = []
-    yield rows
-    if os.environ.get("MINIDL_KERNEL_REPORT"):
-        Path(os.environ["MINIDL_KERNEL_REPORT"]).write_text(nvrtc.usage_table(rows))
 
 
 class Compiled:
@@ -64,13 +55,12 @@ def test_every_kernel_becomes_machine_code(compiled):
         assert not re.search(r"\(\d+\): warning", log), log
 
 
-def test_no_kernel_spills(compiled, report):
+def test_no_kernel_spills(compiled):
     """Nor keeps an array in local memory. ptxas may give a thread 255 registers: enough room for 256 threads a block,
     the most that a launcher asks for, so what it chose holds for every launch."""
     for arch, program in compiled.programs.items():
         usage = nvrtc.kernel_usage(program.log)
         assert usage.keys() == compiled.signatures.keys()
-        report += [(name, compiled.precision, arch, usage[name]) for name in compiled.signatures]
         spilling = {name: used for name, used in usage.items() if used.stack or used.spill_stores or used.spill_loads}
         assert not spilling, arch
 
