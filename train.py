@@ -26,13 +26,13 @@ OPTIMIZERS = {  # name: (class, peak learning rate, other settings)
     "adam": (optim.Adam, 1e-3, dict()),
 }
 WARMUP_EPOCHS, LONGEST_WARMUP = 2, 0.2  # of which the shorter: 0.2 of all steps
-DEMO_ARCH, DIGITS_EPOCHS, DIGITS_BATCH_SIZE = "simplenet-310k", 5, 32
+DEMO_ARCH, DIGITS_EPOCHS, DIGITS_BATCH_SIZE = "simplenet-310k", 4, 32
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-a", "--arch", help=f"one of {', '.join(models.REGISTRY)}")
-    parser.add_argument("-e", "--epochs", type=positive, help="default: 50, digits 5")
+    parser.add_argument("-e", "--epochs", type=positive, help="default: 50, digits 4")
     parser.add_argument("-b", "--batch-size", type=positive, help="images per step; default: 128, digits 32")
     parser.add_argument("--lr", type=rate, help="peak learning rate; default: sgd 0.1, adam 0.001")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd: Nesterov 0.9, weight decay 5e-4")
