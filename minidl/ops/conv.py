@@ -54,7 +54,7 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     if not input_gradient:
         return None
     if g.adjoint_padding is not None:
-        # Without strides, the adjoint of a convolution is one, and takes half the time of col2im.
+        # Without strides, the adjoint of a convolution is one: what col2im would add up is summed by the product.
         return forward(dy, _adjoint_weight(weight, groups), padding=g.adjoint_padding, groups=groups)
     return _input_gradient_by_col2im(dy, x, weight, g)
 

@@ -14,7 +14,7 @@ typedef void (*Body)(void* context, int part, int parts);
 
 namespace {
 
-// Whether `done` came true within the time that a sleeping thread takes to wake, 50 us measured on a virtual machine.
+// Whether `done` came true within the time that a sleeping thread takes to wake, about 50 us on a virtual machine.
 template <class Condition>
 bool watch(Condition done) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
