@@ -34,6 +34,11 @@ def normal(std: float) -> Initializer:
     return lambda rng, shape: rng.normal(0.0, std, shape)
 
 
+def uniform(low: float, high: float) -> Initializer:
+    """Uniform between `low` and `high`."""
+    return lambda rng, shape: rng.uniform(low, high, shape)
+
+
 def he_normal(mode: str = "fan_in") -> Initializer:
     """Normal, std = sqrt(2 / fan). He et al., arXiv 1502.01852; "fan_out" is the ResNet and ResNeXt authors' choice."""
     return lambda rng, shape: rng.normal(0.0, math.sqrt(2 / fans(shape)[_which(mode)]), shape)
@@ -41,12 +46,12 @@ def he_normal(mode: str = "fan_in") -> Initializer:
 
 def he_uniform(mode: str = "fan_in") -> Initializer:
     """Uniform with the same variance as `he_normal`: within sqrt(6 / fan)."""
-    return lambda rng, shape: _uniform(rng, shape, math.sqrt(6 / fans(shape)[_which(mode)]))
+    return lambda rng, shape: _within(rng, shape, math.sqrt(6 / fans(shape)[_which(mode)]))
 
 
 def xavier_uniform(gain: float = 1.0) -> Initializer:
     """Uniform within gain * sqrt(6 / (fan_in + fan_out)). Glorot, Bengio, AISTATS 2010."""
-    return lambda rng, shape: _uniform(rng, shape, gain * math.sqrt(6 / sum(fans(shape))))
+    return lambda rng, shape: _within(rng, shape, gain * math.sqrt(6 / sum(fans(shape))))
 
 
 def xavier_normal(gain: float = 1.0) -> Initializer:
@@ -56,10 +61,10 @@ def xavier_normal(gain: float = 1.0) -> Initializer:
 
 def uniform_fan_in(fan_in: int | None = None) -> Initializer:
     """Uniform within 1 / sqrt(fan_in): Torch's and PyTorch's default. A bias names the fan_in of its layer."""
-    return lambda rng, shape: _uniform(rng, shape, 1 / math.sqrt(fan_in or fans(shape)[0]))
+    return lambda rng, shape: _within(rng, shape, 1 / math.sqrt(fan_in or fans(shape)[0]))
 
 
-def _uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float) -> Array:
+def _within(rng: np.random.Generator, shape: tuple[int, ...], bound: float) -> Array:
     return rng.uniform(-bound, bound, shape)
 
 

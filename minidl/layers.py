@@ -2,7 +2,8 @@
 
 Every layer has `forward(x)` and `backward(dy)`; arrays are (C, H, W, N), channels first and batch last. There is no
 autograd: a composition calls the backwards of its parts in reverse. In training, forward saves what backward needs
-and backward takes it, so memory is freed on the way back; in evaluation nothing is saved.
+and backward takes it, so memory is freed on the way back; in evaluation nothing is saved. What can be made again at
+the price of one pass, the output of a batch norm, is not kept: see `Layer.forget_input`.
 
     net = Sequential(conv=Conv2d(3, 16, 3, padding=1), norm=BatchNorm2d(16, relu=True))
     net.initialize(device.select("cpu"), seed=0)
@@ -14,13 +15,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar, final
 
 import numpy as np
 
 from minidl import initializers, random_keys
-from minidl.device import Array, Device, select
+from minidl.device import Array, Device, empty, select
 from minidl.errors import CheckpointError
 from minidl.initializers import Initializer
 from minidl.kernels import acc_dtype, storage_dtype
@@ -29,6 +30,11 @@ from minidl.ops.window import output_size, pair
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Value = TypeVar("Value")  # of a Tracer
+Shape: TypeAlias = tuple[int, ...]  # (C, H, W) of one image
+# Makes an array that was not kept again, in an array `out` if one is given.
+Again: TypeAlias = Callable[..., Array]
 
 
 @final
@@ -104,13 +110,29 @@ class Layer:
         """dy, shaped like the last forward's y -> dx, shaped like its x. Overwrites the parameters' gradients."""
         raise NotImplementedError
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: Shape) -> Shape:
         """(C, H, W) of the input -> (C, H, W) of the output. Raises ValueError where they do not fit."""
         return shape
 
-    def macs(self, shape: tuple[int, ...]) -> int:
+    def macs(self, shape: Shape) -> int:
         """Multiply-accumulates of convolutions and linear layers for one image of `shape` (C, H, W), forward."""
         return 0
+
+    def trace(self, x: Value, tracer: Tracer[Value]) -> Value:
+        """What `forward` does, told to a Tracer: x and the result are its values."""
+        return tracer.layer(self, x)
+
+    # ---- what is kept from forward to backward
+
+    # What `forward` saves that takes memory: "x", "y" (its input, its output), or what a layer of the kind has alone.
+    keeps: ClassVar[tuple[str, ...]] = ()
+
+    def output_again(self) -> Again | None:
+        """How to make the last output again from what is kept anyway; None where that is impossible or not cheap."""
+        return None
+
+    def forget_input(self, again: Again) -> None:
+        """After a forward: its x need not be kept, `again()` makes it."""
 
     def skip_input_gradient(self) -> None:
         """Nobody will read the dx of this layer: do not compute it where that costs something."""
@@ -210,9 +232,67 @@ class Layer:
         values, self._saved = self._saved, None
         return values
 
-    def _fits(self, shape: tuple[int, ...], channels: int) -> None:
+    def _fits(self, shape: Shape, channels: int) -> None:
         if len(shape) != 3 or shape[0] != channels:
             raise ValueError(f"{type(self).__name__}: {channels} input channels are needed, got (C, H, W) = {tuple(shape)}")
+
+
+class Tracer(Protocol[Value]):
+    """Follows `Layer.trace` through a network, with whatever values it likes: shapes, names of a graph, ..."""
+
+    def layer(self, layer: Layer, x: Value, z: Value | None = None) -> Value:
+        """One of the layers that have no parts; z: what a BatchNorm2d adds before its ReLU."""
+
+    def add(self, a: Value, b: Value) -> Value:
+        """The sum of two branches."""
+
+    def split(self, x: Value, sections: int) -> Sequence[Value]:
+        """Its channels in equal parts, in their order."""
+
+    def concat(self, parts: Sequence[Value]) -> Value:
+        """The channels of all parts, one after another."""
+
+
+class Composition(Layer):
+    """A layer made of layers. `trace` says how they are connected; shapes and costs follow from it."""
+
+    def trace(self, x: Value, tracer: Tracer[Value]) -> Value:
+        raise NotImplementedError
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return self.trace(tuple(shape), _Shapes())
+
+    def macs(self, shape: Shape) -> int:
+        shapes = _Shapes()
+        self.trace(tuple(shape), shapes)
+        return shapes.macs
+
+
+class _Shapes:
+    """A Tracer whose values are shapes; `macs` adds up."""
+
+    def __init__(self) -> None:
+        self.macs = 0
+
+    def layer(self, layer: Layer, x: Shape, z: Shape | None = None) -> Shape:
+        self.macs += layer.macs(x)
+        y = layer.output_shape(x)
+        return y if z is None else self.add(y, z)
+
+    def add(self, a: Shape, b: Shape) -> Shape:
+        if a != b:
+            raise ValueError(f"the branches of a sum have different shapes (C, H, W): {a} and {b}")
+        return a
+
+    def split(self, x: Shape, sections: int) -> list[Shape]:
+        if x[0] % sections:
+            raise ValueError(f"{x[0]} channels do not divide into {sections} splits")
+        return [(x[0] // sections, *x[1:])] * sections
+
+    def concat(self, parts: Sequence[Shape]) -> Shape:
+        if len({part[1:] for part in parts}) > 1:
+            raise ValueError(f"splits of different sizes (C, H, W) cannot be joined: {', '.join(map(str, parts))}")
+        return sum(part[0] for part in parts), *parts[0][1:]
 
 
 # ---- layers with parameters --------------------------------------------------------------------------------------
@@ -236,15 +316,21 @@ class Conv2d(Layer):
         self.bias = Parameter((out_channels,), initializers.zeros) if bias else None
         self.input_gradient = True
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: Shape) -> Shape:
         self._fits(shape, self.in_channels)
         return self.out_channels, *output_size("Conv2d", shape[1:], self.kernel_size, self.stride, self.padding)
 
-    def macs(self, shape: tuple[int, ...]) -> int:
+    def macs(self, shape: Shape) -> int:
         return self.weight.size * math.prod(self.output_shape(shape)[1:])
 
     def skip_input_gradient(self) -> None:
         self.input_gradient = False
+
+    keeps = ("x",)
+
+    def forget_input(self, again: Again) -> None:
+        if self._saved:
+            self._saved = (again,)
 
     def forward(self, x: Array) -> Array:
         self._fits(x.shape[:-1], self.in_channels)
@@ -252,11 +338,12 @@ class Conv2d(Layer):
         return conv.forward(x, self.weight.data, self.bias and self.bias.master,
                             stride=self.stride, padding=self.padding, groups=self.groups)
 
-    def backward(self, dy: Array) -> Array | None:
+    def backward(self, dy: Array, dx: Array | None = None) -> Any:
+        """As Layer.backward; writes to `dx` (C, H, W, N) if given."""
         (x,) = self._take()
-        return conv.backward(dy, x, self.weight.data, self.weight.grad, self.bias and self.bias.grad,
-                             stride=self.stride, padding=self.padding, groups=self.groups,
-                             input_gradient=self.input_gradient)
+        return conv.backward(dy, x() if callable(x) else x, self.weight.data, self.weight.grad,
+                             self.bias and self.bias.grad, stride=self.stride, padding=self.padding, groups=self.groups,
+                             input_gradient=self.input_gradient, dx=dx)
 
 
 class BatchNorm2d(Layer):
@@ -268,29 +355,41 @@ class BatchNorm2d(Layer):
     """
 
     buffers = ("running_mean", "running_var")
+    keeps = ("x", "statistics")  # and "y" of a forward with z
 
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, relu: bool = False) -> None:
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, relu: bool = False,
+                 initializer: Initializer = initializers.ones) -> None:
+        """initializer: of gamma."""
         self.channels, self.eps, self.momentum, self.relu = channels, eps, momentum, relu
-        self.weight = Parameter((channels,), initializers.ones)
+        self.weight = Parameter((channels,), initializer)
         self.bias = Parameter((channels,), initializers.zeros)
 
     def prepare(self, device: Device, dtype: np.dtype[Any], key: int, index: int, step: Array) -> None:
         self.running_mean = device.xp.zeros(self.channels, acc_dtype(dtype))
         self.running_var = device.xp.ones(self.channels, acc_dtype(dtype))
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: Shape) -> Shape:
         self._fits(shape, self.channels)
         return shape
 
-    def forward(self, x: Array, z: Array | None = None) -> Array:
+    def forward(self, x: Array, z: Array | None = None, out: Array | None = None) -> Array:
+        """As Layer.forward; writes to `out` (C, H, W, N) if given."""
         self._fits(x.shape[:-1], self.channels)
         y, mean, rstd = batchnorm.forward(
             x, self.weight.master, self.bias.master, self.running_mean, self.running_var,
-            training=self.training, momentum=self.momentum, eps=self.eps, relu=self.relu, z=z)
+            training=self.training, momentum=self.momentum, eps=self.eps, relu=self.relu, z=z, out=out)
         self._save(x, mean, rstd, y if z is not None else None)
         return y
 
-    def backward(self, dy: Array) -> Array | tuple[Array, Array]:
+    def output_again(self, channels: slice = slice(None)) -> Again | None:
+        """As in Layer; of some channels only."""
+        if not self._saved or self._saved[3] is not None:
+            return None  # with z, y is kept: its sign is needed
+        x, mean, rstd, _ = self._saved
+        per_channel = [array[channels] for array in (self.weight.master, self.bias.master, mean, rstd)]
+        return lambda out=None: batchnorm.apply(x[channels], *per_channel, relu=self.relu, out=out)
+
+    def backward(self, dy: Array) -> Any:  # dx, or (dx, dz)
         x, mean, rstd, y = self._take()
         return batchnorm.backward(dy, x, self.weight.master, self.bias.master, mean, rstd, self.weight.grad,
                                   self.bias.grad, training=True, relu=self.relu, y=y)
@@ -300,18 +399,21 @@ class Linear(Layer):
     """Fully connected: x (C, H, W, N), C*H*W = in_features, or (in_features, N) -> y (out_features, N)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True,
-                 initializer: Initializer = initializers.uniform_fan_in()) -> None:
+                 initializer: Initializer = initializers.uniform_fan_in(), bias_initializer: Initializer | None = None) -> None:
+        """bias_initializer: by default uniform within 1 / sqrt(in_features)."""
         self.in_features, self.out_features = in_features, out_features
         self.weight = Parameter((out_features, in_features), initializer)
-        self.bias = Parameter((out_features,), initializers.uniform_fan_in(in_features)) if bias else None
+        self.bias = Parameter((out_features,), bias_initializer or initializers.uniform_fan_in(in_features)) if bias else None
         self.input_gradient = True
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    keeps = ("x",)
+
+    def output_shape(self, shape: Shape) -> Shape:
         if math.prod(shape) != self.in_features:
             raise ValueError(f"Linear: {self.in_features} input features are needed, got {tuple(shape)}")
         return self.out_features, 1, 1
 
-    def macs(self, shape: tuple[int, ...]) -> int:
+    def macs(self, shape: Shape) -> int:
         return self.weight.size
 
     def skip_input_gradient(self) -> None:
@@ -335,6 +437,8 @@ class Linear(Layer):
 class ReLU(Layer):
     """max(x, 0). After a BatchNorm2d, its `relu=True` does the same in one pass less."""
 
+    keeps = ("y",)
+
     def forward(self, x: Array) -> Array:
         y = relu.forward(x)
         self._save(y)
@@ -354,12 +458,14 @@ class _Pool2d(Layer):
         if stride is None and self.kernel_size[0] != self.kernel_size[1]:
             raise ValueError(f"{type(self).__name__}: window {self.kernel_size} is not square and needs a stride")
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: Shape) -> Shape:
         return shape[0], *output_size(type(self).__name__, shape[1:], self.kernel_size, self.stride, self.padding)
 
 
 class MaxPool2d(_Pool2d):
     """Maximum over windows. Of equal values the first in reading order gets the gradient."""
+
+    keeps = ("winner",)
 
     def forward(self, x: Array) -> Array:
         y, winner = maxpool.forward(x, self.kernel_size, self.stride, self.padding)
@@ -386,7 +492,9 @@ class AvgPool2d(_Pool2d):
 class GlobalMaxPool2d(Layer):
     """Maximum over all pixels: x (C, H, W, N) -> y (C, 1, 1, N)."""
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    keeps = ("winner",)
+
+    def output_shape(self, shape: Shape) -> Shape:
         return shape[0], 1, 1
 
     def forward(self, x: Array) -> Array:
@@ -402,7 +510,7 @@ class GlobalMaxPool2d(Layer):
 class GlobalAvgPool2d(Layer):
     """Mean over all pixels: x (C, H, W, N) -> y (C, 1, 1, N)."""
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: Shape) -> Shape:
         return shape[0], 1, 1
 
     def forward(self, x: Array) -> Array:
@@ -412,6 +520,28 @@ class GlobalAvgPool2d(Layer):
     def backward(self, dy: Array) -> Array:
         (x_shape,) = self._take()
         return avgpool.backward(dy, x_shape, x_shape[1:3], stride=1)
+
+
+class ZeroPadChannels(Layer):
+    """Channels of zeros after the given ones: x (C, H, W, N) -> y (channels, H, W, N)."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if shape[0] > self.channels:
+            raise ValueError(f"ZeroPadChannels: {shape[0]} channels are more than {self.channels}")
+        return self.channels, *shape[1:]
+
+    def forward(self, x: Array) -> Array:
+        y = empty(self.output_shape(x.shape), x.dtype, like=x)
+        y[:len(x)], y[len(x):] = x, 0
+        self._save(len(x))
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        (channels,) = self._take()
+        return dy[:channels]
 
 
 class Dropout(Layer):
@@ -429,15 +559,25 @@ class Dropout(Layer):
 
     def forward(self, x: Array) -> Array:
         if not self.training or self.rate == 0:
-            self._save(None)
+            self._save(None, None)
             return x
         # A copy: the step may have moved on when backward draws the same mask again.
         step = self._step.copy()
-        self._save(step)
+        self._save(step, None)
         return self._apply(x, self.rate, self._key, self._index, step)
 
+    def forget_input(self, again: Again) -> None:
+        if self._saved:
+            self._saved = (self._saved[0], again)
+
+    def output_again(self) -> Again | None:
+        step, again = self._saved or (None, None)
+        if again is None or step is None:
+            return again
+        return lambda: self._apply(again(), self.rate, self._key, self._index, step)
+
     def backward(self, dy: Array) -> Array:
-        (step,) = self._take()
+        step, _ = self._take()
         return dy if step is None else self._apply(dy, self.rate, self._key, self._index, step)
 
 
@@ -450,7 +590,7 @@ class ChannelDropout(Dropout):
 # ---- compositions ------------------------------------------------------------------------------------------------
 
 
-class Sequential(Layer):
+class Sequential(Composition):
     """Layers one after another: Sequential(a, b) names them "0", "1"; Sequential(conv=a, norm=b) as given."""
 
     def __init__(self, *layers: Layer, **named_layers: Layer) -> None:
@@ -459,35 +599,43 @@ class Sequential(Layer):
                 raise ValueError(f"Sequential: a layer cannot be named {name!r}")
             setattr(self, name, layer)
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        for layer in self.children().values():
-            shape = layer.output_shape(shape)
-        return shape
-
-    def macs(self, shape: tuple[int, ...]) -> int:
-        total = 0
-        for layer in self.children().values():
-            total += layer.macs(shape)
-            shape = layer.output_shape(shape)
-        return total
-
-    def skip_input_gradient(self) -> None:
-        first = next(iter(self.children().values()), None)
-        if first is not None:
-            first.skip_input_gradient()
-
-    def forward(self, x: Array) -> Array:
-        for layer in self.children().values():
-            x = layer.forward(x)
+    def trace(self, x: Value, tracer: Tracer[Value]) -> Value:
+        for layer in self:
+            x = layer.trace(x, tracer)
         return x
 
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.children().values())
+
+    def skip_input_gradient(self) -> None:
+        for layer in list(self)[:1]:
+            layer.skip_input_gradient()
+
+    def forward(self, x: Array) -> Array:
+        again = None
+        for layer in self:
+            x = layer.forward(x)
+            if again:
+                layer.forget_input(again)
+            again = layer.output_again()
+        return x
+
+    def forget_input(self, again: Again) -> None:
+        for layer in list(self)[:1]:
+            layer.forget_input(again)
+
+    def output_again(self) -> Again | None:
+        for layer in list(self)[-1:]:
+            return layer.output_again()
+        return None
+
     def backward(self, dy: Array) -> Any:
-        for layer in reversed(self.children().values()):
+        for layer in reversed(list(self)):
             dy = layer.backward(dy)
         return dy
 
 
-class Residual(Layer):
+class Residual(Composition):
     """y = body(x) + shortcut(x), or with `norm`, a BatchNorm2d, y = max(norm(body(x)) + shortcut(x), 0).
 
     shortcut: a Layer, or None for the identity.
@@ -496,20 +644,20 @@ class Residual(Layer):
     def __init__(self, body: Layer, shortcut: Layer | None = None, norm: BatchNorm2d | None = None) -> None:
         self.body, self.norm, self.shortcut = body, norm, shortcut
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        out = self.body.output_shape(shape)
-        beside = self.shortcut.output_shape(shape) if self.shortcut else tuple(shape)
-        if tuple(out) != tuple(beside):
-            raise ValueError(f"Residual: the body gives {tuple(out)}, the shortcut {tuple(beside)}")
-        return out
-
-    def macs(self, shape: tuple[int, ...]) -> int:
-        return self.body.macs(shape) + (self.shortcut.macs(shape) if self.shortcut else 0)
+    def trace(self, x: Value, tracer: Tracer[Value]) -> Value:
+        y = self.body.trace(x, tracer)
+        z = self.shortcut.trace(x, tracer) if self.shortcut else x
+        return tracer.layer(self.norm, y, z) if self.norm else tracer.add(y, z)
 
     def forward(self, x: Array) -> Array:
         y = self.body.forward(x)
         z = self.shortcut.forward(x) if self.shortcut else x
         return self.norm.forward(y, z) if self.norm else add.forward(y, z)
+
+    def forget_input(self, again: Again) -> None:
+        self.body.forget_input(again)
+        if self.shortcut:
+            self.shortcut.forget_input(again)
 
     def backward(self, dy: Array) -> Array:
         dz = dy

@@ -1,19 +1,47 @@
-"""The architectures, by name: `create("simplenet-5m", classes=100)`. One file each, paper and table cited."""
+"""The architectures, by name: `create("resnext29-8x64d", classes=100)`. One file each, paper and table cited."""
 
 import difflib
+import re
+from collections.abc import Callable
+from typing import Any
 
 from minidl.errors import UsageError
 from minidl.layers import Layer
-from models.simplenet import VERSIONS, simplenet
+from models import report, res2net, resnext, simplenet, wideresnet
+from models.architecture import Architecture
 
-# name -> function of the number of classes
-REGISTRY = {f"simplenet-{version}": lambda classes, version=version: simplenet(version, classes) for version in VERSIONS}
+REGISTRY: dict[str, Architecture] = {
+    **simplenet.ARCHITECTURES, **resnext.ARCHITECTURES, **res2net.ARCHITECTURES, **wideresnet.ARCHITECTURES,
+    **report.ARCHITECTURES}
+# One member of each family, of comparable size.
+ALIASES = {"simplenet": "simplenet-5m", "resnext": "resnext29-2x64d", "res2net": "res2next29-2c24w4s", "wideresnet": "wrn-28-4"}
+# Families whose names have numbers that may be any.
+_FAMILIES: dict[str, Callable[..., Architecture]] = {
+    r"resnext29-(\d+)x(\d+)d": resnext.architecture, r"res2next29-(\d+)c(\d+)w(\d+)s": res2net.architecture,
+    r"wrn-(\d+)-(\d+)": wideresnet.architecture}
 
 
-def create(name: str, classes: int = 100) -> Layer:
-    """The network `name` -> Layer, not initialized. Raises UsageError for an unknown name, with the nearest known ones."""
-    if name not in REGISTRY:
-        near = difflib.get_close_matches(name, REGISTRY, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(REGISTRY)}"
-        raise UsageError(f"unknown architecture {name!r}: {hint}")
-    return REGISTRY[name](classes)
+def find(name: str) -> tuple[str, Architecture]:
+    """A name or an alias -> the full name, the Architecture. Raises UsageError for an unknown one, with the nearest known.
+
+    Besides those of REGISTRY, resnext29-CxWd, res2next29-CcWwSs and wrn-D-K are known with any numbers of at least 1.
+    """
+    name = ALIASES.get(name, name)
+    if name in REGISTRY:
+        return name, REGISTRY[name]
+    for pattern, architecture in _FAMILIES.items():
+        match = re.fullmatch(pattern, name)
+        if match and all(int(number) > 0 for number in match.groups()):
+            return name, architecture(*map(int, match.groups()))
+    known = [*ALIASES, *REGISTRY]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    raise UsageError(f"unknown architecture {name!r}: " + (f"did you mean {' or '.join(near)}?" if near else
+                                                           "`--arch list` prints those that are known"))
+
+
+def create(name: str, classes: int = 100, **options: Any) -> Layer:
+    """The network `name` -> Layer, not initialized. options: of its builder, such as dropout=0.3 for wrn-28-10.
+
+    Raises UsageError for an unknown name, an unknown option, or a value that the builder refuses.
+    """
+    return find(name)[1].create(classes, options)

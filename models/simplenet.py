@@ -3,14 +3,17 @@
     conv 3x3 - BN - ReLU, thirteen times (two of them 1x1 in the wide part), a 2x2 max-pool after layers 4, 7, 9 and
     12, the global maximum after layer 13, one linear classifier. Maps: 32 - 16 - 8 - 4 - 2 - 1 pixels.
 
-Channels and kernels follow the authors' Caffe definitions (github.com/Coderx7/SimpleNet); batch norm on all thirteen
-layers, with momentum 0.05 and in the order conv - BN - ReLU - pool, their PyTorch version.
+Channels and kernels follow the authors' Caffe definitions (github.com/Coderx7/SimpleNet); the default form is that of
+their PyTorch version (github.com/Coderx7/SimpleNet_Pytorch): batch norm on all thirteen layers, with momentum 0.05 and
+in the order conv - BN - ReLU - pool.
 """
 
 import math
 
-from minidl.initializers import xavier_uniform
-from minidl.layers import BatchNorm2d, ChannelDropout, Conv2d, GlobalMaxPool2d, Layer, Linear, MaxPool2d, Sequential
+from minidl.initializers import Initializer, xavier_uniform
+from minidl.layers import (BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalMaxPool2d, Layer, Linear, MaxPool2d, ReLU,
+                           Sequential)
+from models.architecture import Architecture, one_of
 
 # version: (channels of layers 1..13, layers whose kernel is 1x1, rate of channel dropout after each pool)
 VERSIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {
@@ -19,26 +22,57 @@ VERSIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {
     "460k": ((32, 32, 32, 64, 64, 64, 64, 64, 64, 96, 96, 96, 100), (13,), 0.0),
 }
 POOL_AFTER = (4, 7, 9, 12)
+# Where the authors drop: whole channels after each of the five pools (PyTorch), or elements after layers 1 to 12 (Caffe),
+# in these after the pool that follows, in the others before it.
+ELEMENTS_DROPPED_AFTER_POOL = (4, 12)
 
 
-def simplenet(version: str, classes: int = 100) -> Sequential:
-    """SimpleNet of a version of the table above, for images 3 x 32 x 32 -> Sequential, logits (classes, N)."""
-    channels, pointwise, dropout = VERSIONS[version]
+def simplenet(classes: int = 100, *, version: str = "5m", form: str = "pytorch", extra_pool: bool = False,
+              dropout: str = "channels", rate: float | None = None, initializer: Initializer | None = None) -> Sequential:
+    """SimpleNet of a version of the table above, for images 3 x 32 x 32 -> Sequential, logits (classes, N).
+
+    form: "pytorch", or "caffe", where layers 11 to 13 have no batch norm and layer 7 is pooled before it. extra_pool:
+    one more 2x2 max-pool after layer 10, which the authors' best PyTorch results have and call a mistake. dropout:
+    "channels" after the pools or "elements" after layers 1 to 12, with probability `rate`; by default the PyTorch
+    version's 0.1 in 5m and 0 in the small ones, or Caffe's 0.2. initializer: of the convolutions.
+    """
+    channels, pointwise, default_rate = VERSIONS[version]
+    caffe = one_of("form", form, "pytorch", "caffe") == "caffe"
+    elements = one_of("dropout", dropout, "channels", "elements") == "elements"
+    if rate is None:
+        rate = 0.2 if elements else default_rate
     layers: dict[str, Layer] = {}
 
-    def drop(number: int) -> None:
-        if dropout:
-            layers[f"drop{number}"] = ChannelDropout(dropout)
+    def pool(number: int) -> None:
+        layers[f"pool{number}"] = GlobalMaxPool2d() if number == 13 else MaxPool2d(2)
+        if rate and not elements:
+            layers[f"drop{number}"] = ChannelDropout(rate)
 
     for number, (inputs, outputs) in enumerate(zip((3, *channels), channels), start=1):
         kernel = 1 if number in pointwise else 3
         layers[f"conv{number}"] = Conv2d(inputs, outputs, kernel, padding=kernel // 2,
-                                         initializer=xavier_uniform(math.sqrt(2)))
-        layers[f"bn{number}"] = BatchNorm2d(outputs, momentum=0.05, relu=True)
-        if number in POOL_AFTER:
-            layers[f"pool{number}"] = MaxPool2d(2)
-            drop(number)
-    layers["pool13"] = GlobalMaxPool2d()
-    drop(13)
+                                         initializer=initializer or xavier_uniform(math.sqrt(2)))
+        if caffe and number == 7:
+            pool(7)
+        if caffe and number > 10:
+            layers[f"relu{number}"] = ReLU()
+        else:
+            layers[f"bn{number}"] = BatchNorm2d(outputs, momentum=0.05, relu=True)
+        drops = rate and elements and number < 13
+        pools = number in POOL_AFTER and not (caffe and number == 7) or number == 13 or number == 10 and extra_pool
+        if drops and number not in ELEMENTS_DROPPED_AFTER_POOL:
+            layers[f"drop{number}"] = Dropout(rate)
+        if pools:
+            pool(number)
+        if drops and number in ELEMENTS_DROPPED_AFTER_POOL:
+            layers[f"drop{number}"] = Dropout(rate)
     layers["classifier"] = Linear(channels[-1], classes)
     return Sequential(**layers)
+
+
+SOURCE = "arXiv 1608.06037"
+ARCHITECTURES = {
+    "simplenet-5m": Architecture(simplenet, dict(version="5m"), "73.42 (Caffe); 78.37 with extra_pool, 550 epochs", SOURCE),
+    "simplenet-310k": Architecture(simplenet, dict(version="310k"), "64.68 (Caffe)", SOURCE),
+    "simplenet-460k": Architecture(simplenet, dict(version="460k"), "66.82 (Caffe)", SOURCE),
+}

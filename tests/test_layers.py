@@ -181,7 +181,7 @@ def test_refused_at_construction(make, message):
     (BatchNorm2d(3), (4, 8, 8), "BatchNorm2d: 3 input channels are needed"),
     (Linear(10, 2), (3, 2, 2), "Linear: 10 input features are needed, got (3, 2, 2)"),
     (MaxPool2d(5), (3, 4, 4), "MaxPool2d: window 5x5 is larger than the padded image 4x4"),
-    (Residual(Conv2d(3, 4, 1)), (3, 4, 4), "Residual: the body gives (4, 4, 4), the shortcut (3, 4, 4)"),
+    (Residual(Conv2d(3, 4, 1)), (3, 4, 4), "the branches of a sum have different shapes (C, H, W): (4, 4, 4) and (3, 4, 4)"),
 ])
 def test_shapes_that_do_not_fit(layer, shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):

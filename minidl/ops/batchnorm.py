@@ -9,14 +9,15 @@ TILE = 4096  # values of a row that one block takes: 16 kB of float32, read twic
 
 
 def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, *, training: bool,
-            momentum: float, eps: float, relu: bool = False, z: Array | None = None) -> tuple[Array, Array, Array]:
-    """x (C, H, W, N), gamma, beta, running statistics (C) -> y (C, H, W, N), mean (C), rstd (C).
+            momentum: float, eps: float, relu: bool = False, z: Array | None = None,
+            out: Array | None = None) -> tuple[Array, Array, Array]:
+    """x (C, H, W, N), gamma, beta, running statistics (C) -> y (C, H, W, N), written to `out` if given, mean (C), rstd (C).
 
     y = gamma * (x - mean) * rstd + beta; with `relu`, max(y, 0); with `z` (C, H, W, N) too, max(y + z, 0).
     In training, mean and rstd = 1 / sqrt(biased variance + eps) are those of the batch, and the running
     statistics move towards it by `momentum` (PyTorch's: 0.1 keeps 90 %), in place, the variance unbiased.
     Otherwise they are the running statistics, which stay. mean and rstd are what `backward` needs.
-    Raises ValueError in training for fewer than 2 values per channel.
+    Raises ValueError in training for fewer than 2 values per channel, and for z or out of another shape than x.
     """
     channels, row, tiles = _tiles(x)
     acc = acc_dtype(x.dtype)
@@ -32,8 +33,17 @@ def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_va
     else:
         mean = running_mean
         KERNELS.bn_rstd[blocks_for(channels, 32), 32](running_var, rstd, channels, eps)
+    return apply(x, gamma, beta, mean, rstd, relu=relu, z=z, out=out), mean, rstd
 
-    y = empty(x.shape, x.dtype, like=x)
+
+def apply(x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, *, relu: bool = False, z: Array | None = None,
+          out: Array | None = None) -> Array:
+    """The last step of `forward`, with its mean and rstd: the same y again, bit for bit."""
+    for name, array in (("z", z), ("out", out)):
+        if array is not None and array.shape != x.shape:
+            raise ValueError(f"batch norm: {name} {array.shape} has another shape than x {x.shape}")
+    channels, row, tiles = _tiles(x)
+    y = empty(x.shape, x.dtype, like=x) if out is None else out
     affine = mean, rstd, gamma, beta
     if z is not None:
         KERNELS.bn_apply_add_relu[(tiles, channels), THREADS](x, z, *affine, y, row, TILE)
@@ -41,7 +51,7 @@ def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_va
         KERNELS.bn_apply_relu[(tiles, channels), THREADS](x, *affine, y, row, TILE)
     else:
         KERNELS.bn_apply[(tiles, channels), THREADS](x, *affine, y, row, TILE)
-    return y, mean, rstd
+    return y
 
 
 def backward(dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array, *,

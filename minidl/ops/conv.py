@@ -20,14 +20,14 @@ STRETCH = 32  # pixels of a row of cols that one block of im2col copies
 
 
 def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0,
-            groups: int = 1) -> Array:
-    """x (C, H, W, N), weight (O, C/groups, kh, kw), bias (O) -> y (O, H', W', N).
+            groups: int = 1, out: Array | None = None) -> Array:
+    """x (C, H, W, N), weight (O, C/groups, kh, kw), bias (O) -> y (O, H', W', N), written to `out` if given.
 
     H' = floor((H + 2 * padding - kh) / stride) + 1, W' alike. Raises ValueError for shapes that do not fit, groups
     that do not divide the channels, and a window larger than the padded image.
     """
     g = _Geometry(x, weight, stride, padding, groups)
-    y = empty(g.out_shape, x.dtype, like=x)
+    y = _result("out", out, g.out_shape, x)
     w_matrix, y_matrix = g.weight_matrix(weight), g.out_matrix(y)
 
     def compute(chunks: Sequence[_Chunk]) -> None:
@@ -42,8 +42,10 @@ def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int =
 
 
 def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | None = None, *, stride: int = 1,
-             padding: int = 0, groups: int = 1, input_gradient: bool = True) -> Array | None:
+             padding: int = 0, groups: int = 1, input_gradient: bool = True, dx: Array | None = None) -> Array | None:
     """dy (O, H', W', N), x and weight as in `forward` -> dx (C, H, W, N), or None without `input_gradient`.
+
+    The result is written to `dx` if given, which may not be dy.
 
     Overwrites dweight (O, C/groups, kh, kw) and dbias (O), which may be float32 where the others are 16 bits wide.
     """
@@ -55,8 +57,16 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
         return None
     if g.adjoint_padding is not None:
         # Without strides, the adjoint of a convolution is one: what col2im would add up is summed by the product.
-        return forward(dy, _adjoint_weight(weight, groups), padding=g.adjoint_padding, groups=groups)
-    return _input_gradient_by_col2im(dy, x, weight, g)
+        return forward(dy, _adjoint_weight(weight, groups), padding=g.adjoint_padding, groups=groups,
+                       out=_result("dx", dx, x.shape, x))
+    return _input_gradient_by_col2im(dy, weight, _result("dx", dx, x.shape, x), g)
+
+
+def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
+    """Where a result goes: the array that the caller gave, or a new one."""
+    if given is not None and given.shape != shape:
+        raise ValueError(f"conv: {name} has shape {given.shape}, the result {shape}")
+    return empty(shape, like.dtype, like=like) if given is None else given
 
 
 def _unfold(x: Array, g: _Geometry, chunk: _Chunk) -> Array:
@@ -94,13 +104,12 @@ def _adjoint_weight(weight: Array, groups: int) -> Array:
     return array_module(weight).ascontiguousarray(adjoint)
 
 
-def _input_gradient_by_col2im(dy: Array, x: Array, weight: Array, g: _Geometry) -> Array:
-    dx = empty(x.shape, x.dtype, like=x)
+def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry) -> Array:
     dy_matrix, w_transposed = g.out_matrix(dy), g.weight_matrix(weight).transpose(0, 2, 1)
     covered = 0  # input rows that hold sums already
     for chunk in g.chunks(whole_rows=True):
         # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
-        dcols = empty((g.groups, g.depth, chunk.pixel_count * g.batch), x.dtype, like=x)
+        dcols = empty((g.groups, g.depth, chunk.pixel_count * g.batch), dx.dtype, like=dx)
         gemm(w_transposed, dy_matrix[:, :, chunk.columns], dcols)
         row_begin, row_end = chunk.pixel_begin // g.out_width, (chunk.pixel_begin + chunk.pixel_count) // g.out_width
         iy_begin = max(0, min(row_begin * g.stride - g.padding, covered))

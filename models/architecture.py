@@ -1,0 +1,46 @@
+"""A named architecture: a builder, its settings, and what its authors report."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from minidl.errors import UsageError
+from minidl.layers import Layer
+
+Choice = TypeVar("Choice", str, int)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """builder: function (classes, **settings) -> Layer; settings: of this name; published: top-1 per cent on CIFAR-100
+    as the source reports it, "-" where it reports none."""
+
+    builder: Callable[..., Layer]
+    settings: Mapping[str, Any]
+    published: str
+    source: str
+
+    def create(self, classes: int, options: Mapping[str, Any]) -> Layer:
+        """The network, not initialized, with {name: value} of options besides its own settings.
+
+        Raises UsageError for an option that the builder does not have or whose value it refuses.
+        """
+        free = [name for name in inspect.signature(self.builder).parameters if name not in ("classes", *self.settings)]
+        for name in options:
+            if name not in free:
+                raise UsageError(f"unknown model option {name!r}: this architecture has {', '.join(free) or 'none'}")
+        try:
+            return self.builder(classes, **self.settings, **options)
+        except (ValueError, TypeError) as error:
+            given = ", ".join(f"{name}={value}" for name, value in options.items())
+            raise UsageError(f"model options {given}: {error}") from None
+
+
+def one_of(option: str, value: Choice, *choices: Choice) -> Choice:
+    """value, if it is one of `choices`. Raises ValueError otherwise."""
+    if value not in choices:
+        raise ValueError(f"{option} is {value!r}, not one of {', '.join(map(str, choices))}")
+    return value
