@@ -8,7 +8,9 @@ from typing import Any
 from minidl.errors import UsageError
 from minidl.layers import Layer
 from models import report, res2net, resnext, simplenet, wideresnet
-from models.architecture import Architecture
+from models.architecture import Architecture, parse_options
+
+__all__ = ["ALIASES", "REGISTRY", "create", "find", "parse_options"]
 
 REGISTRY: dict[str, Architecture] = {
     **simplenet.ARCHITECTURES, **resnext.ARCHITECTURES, **res2net.ARCHITECTURES, **wideresnet.ARCHITECTURES,

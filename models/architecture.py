@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,3 +44,25 @@ def one_of(option: str, value: Choice, *choices: Choice) -> Choice:
     if value not in choices:
         raise ValueError(f"{option} is {value!r}, not one of {', '.join(map(str, choices))}")
     return value
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """["dropout=0.3", "extra_pool=true"] -> {"dropout": 0.3, "extra_pool": True}. Raises UsageError for another form."""
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not (name and equals and text):
+            raise UsageError(f"model option {word!r} is not of the form NAME=VALUE")
+        options[name] = _value(text)
+    return options
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
