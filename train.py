@@ -19,6 +19,7 @@ from minidl.data.batches import AUGMENTATIONS, Batches
 from minidl.errors import UsageError
 from minidl.kernels import storage_dtype
 from minidl.training import Trainer, evaluate
+from models import listing
 
 STORAGE = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OPTIMIZERS = {  # name: (class, peak learning rate, other settings)
@@ -31,7 +32,9 @@ DEMO_ARCH, DIGITS_EPOCHS, DIGITS_BATCH_SIZE = "simplenet-310k", 4, 32
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("-a", "--arch", help=f"one of {', '.join(models.REGISTRY)}")
+    parser.add_argument("-a", "--arch", help="simplenet, resnext, res2net, wideresnet, or one of the names that `--arch list` prints")
+    parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="options of the architecture, such as dropout=0.3 for a Wide ResNet")
     parser.add_argument("-e", "--epochs", type=positive, help="default: 50, digits 4")
     parser.add_argument("-b", "--batch-size", type=positive, help="images per step; default: 128, digits 32")
     parser.add_argument("--lr", type=rate, help="peak learning rate; default: sgd 0.1, adam 0.001")
@@ -65,11 +68,14 @@ def rate(text):
 
 def main():
     args = parse_arguments()
+    if args.arch == "list":
+        print(listing.table())
+        return
     place = device.select(args.device)
     demo = args.arch is None and args.dataset is None and args.data_dir is None and place.name == "cpu"
     args.dataset = args.dataset or ("digits" if demo else "cifar100")
     small = args.dataset == "digits"
-    args.arch = args.arch or (DEMO_ARCH if place.name == "cpu" else "simplenet-5m")
+    args.arch = models.find(args.arch or (DEMO_ARCH if place.name == "cpu" else "simplenet-5m"))[0]
     args.epochs = args.epochs or (DIGITS_EPOCHS if small else 50)
     args.batch_size = args.batch_size or (DIGITS_BATCH_SIZE if small else 128)
     optimizer_class, default_lr, optimizer_settings = OPTIMIZERS[args.optimizer]
@@ -79,7 +85,8 @@ def main():
 
     dtype = storage_dtype(STORAGE[args.precision])
     blas.allow_tf32 = args.precision == "tf32"
-    network = models.create(args.arch, 10 if args.dataset != "cifar100" else 100)
+    options = models.parse_options(args.model_kwargs)
+    network = models.create(args.arch, 10 if args.dataset != "cifar100" else 100, **options)
     train_set, test_set = data.load(args.dataset, args.data_dir)
     if args.batch_size > len(test_set.labels):
         raise UsageError(f"--batch-size {args.batch_size} is more than the {len(test_set.labels)} test images of {args.dataset}")

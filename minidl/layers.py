@@ -124,8 +124,13 @@ class Layer:
 
     # ---- what is kept from forward to backward
 
-    # What `forward` saves that takes memory: "x", "y" (its input, its output), or what a layer of the kind has alone.
+    # What `forward` saves that takes memory: "x" or "y", its input or output, or "statistics" (2 C), "winner" (uint16, as
+    # many as y), "step" (one int64). An "x" of Conv2d only where `forget_input` is not called.
     keeps: ClassVar[tuple[str, ...]] = ()
+
+    def remakes_output(self, remakes_input: bool) -> bool:
+        """Whether `output_again` gives something after a forward in training, of an input that can be made again or not."""
+        return False
 
     def output_again(self) -> Again | None:
         """How to make the last output again from what is kept anyway; None where that is impossible or not cheap."""
@@ -381,6 +386,9 @@ class BatchNorm2d(Layer):
         self._save(x, mean, rstd, y if z is not None else None)
         return y
 
+    def remakes_output(self, remakes_input: bool) -> bool:
+        return True  # but not that of a forward with z
+
     def output_again(self, channels: slice = slice(None)) -> Again | None:
         """As in Layer; of some channels only."""
         if not self._saved or self._saved[3] is not None:
@@ -547,6 +555,7 @@ class ZeroPadChannels(Layer):
 class Dropout(Layer):
     """In training, sets each element to 0 with probability `rate` and divides the rest by 1 - rate."""
 
+    keeps = ("step",)
     _apply = staticmethod(dropout.apply)
 
     def __init__(self, rate: float) -> None:
@@ -569,6 +578,9 @@ class Dropout(Layer):
     def forget_input(self, again: Again) -> None:
         if self._saved:
             self._saved = (self._saved[0], again)
+
+    def remakes_output(self, remakes_input: bool) -> bool:
+        return remakes_input
 
     def output_again(self) -> Again | None:
         step, again = self._saved or (None, None)

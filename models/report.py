@@ -83,6 +83,6 @@ ARCHITECTURES = {
        for i, stages in STAGES.items() for reading, settings in READINGS.items()},
     **{f"report-wideresnet{i}": Architecture(wide_resnet, dict(depth=depth, width=width), RESULTS["wideresnet"][i - 1], SOURCE)
        for i, (depth, width) in WIDTHS.items()},
-    "report-simplenet": Architecture(simplenet, dict(version="5m", dropout="elements", rate=0.2, initializer=HE),
+    "report-simplenet": Architecture(simplenet, dict(version="5m", dropout="elements", rate=0.2, initializer="he"),
                                      "63.56, 50 epochs", SOURCE),
 }

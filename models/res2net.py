@@ -64,10 +64,10 @@ class Ladder(Splits):
         self._save(x)
         splits = self._views(y)
         for i, (conv, bn) in enumerate(self._pairs):
-            z = add.forward(splits[i], splits[i - 1]) if i else splits[0]
-            bn.forward(conv.forward(z), out=splits[i])
+            z = conv.forward(add.forward(splits[i], splits[i - 1]) if i else splits[0])
             if i == 0 and (again := self.bn.output_again(self._channels(0))):
-                conv.forget_input(again)  # that of the others is not kept elsewhere
+                conv.forget_input(again)  # the others keep their sum: nobody else does
+            bn.forward(z, out=splits[i])
         return y
 
     def output_again(self) -> Again | None:

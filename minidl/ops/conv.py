@@ -62,6 +62,16 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     return _input_gradient_by_col2im(dy, weight, _result("dx", dx, x.shape, x), g)
 
 
+def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, groups: int) -> int:
+    """Bytes of `cols` that `forward` holds at a time. Of x and weight, only device, shape and type matter."""
+    g = _Geometry(x, weight, stride, padding, groups)
+    if g.pointwise:
+        return 0
+    tasks = g.chunks_of_workers()
+    largest = max(chunk.pixel_count for chunks in tasks for chunk in chunks)
+    return len(tasks) * largest * g.pixel_bytes
+
+
 def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
     """Where a result goes: the array that the caller gave, or a new one."""
     if given is not None and given.shape != shape:
@@ -151,7 +161,7 @@ class _Geometry:
         adjoint_is_convolution = stride == 1 and kernel[0] == kernel[1] and padding < kernel[0]
         self.adjoint_padding = kernel[0] - 1 - padding if adjoint_is_convolution else None
         self._workers = workers(x)
-        self._pixel_bytes = self.groups * self.depth * self.batch * x.itemsize  # of cols
+        self.pixel_bytes = self.groups * self.depth * self.batch * x.itemsize  # of cols
         self._limit = WORKSPACE_BYTES[array_module(x).__name__]
 
     def weight_matrix(self, weight: Array) -> Array:
@@ -164,7 +174,7 @@ class _Geometry:
         """Ranges of output pixels whose cols fit the workspace, of nearly equal size; a whole number for each worker."""
         unit = self.out_width if whole_rows else 1
         units = self.out_height * self.out_width // unit
-        fitting = max(1, self._limit // (unit * self._pixel_bytes))
+        fitting = max(1, self._limit // (unit * self.pixel_bytes))
         count = -(-units // fitting)
         count = min(units, -(-count // self._workers) * self._workers)
         bounds = [units * i // count * unit for i in range(count + 1)]

@@ -1,0 +1,92 @@
+"""What a network costs, computed from its layers, against what its layers really keep."""
+
+import numpy as np
+import pytest
+
+import models
+from minidl import summary
+from minidl.layers import Conv2d
+from minidl.ops import conv
+from models import listing
+
+NETWORKS = [
+    ("simplenet-310k", {}), ("simplenet-310k", dict(form="caffe", dropout="elements")), ("simplenet-310k", dict(rate=0.1)),
+    ("resnext29-2x4d", {}), ("resnext29-2x4d", dict(shortcut="A")), ("resnext29-2x4d", dict(shortcut="C")),
+    ("res2next29-2c4w4s", {}), ("res2next29-2c4w3s", dict(form="B")), ("res2next29-2c4w1s", {}),
+    ("wrn-10-1", {}), ("wrn-16-1", dict(dropout=0.3)), ("report-resnext1", {}), ("report-resnext3-flatten", {}),
+]
+
+
+def kept_bytes(network):
+    """Of all arrays that wait for backward, each once."""
+    arrays = {(array.__array_interface__["data"][0], array.nbytes) for _, layer in network.named_layers()
+              for array in layer._saved or () if isinstance(array, np.ndarray)}
+    return sum(size for _, size in arrays)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name, options", NETWORKS, ids=str)
+def test_memory_is_what_the_layers_keep(name, options, dtype):
+    network = models.create(name, 10, **options)
+    computed = summary.summarize(network, batch_size=3, dtype=dtype)
+    network.initialize(dtype=dtype).forward(np.zeros((3, 32, 32, 3), network.dtype))
+    assert kept_bytes(network) == computed.activation_bytes
+
+
+@pytest.mark.parametrize("name, options", NETWORKS, ids=str)
+def test_totals(name, options):
+    network = models.create(name, **options)
+    costs = summary.summarize(network, batch_size=7)
+    assert costs.parameters == sum(parameter.size for parameter in network.named_parameters().values())
+    assert costs.macs == network.macs((3, 32, 32)) == sum(row.macs for row in costs.rows)
+    assert costs.workspace_bytes == max(row.workspace_bytes for row in costs.rows)
+    assert costs.rows[-1].output_shape[0] == 100
+    leaves = [name for name, layer in network.named_layers() if not layer.children()]
+    assert sorted(row.name for row in costs.rows) == sorted(leaves)
+
+
+def test_workspace_is_the_memory_of_cols(monkeypatch):
+    """The most that im2col asks for at a time, seen at its allocations with one worker."""
+    monkeypatch.setattr(conv, "workers", lambda like: 1)
+    network = models.create("wrn-10-1").initialize()
+    asked = []
+    real = conv._unfold
+
+    def unfold(x, g, chunk):
+        cols = real(x, g, chunk)
+        asked.append(0 if g.pointwise else cols.nbytes)
+        return cols
+
+    monkeypatch.setattr(conv, "_unfold", unfold)
+    network.forward(np.zeros((3, 32, 32, 64), np.float32))
+    assert max(asked) == summary.summarize(network, batch_size=64).workspace_bytes
+
+
+def test_table_lines_up():
+    lines = summary.table(summary.summarize(models.create("simplenet-310k"))).splitlines()
+    assert lines[0].split() == ["layer", "type", "output", "parameters", "MACs", "kept", "for", "backward", "im2col"]
+    assert len({len(line) for line in lines}) == 1 and lines[-1].startswith("total")
+    assert "318,212" in lines[-1] and "55,793,920" in lines[-1]
+
+
+def test_list_has_every_architecture():
+    text = listing.table()
+    for name in models.REGISTRY:
+        assert f"\n{name} " in text
+    row = next(line for line in text.splitlines() if line.startswith("wrn-28-10 "))
+    assert row.split("  ")[0] == "wrn-28-10" and "36,536,884" in row and "5,243,386,368" in row and "80.75" in row
+    assert "arXiv 1605.07146" in row and "resnext = resnext29-2x64d" in text
+
+
+@pytest.mark.parametrize("name, options", NETWORKS, ids=str)
+def test_what_is_forgotten_is_made_again_bit_for_bit(name, options, monkeypatch):
+    forget, seen = Conv2d.forget_input, []
+
+    def check(layer, again):
+        seen.append(np.array_equal(again(), layer._saved[0]))
+        forget(layer, again)
+
+    monkeypatch.setattr(Conv2d, "forget_input", check)
+    network = models.create(name, 10, **options).initialize(seed=1)
+    network.forward(np.random.default_rng(0).standard_normal((3, 32, 32, 4), np.float32))
+    assert len(seen) > 4 and all(seen)
