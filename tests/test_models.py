@@ -7,7 +7,7 @@ import pytest
 
 import models
 from minidl.errors import UsageError
-from minidl.layers import Conv2d
+from minidl.layers import BatchNorm2d, Conv2d
 from minidl.ops import loss
 from models.report import report_resnext
 
@@ -184,6 +184,79 @@ def test_odd_sizes(name, classes, side, batch):
     assert logits.shape == (classes, batch) and dx.shape == x.shape
     one = network.eval().forward(np.ascontiguousarray(x[..., :1]))
     assert one.shape == (classes, 1) and np.isfinite(one).all() and np.isfinite(network.parameters.grad).all()
+
+
+def without_kinks(network, rng):
+    """Small weights and large biases of batch norm switch each channel on or, but for sums, off: no ReLU is near its edge."""
+    for name, layer in network.named_layers():
+        if isinstance(layer, BatchNorm2d):
+            layer.weight.master[...] = network.device.array(rng.uniform(0.4, 0.6, layer.channels) * rng.choice([-1, 1], layer.channels))
+            ends_branch = name.endswith((".norm", "shortcut.bn"))
+            on = np.ones(layer.channels) if ends_branch else rng.choice([1, 1, 1, -1], layer.channels)
+            layer.bias.master[...] = network.device.array(on * rng.uniform(4, 5, layer.channels))
+    return network
+
+
+@pytest.mark.parametrize("name, options", [
+    ("simplenet-310k", {}), ("simplenet-460k", dict(rate=0.1)), ("resnext29-2x4d", {}), ("resnext29-2x4d", dict(shortcut="A")),
+    ("resnext29-1x8d", dict(shortcut="C")), ("res2next29-2c4w4s", {}), ("res2next29-2c4w3s", dict(form="B")),
+    ("res2next29-2c4w1s", {}), ("wrn-10-1", {}), ("wrn-16-1", dict(dropout=0.3)), ("report-resnext2-fixed", {}),
+    ("report-resnext3-flatten", dict(logits="linear"))])
+def test_gradients_in_random_directions(machine, name, options):
+    """<v, backward(u)> = <u, d forward / d v> for the image and for all parameters, by central differences in float64.
+
+    On the first of some random inputs on which no maximum of a pool changes its place within reach of the differences.
+    """
+    for seed in range(20):
+        differences = directional_derivatives(machine, name, options, np.random.default_rng(seed))
+        if differences:
+            break
+    for what, expected, numerical in differences:
+        assert numerical == pytest.approx(expected, rel=1e-6), what
+
+
+def directional_derivatives(machine, name, options, rng, h=1e-4):
+    """[(what moves, derivative by backward, derivative by differences), ...], or None where a maximum changes its place."""
+    network = without_kinks(models.create(name, 10, **options).initialize(machine.place, "float64", seed=3), rng)
+    x, u = rng.normal(size=(3, 32, 32, 2)), rng.normal(size=(10, 2))
+    winners = set()
+
+    def value(at_x, at_parameters):
+        network.parameters.master[...] = machine.array(at_parameters)
+        logits = machine.host(network.forward(machine.array(at_x)))
+        winners.add(b"".join(machine.host(layer._saved[0]).tobytes() for _, layer in network.named_layers()
+                             if layer.keeps == ("winner",)))
+        return (u * logits).sum()
+
+    start = machine.host(network.parameters.master).copy()
+    value(x, start)
+    dx, grad = machine.host(network.backward(machine.array(u))), machine.host(network.parameters.grad)
+    results = []
+    for what, vx, vp in (("x", direction(rng, dx), 0), ("parameters", 0, direction_of_parameters(machine, rng, network))):
+        points = [value(x + k * h * vx, start + k * h * vp) for k in (-2, -1, 1, 2)]
+        results.append((what, (vx * dx).sum() + (vp * grad).sum(),
+                        (points[0] - 8 * points[1] + 8 * points[2] - points[3]) / (12 * h)))
+    return results if len(winners) == 1 else None
+
+
+def direction(rng, gradient):
+    """Half of it the gradient's own, so that the derivative stands clear of rounding."""
+    random = rng.normal(size=gradient.shape)
+    return gradient / np.linalg.norm(gradient) + random / np.linalg.norm(random)
+
+
+def direction_of_parameters(machine, rng, network):
+    """Each moves in inverse proportion to its gradient: the error of one is not lost beside another's."""
+    grads = {key: machine.host(parameter.grad) for key, parameter in network.named_parameters().items()}
+    sizes = {key: np.linalg.norm(grad) for key, grad in grads.items()}
+    floor = 1e-9 * max(sizes.values())  # below: rounding errors of a gradient that is 0
+    smallest = min(size for size in sizes.values() if size > floor)
+    flat, begin = np.zeros(network.parameters.master.size), 0
+    for key, grad in grads.items():
+        if sizes[key] > floor:
+            flat[begin:begin + grad.size] = (direction(rng, grad) * smallest / sizes[key]).ravel()
+        begin += -(-grad.size // network.parameters.ALIGNMENT) * network.parameters.ALIGNMENT
+    return flat
 
 
 @pytest.mark.parametrize("name, shape, message", [

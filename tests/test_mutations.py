@@ -21,12 +21,14 @@ import test_elementwise
 import test_layers
 import test_linear
 import test_loss
+import test_models
 import test_optimizer
 import test_pooling
 from minidl import layers
 from minidl.host_build import OPS
 from minidl.kernels import Kernels
 from minidl.ops import batchnorm, conv, linear
+from models import res2net, wideresnet
 from reference import assert_close
 
 
@@ -133,6 +135,10 @@ def network(target, rng):
     test_layers.test_network_gradient_in_random_directions(target, rng, test_layers.every_layer, (3, 8, 8, 4))
 
 
+def architecture(name, **options):
+    return lambda target, rng: test_models.test_gradients_in_random_directions(target, name, options)
+
+
 def optimizer(name):
     return lambda target, rng: test_optimizer.test_steps_equal_the_definition(target, rng, name, "float64")
 
@@ -212,6 +218,21 @@ BUGS = [
         "add.forward(self.body.backward(dy), self.shortcut.backward(dz) if self.shortcut else dz)", "self.body.backward(dy)", network),
     Bug("residual: gradient of the shortcut not masked", layers.Residual.backward, "dy, dz = self.norm.backward(dy)",
         "dy, _ = self.norm.backward(dy)", network),
+
+    Bug("zero-padded channels: gradient of the wrong ones", layers.ZeroPadChannels.backward, "dy[:channels]", "dy[-channels:]",
+        architecture("resnext29-2x4d", shortcut="A")),
+    Bug("ladder: gradient of the split above not added", res2net.Ladder.backward, "i < self.scale - 2", "False",
+        architecture("res2next29-2c4w4s")),
+    Bug("ladder: the first convolution remembers another split", res2net.Ladder.forward, "self._channels(0)", "self._channels(1)",
+        architecture("res2next29-2c4w4s")),
+    Bug("ladder: conv3 remembers the splits in another order", res2net.Ladder.output_again, "zip(makers,", "zip(makers[::-1],",
+        architecture("res2next29-2c4w4s")),
+    Bug("splits apart: gradient of the averaged one lost", res2net.Apart.backward, "last_slot[...] = dlast", "last_slot[...] = 0",
+        architecture("res2next29-2c4w3s", form="B")),
+    Bug("pre-activation: gradient of the identity lost", wideresnet.PreActivationBlock.backward, "add.forward(dx, dy, out=dx)", "dx",
+        architecture("wrn-16-1")),
+    Bug("pre-activation: gradient of the projection lost", wideresnet.PreActivationBlock.backward,
+        "add.forward(da, self.shortcut.backward(dy), out=da)", "da", architecture("wrn-10-1")),
 
     Bug("sgd: Nesterov without looking ahead", "optimizer.cu", "g_share = nesterov ? 1 : 0, v_share = nesterov ? momentum : 1",
         "g_share = 0, v_share = 1", optimizer("nesterov")),
