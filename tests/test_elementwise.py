@@ -43,9 +43,20 @@ def test_add(target, rng, shape, dtype):
     assert_close(target.host(add.forward(target.array(a, dtype), target.array(b, dtype))), a + b, tolerance(dtype))
 
 
+def test_add_in_place(target, rng):
+    a, b = rng.normal(size=(3, 2, 2, 5)), rng.normal(size=(3, 2, 2, 5))
+    for first in (True, False):
+        device_a, device_b = target.array(a), target.array(b)
+        out = device_a if first else device_b
+        assert add.forward(device_a, device_b, out=out) is out
+        assert np.array_equal(target.host(out), a + b)
+
+
 def test_add_refuses_different_shapes(target):
     with pytest.raises(ValueError, match=r"add: shapes \(2, 3\) and \(3, 2\) differ"):
         add.forward(target.array(np.zeros((2, 3))), target.array(np.zeros((3, 2))))
+    with pytest.raises(ValueError, match=r"add: out \(2, 2\) has another shape than the sum \(2, 3\)"):
+        add.forward(target.array(np.zeros((2, 3))), target.array(np.zeros((2, 3))), out=target.array(np.zeros((2, 2))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

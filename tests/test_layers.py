@@ -9,7 +9,7 @@ from minidl import initializers
 from minidl.device import select
 from minidl.errors import CheckpointError
 from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d,
-                           Linear, MaxPool2d, ReLU, Residual, Sequential)
+                           Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 from reference import assert_close
 
 
@@ -167,10 +167,13 @@ def test_shapes_and_macs():
     (lambda: Dropout(1.0), "Dropout: rate 1.0 is not in 0 <= rate < 1"),
     (lambda: ChannelDropout(-1), "ChannelDropout: rate -1 is not in"),
     (lambda: MaxPool2d((2, 3)), r"MaxPool2d: window \(2, 3\) is not square and needs a stride"),
+    (lambda: ZeroPadChannels(2).forward(np.zeros((3, 2, 2, 1))), "ZeroPadChannels: 3 channels are more than 2"),
+    (lambda: BatchNorm2d(2).initialize().forward(np.zeros((2, 2, 2, 1), np.float32), np.zeros((2, 2, 1, 1), np.float32)),
+     r"batch norm: z \(2, 2, 1, 1\) has another shape than x \(2, 2, 2, 1\)"),
     (lambda: Sequential(forward=ReLU()), "a layer cannot be named 'forward'"),
     (lambda: initializers.he_normal("fan")(np.random.default_rng(0), (2, 2)), "mode 'fan' is not fan_in or fan_out"),
 ])
-def test_refused_at_construction(make, message):
+def test_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
