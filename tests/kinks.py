@@ -48,7 +48,7 @@ def _hooked(network, x, on_relu, on_pool, on_bias=lambda module: None):
 
 def remove_kinks(network, x, margin=0.5, gap=2e-5, seed=0):
     """Shift the biases so that on x, in training, each channel is on everywhere or off everywhere at each ReLU, `margin`
-    away from 0: a quarter of the channels is off, and those with a pooling window whose maxima are closer than `gap`.
+    away from 0. Off is a quarter, and those channels with a pooling window whose maxima are closer than `gap`.
     """
     chosen, last = torch.Generator().manual_seed(seed), [None]
 
