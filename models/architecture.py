@@ -23,15 +23,18 @@ class Architecture:
     published: str
     source: str
 
+    def options(self) -> list[str]:
+        """What may be chosen besides the settings of this name."""
+        return [name for name in inspect.signature(self.builder).parameters if name not in ("classes", *self.settings)]
+
     def create(self, classes: int, options: Mapping[str, Any]) -> Layer:
         """The network, not initialized, with {name: value} of options besides its own settings.
 
         Raises UsageError for an option that the builder does not have or whose value it refuses.
         """
-        free = [name for name in inspect.signature(self.builder).parameters if name not in ("classes", *self.settings)]
         for name in options:
-            if name not in free:
-                raise UsageError(f"unknown model option {name!r}: this architecture has {', '.join(free) or 'none'}")
+            if name not in self.options():
+                raise UsageError(f"unknown model option {name!r}: this architecture has {', '.join(self.options()) or 'none'}")
         try:
             return self.builder(classes, **self.settings, **options)
         except (ValueError, TypeError) as error:

@@ -1,13 +1,16 @@
-"""What the README says is so: its Python runs, and its table of networks has the counts of the code."""
+"""What the README says is so: its Python runs; its tables of networks, and those of docs/, have the counts of the code."""
 
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import models
+from minidl import summary
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_python_of_the_readme_runs():
@@ -18,10 +21,21 @@ def test_python_of_the_readme_runs():
     assert np.isfinite(names["net"].parameters.grad).all()
 
 
-def test_table_of_networks():
-    rows = re.findall(r"\| `([\w-]+)` \| ([\d,]+) \| ([\d,]+) \|", README)
-    assert {name for name, _, _ in rows} == set(models.REGISTRY)
+@pytest.mark.parametrize("page", ["README.md", "docs/architectures.md"])
+def test_tables_of_networks(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.findall(r"\| `([\w-]+)` \|(?: [^|]*\|)? ([\d,]+) \| ([\d,]+) \|", text)
+    assert {models.find(alias)[0] for alias in models.ALIASES} <= {name for name, *_ in rows}
     for name, parameters, macs in rows:
         network = models.create(name)
         assert sum(p.size for p in network.named_parameters().values()) == int(parameters.replace(",", ""))
         assert network.macs((3, 32, 32)) == int(macs.replace(",", ""))
+    for name, kept in re.findall(r"\| `([\w-]+)` \| [\d,]+ \| [\d,]+ \| ([\d,.]+ MB) \|", text):
+        assert summary.megabytes(summary.summarize(models.create(name)).activation_bytes) == kept
+
+
+def test_options_of_the_networks_are_those_of_their_builders():
+    """Each has a row in docs/architectures.md, and nothing else has."""
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    named = {option for name in models.REGISTRY for option in models.REGISTRY[name].options() if not name.startswith("report")}
+    assert set(re.findall(r"^\| `(\w+)` \| (?:`|0)", text, re.MULTILINE)) == named
