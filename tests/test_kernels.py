@@ -483,6 +483,23 @@ work()
     assert child.returncode == 0, child.error  # Python may warn of the fork
 
 
+def test_without_memory_for_another_thread(built_cache):
+    """The thread that asks does the work; an exception of C++ would end the process."""
+    code = """
+import resource
+import numpy as np
+from minidl.ops import relu
+
+x, y = np.arange(-50_000.0, 50_000.0), np.zeros(100_000)
+relu.KERNELS.host_library("fast", "float64")
+resource.setrlimit(resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))  # less than there is: nothing can be added
+relu.KERNELS.relu_forward[25, 1](x, y, x.size)
+assert y.sum() == sum(range(50_000))
+"""
+    child = process(code, MINIDL_CACHE=str(built_cache), OMP_NUM_THREADS="3")
+    assert child.returncode == 0, child.error
+
+
 def test_no_compiler(tmp_path):
     code = f"import sys\nsys.modules['ziglang'] = None\n{LAUNCH}"
     child = process(code, PATH=str(tmp_path), CXX=None)

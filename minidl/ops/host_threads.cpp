@@ -8,6 +8,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 typedef void (*Body)(void* context, int part, int parts);
@@ -26,7 +27,8 @@ bool watch(Condition done) {
 }
 
 struct Team {
-    int threads = 1, started = 0;  // the caller is one of them
+    int threads = 1, started = 0;  // wanted, the caller being one of them; begun
+    int parts = 1;                 // of the current task
     Body body = nullptr;
     void* context = nullptr;
     std::atomic<int> running{0};              // workers that have not finished the current task
@@ -41,9 +43,9 @@ struct Team {
             std::unique_lock<std::mutex> hold(lock);
             begin.wait(hold, next);
             seen = task;
-            if (part >= threads) continue;  // the team was made smaller
+            if (part >= parts) continue;  // the team was made smaller
             hold.unlock();
-            body(context, part, threads);
+            body(context, part, parts);
             hold.lock();
             if (--running == 0) end.notify_one();
         }
@@ -52,12 +54,17 @@ struct Team {
     void run(Body its_body, void* its_context) {
         std::lock_guard<std::mutex> only(one_caller);
         std::unique_lock<std::mutex> hold(lock);
-        for (; started < threads - 1; ++started)
-            std::thread(&Team::work, this, started + 1, task.load()).detach();
-        body = its_body, context = its_context, running = threads - 1, ++task;
+        try {
+            for (; started < threads - 1; ++started)
+                std::thread(&Team::work, this, started + 1, task.load()).detach();
+        } catch (const std::system_error&) {
+            // No memory or no process left for one more thread: those that there are do the work.
+        }
+        parts = started < threads ? started + 1 : threads;
+        body = its_body, context = its_context, running = parts - 1, ++task;
         hold.unlock();
         begin.notify_all();
-        body(context, 0, threads);
+        body(context, 0, parts);
         const auto all_done = [&] { return running == 0; };
         watch(all_done);
         hold.lock();
