@@ -14,7 +14,7 @@ import time
 from tqdm import tqdm
 
 import models
-from minidl import blas, command, data, device, optim, run_folder
+from minidl import blas, command, data, device, optim, run_folder, weights
 from minidl.data.batches import AUGMENTATIONS, Batches
 from minidl.errors import UsageError
 from minidl.kernels import storage_dtype
@@ -133,7 +133,7 @@ def main():
               f"test: loss {test.loss:.3f}, top-1 {test.top1:.2%}, top-5 {test.top5:.2%}  "
               f"{images_per_second:,.0f} images/s, {seconds:.1f} s", flush=True)
 
-    folder.save_weights(network.state_dict())
+    folder.save_weights(network.state_dict(), weights.describe(args.arch, len(train_set.classes), options, train_set))
     if demo:
         print("Next, the real thing: python train.py --arch simplenet-310k --epochs 3 --dataset cifar100 --data-dir FOLDER")
     print(f"run folder: {folder.path}")

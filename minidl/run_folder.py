@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from minidl import __version__
+from minidl import __version__, weights
 from minidl.device import Device
-from minidl.errors import CheckpointError, UsageError
+from minidl.errors import UsageError
 
 COLUMNS = ("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "images_per_second", "seconds")
 
@@ -49,19 +49,10 @@ class RunFolder:
                 writer.writeheader()
             writer.writerow(row)
 
-    def save_weights(self, state: Mapping[str, Any]) -> Path:
-        """Write {name: array} to weights.npz, whole or not at all. Raises CheckpointError where it cannot be written."""
+    def save_weights(self, state: Mapping[str, Any], metadata: weights.Metadata) -> Path:
+        """Write weights.npz as `weights.save` does. Raises CheckpointError where it cannot be written."""
         path = self.path / "weights.npz"
-        temporary = path.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **state)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
+        weights.save(path, state, metadata)
         return path
 
 

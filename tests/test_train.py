@@ -80,7 +80,7 @@ def rows(folder):
 
 def weights(folder):
     with np.load(folder / "weights.npz", allow_pickle=False) as file:
-        return dict(file)
+        return {name: array for name, array in file.items() if name != "metadata"}
 
 
 # ---- a run that ends well ----------------------------------------------------------------------------------------
