@@ -1,10 +1,12 @@
-"""Convolution: im2col, col2im, chunks, groups, bias. Formulas: minidl/ops/conv.cu."""
+"""Convolution: im2col, col2im, chunks, groups, bias; narrow groups directly. Formulas: minidl/ops/conv.cu, group_conv.cu."""
+
+from functools import partial
 
 import numpy as np
 import pytest
 
 import reference
-from minidl.ops import conv
+from minidl.ops import conv, group_conv
 from reference import assert_close, numerical_vjp, tolerance
 
 # (C, H, W, N), (O, kh, kw), stride, padding, groups
@@ -18,22 +20,32 @@ CASES = [
     ((1, 7, 7, 2), (2, 2, 2), 3, 0, 1),     # pixels that no window sees
     ((2, 3, 3, 2), (2, 1, 1), 1, 1, 1),     # 1x1 with padding: its adjoint is no convolution
     ((3, 4, 4, 2), (3, 3, 3), 1, 1, 3),     # depthwise
+    ((4, 4, 6, 16), (10, 2, 5), 1, 1, 2),   # from 2 channels to 5, in a wide window; a batch of whole vectors
+    ((10, 7, 5, 2), (4, 1, 4), 3, 2, 2),    # from 5 channels to 2, windows that do not touch, some of them all padding
+    ((4, 5, 7, 17), (4, 3, 2), 2, 1, 2),    # strides and a window that is not square
 ]
 CHUNKS = {"one pixel at a time": 1, "two rows": None, "all at once": 1 << 30}
+EVERY_WAY = [(*case, way) for case in CASES for way in (*CHUNKS, *(["directly"] if case[-1] > 1 else []))]
+BOTH_WAYS = [case for case in EVERY_WAY if case[-1] in ("all at once", "directly")]
 
 
-@pytest.fixture(params=CHUNKS)
-def chunks(request, monkeypatch):
-    """Sets the workspace so that `cols` has as many output pixels at a time as the name says."""
-
-    def apply(shape, outputs, stride, padding, itemsize):
+def choose(monkeypatch, way, shape=None, outputs=None, stride=1, padding=0, itemsize=8):
+    """way "directly": every grouped convolution is computed by group_conv.py, in small tiles. Any other way, a name of
+    CHUNKS: none is, and `cols` has as many output pixels at a time as it says."""
+    widest = 1 << 30 if way == "directly" else 0
+    monkeypatch.setattr(conv, "DIRECT_GROUP_CHANNELS", {"numpy": widest, "cupy": widest})
+    monkeypatch.setattr(group_conv, "TILE_PIXELS", 6)
+    limit = CHUNKS.get(way, 1)
+    if limit is None:
         _, kernel_h, kernel_w = outputs
         out_width = (shape[2] + 2 * padding - kernel_w) // stride + 1
-        two_rows = 2 * shape[0] * kernel_h * kernel_w * out_width * shape[3] * itemsize
-        limit = CHUNKS[request.param] or two_rows
-        monkeypatch.setattr(conv, "WORKSPACE_BYTES", {"numpy": limit, "cupy": limit})
+        limit = 2 * shape[0] * kernel_h * kernel_w * out_width * shape[3] * itemsize
+    monkeypatch.setattr(conv, "WORKSPACE_BYTES", {"numpy": limit, "cupy": limit})
 
-    return apply
+
+@pytest.fixture
+def compute(monkeypatch):
+    return partial(choose, monkeypatch)
 
 
 def inputs(rng, target, shape, outputs, groups, dtype):
@@ -43,11 +55,11 @@ def inputs(rng, target, shape, outputs, groups, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape, outputs, stride, padding, groups", CASES, ids=str)
-def test_forward(target, rng, chunks, shape, outputs, stride, padding, groups, dtype):
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way", EVERY_WAY, ids=str)
+def test_forward(target, rng, compute, shape, outputs, stride, padding, groups, way, dtype):
     x, weight, bias = inputs(rng, target, shape, outputs, groups, dtype)
     device_x = target.array(x, dtype)
-    chunks(shape, outputs, stride, padding, device_x.itemsize)
+    compute(way, shape, outputs, stride, padding, device_x.itemsize)
     y = conv.forward(device_x, target.array(weight, dtype), target.acc(bias, dtype), stride=stride, padding=padding, groups=groups)
     expected = reference.conv2d(x, weight, bias, stride, padding, groups)
     # 16-bit results are rounded twice: after the product and after the bias.
@@ -61,10 +73,10 @@ def backward(target, x, weight, dy, dtype, settings):
     return tuple(target.host(a) for a in (dx, dweight, dbias))
 
 
-@pytest.mark.parametrize("shape, outputs, stride, padding, groups", CASES, ids=str)
-def test_gradients(target, rng, chunks, shape, outputs, stride, padding, groups):
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way", EVERY_WAY, ids=str)
+def test_gradients(target, rng, compute, shape, outputs, stride, padding, groups, way):
     x, weight, bias = inputs(rng, target, shape, outputs, groups, "float64")
-    chunks(shape, outputs, stride, padding, 8)
+    compute(way, shape, outputs, stride, padding)
     arguments = [x, weight, bias, stride, padding, groups]
     dy = rng.normal(size=reference.conv2d(*arguments).shape)
     got = backward(target, x, weight, dy, "float64", dict(stride=stride, padding=padding, groups=groups))
@@ -88,8 +100,9 @@ def _vjp(arguments, index, dy):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape, outputs, stride, padding, groups", CASES, ids=str)
-def test_gradients_of_other_types_follow_float64(target, rng, shape, outputs, stride, padding, groups, dtype):
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way", BOTH_WAYS, ids=str)
+def test_gradients_of_other_types_follow_float64(target, rng, compute, shape, outputs, stride, padding, groups, way, dtype):
+    compute(way)
     x, weight, bias = inputs(rng, target, shape, outputs, groups, dtype)
     dy = target.host(target.array(rng.normal(size=reference.conv2d(x, weight, bias, stride, padding, groups).shape), dtype))
     settings = dict(stride=stride, padding=padding, groups=groups)
@@ -112,11 +125,47 @@ def test_col2im_is_the_adjoint_of_im2col(target, rng, shape, outputs, stride, pa
     assert np.vdot(target.host(cols), c) == pytest.approx(np.vdot(x, target.host(dx)), rel=1e-12)
 
 
-def test_groups_are_separate_convolutions(target, rng):
+@pytest.mark.parametrize("way", ["all at once", "directly"])
+def test_groups_are_separate_convolutions(target, rng, compute, way):
+    compute(way)
     x, weight = rng.normal(size=(6, 4, 4, 3)), rng.normal(size=(4, 3, 3, 3))
     together = conv.forward(target.array(x), target.array(weight), padding=1, groups=2)
     apart = [conv.forward(target.array(x[3 * g:3 * g + 3]), target.array(weight[2 * g:2 * g + 2]), padding=1) for g in range(2)]
     assert_close(target.host(together), np.concatenate([target.host(y) for y in apart]), 1e-12)
+
+
+@pytest.mark.parametrize("way", ["all at once", "directly"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_results_in_slices_of_buffers(machine, rng, compute, way, stride):
+    """Rows 2..5 of buffers of 8 channels get what a new array would; the other rows stay."""
+    compute(way)
+    x, weight = (machine.array(rng.normal(size=shape)) for shape in ((4, 5, 5, 3), (4, 2, 3, 3)))
+    settings = dict(stride=stride, padding=1, groups=2)
+    y = conv.forward(x, weight, **settings)
+    dy, dweight = machine.array(rng.normal(size=y.shape)), machine.poison(weight.shape, "float64")
+    dx = conv.backward(dy, x, weight, dweight, **settings)
+    out, out_dx = machine.poison((8, *y.shape[1:]), "float64"), machine.poison((8, *x.shape[1:]), "float64")
+    assert conv.forward(x, weight, **settings, out=out[2:6]).base is out
+    assert conv.backward(dy, x, weight, dweight, **settings, dx=out_dx[2:6]).base is out_dx
+    for buffer, expected in ((out, y), (out_dx, dx)):
+        assert np.array_equal(machine.host(buffer[2:6]), machine.host(expected))
+        assert np.isnan(machine.host(buffer[:2])).all() and np.isnan(machine.host(buffer[6:])).all()
+    with pytest.raises(ValueError, match=r"conv: out has shape \(3, .*the result \(4, "):
+        conv.forward(x, weight, **settings, out=out[2:5])
+    with pytest.raises(ValueError, match=r"conv: dx has shape \(5, .*the result \(4, "):
+        conv.backward(dy, x, weight, dweight, **settings, dx=out_dx[2:7])
+
+
+@pytest.mark.parametrize("inputs, outputs, direct", [(3, 3, True), (2, 3, True), (4, 3, False), (3, 4, False)])
+def test_narrow_groups_are_computed_directly(monkeypatch, inputs, outputs, direct):
+    """Where neither the channels in nor those out are more than the limit; and never without groups."""
+    monkeypatch.setattr(conv, "DIRECT_GROUP_CHANNELS", {"numpy": 3, "cupy": 3})
+    for groups in (1, 2):
+        x, weight = np.ones((groups * inputs, 4, 4, 2)), np.ones((groups * outputs, inputs, 3, 3))
+        asked = []
+        monkeypatch.setattr(group_conv, "forward", lambda *_, **settings: asked.append(settings["groups"]))
+        conv.forward(x, weight, groups=groups)
+        assert asked == ([2] if direct and groups == 2 else [])
 
 
 def test_without_input_gradient(target, rng):

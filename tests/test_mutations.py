@@ -9,6 +9,7 @@ import importlib
 import inspect
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable
 
 import numpy as np
@@ -87,16 +88,18 @@ def running_statistics(target, rng):
     test_batchnorm.test_running_statistics(target, rng, (3, 4, 5, 2), "float64")
 
 
-def convolution(number, workspace=1 << 30):
-    """The gradients of a case of test_conv.py, with so many bytes of workspace."""
+def convolution(number, way="all at once"):
+    """The gradients of a case of test_conv.py, computed in one of its ways."""
 
     def check(target, rng):
         with pytest.MonkeyPatch.context() as patch:
-            def chunks(*sizes):
-                patch.setattr(conv, "WORKSPACE_BYTES", {"numpy": workspace, "cupy": workspace})
-            test_conv.test_gradients(target, rng, chunks, *test_conv.CASES[number])
+            test_conv.test_gradients(target, rng, partial(test_conv.choose, patch), *test_conv.CASES[number], way)
 
     return check
+
+
+def directly(number):
+    return convolution(number, "directly")
 
 
 def pool(op, number):
@@ -184,16 +187,36 @@ BUGS = [
     Bug("col2im: kx and ky swapped", "conv.cu", "* kernel_h + ky) * kernel_w + kx", "* kernel_h + kx) * kernel_w + ky",
         convolution(1)),
     Bug("col2im: overwrites the sums of the chunk before", "conv.cu", "adds ? acc(pixel[n]) : acc(0)", "acc(0)",
-        convolution(1, workspace=1)),
+        convolution(1, "one pixel at a time")),
     Bug("conv: window of the adjoint not turned", conv._adjoint_weight, "[..., ::-1, ::-1]", "", convolution(0)),
     Bug("conv: height and width of the adjoint swapped", conv._adjoint_weight, "[..., ::-1, ::-1]",
         "[..., ::-1, ::-1].swapaxes(3, 4)", convolution(0)),
     Bug("conv: groups of the adjoint mixed up", conv._adjoint_weight, "weight.reshape(groups, outputs // groups,",
         "weight.reshape(outputs // groups, groups,", convolution(0)),
-    Bug("conv: padding of the adjoint", conv.backward, "padding=g.adjoint_padding", "padding=padding", convolution(5)),
     Bug("conv: dweight of the last chunk only", conv._weight_gradient, "beta=float(i > 0)", "beta=0.0",
-        convolution(0, workspace=1)),
+        convolution(0, "one pixel at a time")),
     Bug("conv: dbias dropped", conv.backward, "bias_op.gradient(dy, dbias)", "dbias[...] = 0", convolution(2)),
+
+    Bug("conv in groups: groups of the weights mixed up", "group_conv.cu", "/ sources / tiles;", "/ sources / tiles / 2;",
+        directly(0)),
+    Bug("conv in groups: kx and ky of the adjoint swapped", "group_conv.cu", "+ ky) * size.kernel_w + columns.tap)",
+        "+ columns.tap) * size.kernel_w + ky)", directly(0)),
+    Bug("conv in groups: window of the gather not turned", "group_conv.cu", "tap + (count - 1) * stride, -stride}",
+        "tap, stride}", directly(0)),
+    Bug("conv in groups: stride forgotten in the gather", "group_conv.cu", "(result + padding) / stride - count + 1",
+        "result + padding - count + 1", directly(11)),
+    Bug("conv in groups: the gather begins with another phase", "group_conv.cu", "tap = (result + padding) % stride",
+        "tap = result % stride", directly(11)),
+    Bug("conv in groups: padding lost in rows of dweight", "group_conv.cu", "iy = oy * size.stride - size.padding +",
+        "iy = oy * size.stride +", directly(0)),
+    Bug("conv in groups: stride forgotten in dweight", "group_conv.cu", "ix = ox * size.stride + first[k]",
+        "ix = ox + first[k]", directly(11)),
+    Bug("conv in groups: last tile of dweight dropped", "group_conv.cu", "t < row_tiles", "t < row_tiles - 1", directly(0)),
+    Bug("conv in groups: dweight of the first group's x", "group_conv.cu", "c = (long long)group * size.sources + tap / window",
+        "c = tap / window", directly(0)),
+    Bug("conv in groups: only 3 weights of a row", "group_conv.cu", "rest -= 3, first += 3, weights += 3 * weight_step",
+        "rest = 0", directly(9)),
+
     Bug("bias: only the first tile", "bias.cu", "for (int t = 0; t < tiles; ++t) sum +=", "for (int t = 0; t < 1; ++t) sum +=",
         bias_of_two_tiles),
 

@@ -1,4 +1,4 @@
-"""Convolution: im2col and matrix products, in chunks of output pixels. Formulas: conv.cu."""
+"""Convolution: im2col and matrix products, in chunks of output pixels; narrow groups directly. Formulas: conv.cu."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from minidl.blas import gemm
 from minidl.device import Array, array_module, empty, run_tasks, workers
 from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
+from minidl.ops import group_conv
 from minidl.ops.window import output_size, threads_along
 
 KERNELS = Kernels("conv.cu")
@@ -16,6 +17,8 @@ KERNELS = Kernels("conv.cu")
 # Bytes of `cols` at a time (on the CPU, of each core), per array module. A whole layer's would need gigabytes; a chunk
 # that stays in the cache is also the fastest.
 WORKSPACE_BYTES = {"numpy": 4 << 20, "cupy": 128 << 20}
+# Groups of at most so many channels, in and out, are computed by group_conv.py, per array module.
+DIRECT_GROUP_CHANNELS = {"numpy": 64, "cupy": 16}
 STRETCH = 32  # pixels of a row of cols that one block of im2col copies
 
 
@@ -28,6 +31,11 @@ def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int =
     """
     g = _Geometry(x, weight, stride, padding, groups)
     y = _result("out", out, g.out_shape, x)
+    if g.direct:
+        group_conv.forward(x, weight, y, stride=stride, padding=padding, groups=groups)
+        if bias is not None:
+            bias_op.add(y, bias)
+        return y
     w_matrix, y_matrix = g.weight_matrix(weight), g.out_matrix(y)
 
     def compute(chunks: Sequence[_Chunk]) -> None:
@@ -47,25 +55,32 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
 
     The result is written to `dx` if given, which may not be dy.
 
-    Overwrites dweight (O, C/groups, kh, kw) and dbias (O), which may be float32 where the others are 16 bits wide.
+    Overwrites dweight (O, C/groups, kh, kw) and dbias (O), of the type of accumulation: float32 where the others are 16
+    bits wide.
     """
     g = _Geometry(x, weight, stride, padding, groups)
-    _weight_gradient(dy, x, dweight, g)
+    if g.direct:
+        group_conv.backward_weight(dy, x, dweight, stride=stride, padding=padding, groups=groups)
+    else:
+        _weight_gradient(dy, x, dweight, g)
     if dbias is not None:
         bias_op.gradient(dy, dbias)
     if not input_gradient:
         return None
+    dx = _result("dx", dx, x.shape, x)
+    if g.direct:
+        group_conv.backward_x(dy, weight, dx, stride=stride, padding=padding, groups=groups)
+        return dx
     if g.adjoint_padding is not None:
         # Without strides, the adjoint of a convolution is one: what col2im would add up is summed by the product.
-        return forward(dy, _adjoint_weight(weight, groups), padding=g.adjoint_padding, groups=groups,
-                       out=_result("dx", dx, x.shape, x))
-    return _input_gradient_by_col2im(dy, weight, _result("dx", dx, x.shape, x), g)
+        return forward(dy, _adjoint_weight(weight, groups), padding=g.adjoint_padding, groups=groups, out=dx)
+    return _input_gradient_by_col2im(dy, weight, dx, g)
 
 
 def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, groups: int) -> int:
     """Bytes of `cols` that `forward` holds at a time. Of x and weight, only device, shape and type matter."""
     g = _Geometry(x, weight, stride, padding, groups)
-    if g.pointwise:
+    if g.pointwise or g.direct:
         return 0
     tasks = g.chunks_of_workers()
     largest = max(chunk.pixel_count for chunks in tasks for chunk in chunks)
@@ -160,6 +175,8 @@ class _Geometry:
         # The padding with which a convolution of dy covers x again; None where there is no such convolution.
         adjoint_is_convolution = stride == 1 and kernel[0] == kernel[1] and padding < kernel[0]
         self.adjoint_padding = kernel[0] - 1 - padding if adjoint_is_convolution else None
+        narrow = max(group_channels, outputs // groups) <= DIRECT_GROUP_CHANNELS[array_module(x).__name__]
+        self.direct = groups > 1 and narrow
         self._workers = workers(x)
         self.pixel_bytes = self.groups * self.depth * self.batch * x.itemsize  # of cols
         self._limit = WORKSPACE_BYTES[array_module(x).__name__]

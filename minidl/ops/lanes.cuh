@@ -1,0 +1,91 @@
+// Lanes: the images that a thread computes at a time, for kernels that keep a tile of sums in registers. One image on a
+// GPU and in emulation; a vector of them in the fast host target, where no plain loop around such a tile vectorizes.
+//
+//   LANE_LOOP(n, batch) {
+//       const lanes v = load<WHOLE>(x + n, batch - n);     // 0 in lanes beyond the batch
+//       store<WHOLE>(y + n, factor * v, batch - n);        // which are not written
+//   }
+//
+// WHOLE: whole_lanes(batch), asked once and outside: tests for the end of the batch cost a fifth of such a loop's time.
+#pragma once
+#include "common.cuh"
+
+#if defined(__CUDACC_RTC__) || defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+#ifdef MINIDL_FAST
+
+#if defined(__AVX512F__)
+typedef acc lanes __attribute__((vector_size(64)));
+#elif defined(__AVX__)
+typedef acc lanes __attribute__((vector_size(32)));
+#else
+typedef acc lanes __attribute__((vector_size(16)));
+#endif
+#define LANES ((int)(sizeof(lanes) / sizeof(acc)))
+#define LANE_LOOP(n, batch) for (int n = 0; n < (batch); n += LANES)
+
+__device__ __forceinline__ bool whole_lanes(int batch) { return batch % LANES == 0; }
+
+// Through memory, and not inlined: where a vector's lanes are set one by one, none of the vectors around stays in a register.
+__attribute__((noinline)) static void load_part(const real* source, int left, acc* values) {
+    for (int i = 0; i < LANES; ++i) values[i] = i < left ? acc(source[i]) : acc(0);
+}
+
+__attribute__((noinline)) static void store_part(real* target, const acc* values, int left) {
+    for (int i = 0; i < left; ++i) target[i] = real(values[i]);
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ lanes load(const real* source, int left) {
+    acc values[LANES];
+    if (!WHOLE && left < LANES) load_part(source, left, values);
+    else if (sizeof(real) == sizeof(acc)) memcpy(values, source, sizeof values);
+    else SIMD for (int i = 0; i < LANES; ++i) values[i] = acc(source[i]);
+    lanes result;
+    memcpy(&result, values, sizeof result);
+    return result;
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void store(real* target, lanes value, int left) {
+    acc values[LANES];
+    memcpy(values, &value, sizeof values);
+    if (!WHOLE && left < LANES) store_part(target, values, left);
+    else if (sizeof(real) == sizeof(acc)) memcpy(target, values, sizeof values);
+    else SIMD for (int i = 0; i < LANES; ++i) target[i] = real(values[i]);
+}
+
+__device__ __forceinline__ acc sum(lanes value) {
+    acc total = 0;
+    for (int i = 0; i < LANES; ++i) total += value[i];
+    return total;
+}
+
+__device__ __forceinline__ void prefetch(const real* source) { __builtin_prefetch(source); }
+
+#else
+
+typedef acc lanes;
+#define LANE_LOOP(n, batch) for (int n = threadIdx.x; n < (batch); n += (int)blockDim.x)
+
+__device__ __forceinline__ bool whole_lanes(int) { return true; }
+
+template <bool WHOLE>
+__device__ __forceinline__ lanes load(const real* source, int) {
+    return acc(*source);
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void store(real* target, lanes value, int) {
+    *target = real(value);
+}
+
+__device__ __forceinline__ acc sum(lanes value) { return value; }
+
+__device__ __forceinline__ void prefetch(const real*) {}  // a GPU waits for memory in other threads
+
+#endif
