@@ -16,6 +16,7 @@ from tqdm import tqdm
 import models
 from minidl import blas, command, data, device, optim, run_folder, weights
 from minidl.data.batches import AUGMENTATIONS, Batches
+from minidl.command import positive
 from minidl.errors import UsageError
 from minidl.kernels import storage_dtype
 from minidl.training import Trainer, evaluate
@@ -48,12 +49,6 @@ def parse_arguments():
     parser.add_argument("--limit-train-batches", type=positive, metavar="N", help="stop each epoch after N steps")
     parser.add_argument("-o", "--output", help="folder of the run; default: runs/<arch>-<dataset>-<time>")
     return parser.parse_args()
-
-
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def rate(text):

@@ -30,7 +30,7 @@ class Case:
     """One row: a function and its peers.
 
     ours, numpy, torch: functions without arguments that return arrays in one order and layout, or None where there is
-    no such peer. bytes: least traffic; flops: of matrix products.
+    no such peer. bytes: least traffic; flops: of matrix products. A convolution in groups has "/groups" in its name.
     """
 
     def __init__(self, name, shape, ours, bytes=0, flops=0, numpy=None, torch=None):
@@ -75,6 +75,8 @@ class Bench:
         yield self.loss()
         for channels, size in ((64, 32), (128, 16), (256, 8)):
             yield from self.conv(channels, size)
+        for channels, size in ((128, 32), (256, 16), (512, 8)):  # of ResNeXt 32x4d
+            yield from self.conv(channels, size, groups=32)
 
     # ---- memory-bound kernels
 
@@ -215,10 +217,11 @@ class Bench:
 
     # ---- convolution
 
-    def conv(self, channels, size):
+    def conv(self, channels, size, groups=1):
+        settings = dict(padding=1, groups=groups)
         x, dy = self.array(channels, size, size, BATCH), self.array(channels, size, size, BATCH)
-        weight, dweight = self.array(channels, channels, 3, 3), self.array(channels, channels, 3, 3)
-        flops = 2 * channels * channels * 9 * size * size * BATCH
+        weight, dweight = (self.array(channels, channels // groups, 3, 3) for _ in range(2))
+        flops = 2 * dweight.size * size * size * BATCH
         torch_forward = torch_both = None
         if "torch" in self.peers:
             layouts = [self.torch.contiguous_format, self.torch.channels_last]
@@ -229,7 +232,7 @@ class Bench:
                 tx, tdy, tw = tensors[layout]
                 tx.requires_grad_(backward), tw.requires_grad_(backward)
                 tx.grad = tw.grad = None
-                y = self.torch.nn.functional.conv2d(tx, tw, padding=1)
+                y = self.torch.nn.functional.conv2d(tx, tw, **settings)
                 if not backward:
                     return ((True, y),)
                 y.backward(tdy)
@@ -244,13 +247,13 @@ class Bench:
             torch_forward, torch_both = better(False), better(True)
 
         def both():
-            y = conv.forward(x, weight, padding=1)
-            dx = conv.backward(dy, x, weight, dweight, padding=1)
+            y = conv.forward(x, weight, **settings)
+            dx = conv.backward(dy, x, weight, dweight, **settings)
             return y, dx, dweight
 
-        shape = tuple(x.shape)
-        yield Case("conv 3x3 forward", shape, lambda: (conv.forward(x, weight, padding=1),), flops=flops, torch=torch_forward)
-        yield Case("conv 3x3 forward+backward", shape, both, flops=3 * flops, torch=torch_both)
+        name, shape = "conv 3x3" + (f"/{groups}" if groups > 1 else ""), tuple(x.shape)
+        yield Case(name + " forward", shape, lambda: (conv.forward(x, weight, **settings),), flops=flops, torch=torch_forward)
+        yield Case(name + " forward+backward", shape, both, flops=3 * flops, torch=torch_both)
 
     # ---- measuring
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import models
-from minidl import command, onnx_export, weights
+from minidl import command, device, onnx_export, summary, weights
+from minidl.command import positive
 from minidl.errors import UsageError
 from minidl.layers import Layer
 
 IMAGE_SHAPE = (3, 32, 32)  # of all architectures
+MODEL_KWARGS: dict[str, Any] = dict(nargs="+", default=[], metavar="NAME=VALUE", help="options of the network")
 
 
 def add_architecture(parser: argparse.ArgumentParser, required: bool) -> None:
     """The arguments that name a network, as train.py has them."""
     parser.add_argument("-a", "--arch", required=required, help="name of the network")
-    parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="NAME=VALUE", help="options of the network")
+    parser.add_argument("--model-kwargs", **MODEL_KWARGS)
 
 
 def new_file(path: Path) -> Path:
@@ -52,6 +56,28 @@ def report(path: Path, state: weights.State, metadata: weights.Metadata | None) 
     learned = sum(array.size for name, array in state.items()
                   if not name.endswith(("running_mean", "running_var", "num_batches_tracked")))
     print(f"{path}: {learned:,} parameters" + (f" of {metadata['arch']}" if metadata else ""))
+
+
+# ---- summary -----------------------------------------------------------------------------------------------------
+
+
+def add_summary_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("arch", metavar="ARCH", help="name of the network")
+    parser.add_argument("--model-kwargs", **MODEL_KWARGS)
+    parser.add_argument("--classes", type=positive, default=100)
+    parser.add_argument("-b", "--batch-size", type=positive, default=128, help="for which memory is given")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def print_summary(args: argparse.Namespace) -> None:
+    """Print what a network costs, layer by layer: shapes, parameters, multiply-accumulates, memory."""
+    name, architecture = models.find(args.arch)
+    network = architecture.create(args.classes, models.parse_options(args.model_kwargs))
+    costs = summary.summarize(network, IMAGE_SHAPE, args.batch_size, device=device.select())
+    if args.json:
+        print(json.dumps({"arch": name, "batch_size": args.batch_size, **costs.as_dict()}))
+    else:
+        print(f"{name}, {args.classes} classes, training on batches of {args.batch_size} in float32\n\n{summary.table(costs)}")
 
 
 # ---- export ------------------------------------------------------------------------------------------------------
@@ -106,6 +132,7 @@ def import_weights(args: argparse.Namespace) -> None:
 # ---- the commands ------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None]]] = {
+    "summary": (print_summary, add_summary_arguments),
     "export": (export_weights, add_export_arguments),
     "import": (import_weights, add_import_arguments),
 }

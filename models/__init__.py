@@ -1,4 +1,4 @@
-"""The architectures, by name: `create("resnext29-8x64d", classes=100)`. One file each, paper and table cited."""
+"""The architectures, by name: `create("resnext29-8x64d", 100)`. One file each, paper and table cited."""
 
 import difflib
 import re
@@ -41,7 +41,7 @@ def find(name: str) -> tuple[str, Architecture]:
                                                            "`--arch list` prints those that are known"))
 
 
-def create(name: str, classes: int = 100, **options: Any) -> Layer:
+def create(name: str, classes: int = 100, /, **options: Any) -> Layer:
     """The network `name` -> Layer, not initialized. options: of its builder, such as dropout=0.3 for wrn-28-10.
 
     Raises UsageError for an unknown name, an unknown option, or a value that the builder refuses.

@@ -1,5 +1,9 @@
 """What a network costs, computed from its layers, against what its layers really keep."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -90,3 +94,34 @@ def test_what_is_forgotten_is_made_again_bit_for_bit(name, options, monkeypatch)
     network = models.create(name, 10, **options).initialize(seed=1)
     network.forward(np.random.default_rng(0).standard_normal((3, 32, 32, 4), np.float32))
     assert len(seen) > 4 and all(seen)
+
+
+def summary_command(*arguments):
+    return subprocess.run([sys.executable, "-m", "minidl", "summary", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_command():
+    result = summary_command("resnext", "--batch-size", "64", "--model-kwargs", "shortcut=C")
+    assert result.returncode == 0 and result.stderr == ""
+    costs = summary.summarize(models.create("resnext29-2x64d", shortcut="C"), batch_size=64)
+    assert result.stdout.startswith("resnext29-2x64d, 100 classes, training on batches of 64 in float32\n")
+    assert f"{costs.parameters:,}" in result.stdout and f"{costs.macs:,}" in result.stdout
+
+
+def test_command_for_programs():
+    found = json.loads(summary_command("wrn-16-4", "--json", "--classes", "10").stdout)
+    assert {key: found[key] for key in ("arch", "batch_size", "parameters", "macs")} == {
+        "arch": "wrn-16-4", "batch_size": 128, "parameters": 2_748_890, "macs": 392_612_352}
+    assert found["activation_bytes"] == sum(row["activation_bytes"] for row in found["rows"])
+    assert found["workspace_bytes"] == max(row["workspace_bytes"] for row in found["rows"])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["wrn-16-5x"], "unknown architecture 'wrn-16-5x': did you mean wrn-16-"),
+    (["wrn-16-4", "--batch-size", "0"], "--batch-size: '0' is not a whole number of at least 1"),
+    (["wrn-16-4", "--model-kwargs", "depth=28"], "unknown model option 'depth'"),
+    ([], "ARCH"),
+])
+def test_command_refuses(arguments, message):
+    result = summary_command(*arguments)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr

@@ -218,13 +218,29 @@ def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path):
             run_folder.RunFolder("it", tmp_path / bad)
 
 
+def test_list_of_architectures(tmp_path):
+    result = train(tmp_path, "--arch", "list")
+    assert result.returncode == 0 and result.stderr == "" and not list(tmp_path.iterdir())
+    assert "\nresnext29-8x64d " in result.stdout and " 34,518,948 " in result.stdout
+
+
+def test_options_of_the_architecture_and_its_alias(tmp_path):
+    result = train(tmp_path, *DIGITS, "--arch", "wrn-10-1", "--model-kwargs", "dropout=0.3", "gamma=uniform", "-o", "it")
+    assert result.returncode == 0 and "| wrn-10-1: " in result.stdout
+    settings = (tmp_path / "it" / "config.toml").read_text()
+    assert 'arch = "wrn-10-1"' in settings and 'model_kwargs = ["dropout=0.3", "gamma=uniform"]' in settings
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
 USAGE = {  # what is asked for: what the answer says
     "--arch simplenet-5n": "unknown architecture 'simplenet-5n': did you mean simplenet-5m",
-    "--arch resnxt": "unknown architecture 'resnxt': "
-                     + ("did you mean resnext" if any(name.startswith("resnext") for name in models.REGISTRY) else "known are"),
+    "--arch resnxt": "unknown architecture 'resnxt': did you mean resnext",
+    "--arch wrn-16-1 --dataset digits --model-kwargs drop=0.3": "unknown model option 'drop': this architecture has dropout, gamma, classifier",
+    "--arch wrn-16-1 --dataset digits --model-kwargs classes=3": "unknown model option 'classes'",
+    "--arch wrn-16-1 --dataset digits --model-kwargs dropout": "model option 'dropout' is not of the form NAME=VALUE",
+    "--arch wrn-16-1 --dataset digits --model-kwargs dropout=much": "model options dropout=much: ",
     "--device gpu": "device 'gpu' is not one of auto, cpu, cuda, cuda:N",
     "--batch-size 0": "--batch-size: '0' is not a whole number of at least 1",
     "--epochs -1": "--epochs: '-1' is not a whole number of at least 1",
