@@ -9,13 +9,18 @@
 //   dweight[o, c, ky, kx] = sum over (oy, ox, n) of dy[o, oy, ox, n] * x[c, oy*stride - padding + ky, ox*stride - ..., n]
 //
 // Threads run along the batch, in lanes, each with a tile of sums in registers: for y and dx, OUTPUTS channels of PIXELS
-// pixels of a row; for dweight, OUTPUTS channels of y times TAPS of the (c, ky, kx). Each load then serves about four
+// pixels of a row; for dweight, OUTPUTS channels of y times TAPS of the (c, ky, kx). Each load then serves several
 // multiplications. dx gathers, one writer per element; dweight has two levels, tiles of rows and their sum in order.
 #include "lanes.cuh"
 
 #define OUTPUTS 4  // group_conv.py has it too
+#ifdef FEW_REGISTERS
+#define PIXELS 3
+#define TAPS 2
+#else
 #define PIXELS 4
-#define TAPS 6     // group_conv.py has it too
+#define TAPS 6
+#endif
 
 // packed (groups, tiles, sources, kh, kw, OUTPUTS): the weights in the order in which a block reads them, as acc. For y
 // the sources are a group's inputs and its outputs lie in tiles; for dx (`adjoint`) the other way round. The last tile's
@@ -152,61 +157,66 @@ extern "C" __global__ void group_conv_backward_x(const real* __restrict__ dy, co
 // ---- dweight --------------------------------------------------------------------------------------------------------
 
 // The sums over `rows` rows of y, of OUTPUTS channels of y times TAPS rows of cols, the (c, ky, kx) of conv.cu.
-// tile_dweight (row tiles, O, C/groups, kh, kw). Grid: row tiles x groups x tiles of channels x tiles of (c, ky, kx).
+// tile_dweight (row tiles, O, C/groups, kh, kw). Grid: row tiles x groups x tiles of channels x k_blocks, which
+// share the tiles of (c, ky, kx).
 template <bool WHOLE>
 __device__ __forceinline__ void sum_tile(const real* __restrict__ x, const real* __restrict__ dy,
-                                         acc* __restrict__ tile_dweight, int groups, int rows, const Sizes& size) {
+                                         acc* __restrict__ tile_dweight, int groups, int rows, int k_blocks,
+                                         const Sizes& size) {
     const int batch = size.batch, window = size.kernel_h * size.kernel_w, depth = size.sources * window;
-    const int k_tiles = (depth + TAPS - 1) / TAPS, o_tiles = (size.results + OUTPUTS - 1) / OUTPUTS;
-    const int first_k = blockIdx.x % k_tiles * TAPS, first_o = blockIdx.x / k_tiles % o_tiles * OUTPUTS;
-    const int group = blockIdx.x / k_tiles / o_tiles % groups, row_tile = blockIdx.x / k_tiles / o_tiles / groups;
+    const int o_tiles = (size.results + OUTPUTS - 1) / OUTPUTS, first_o = blockIdx.x / k_blocks % o_tiles * OUTPUTS;
+    const int group = blockIdx.x / k_blocks / o_tiles % groups, row_tile = blockIdx.x / k_blocks / o_tiles / groups;
     const int begin = row_tile * rows, end = size.out_height - begin < rows ? size.out_height : begin + rows;
-    lanes sums[TAPS][OUTPUTS] = {};
-    for (int oy = begin; oy < end; ++oy) {
-        // Of each tap, the row of x, and where in it the window of ox = 0 begins: at `width`, if there is none.
-        const real *x_rows[TAPS], *dy_rows[OUTPUTS];
-        int first[TAPS];
-        UNROLL for (int k = 0; k < TAPS; ++k) {
-            const int tap = first_k + k, iy = oy * size.stride - size.padding + tap / size.kernel_w % size.kernel_h;
-            const bool exists = tap < depth && iy >= 0 && iy < size.height;
-            const long long c = (long long)group * size.sources + tap / window;
-            first[k] = exists ? tap % size.kernel_w - size.padding : size.width;
-            x_rows[k] = exists ? x + (c * size.height + iy) * size.width * batch : x;
+    for (int first_k = blockIdx.x % k_blocks * TAPS; first_k < depth; first_k += k_blocks * TAPS) {
+        lanes sums[TAPS][OUTPUTS] = {};
+        for (int oy = begin; oy < end; ++oy) {
+            // Of each tap, the row of x, and where in it the window of ox = 0 begins: at `width`, if there is none.
+            const real *x_rows[TAPS], *dy_rows[OUTPUTS];
+            int first[TAPS];
+            UNROLL for (int k = 0; k < TAPS; ++k) {
+                const int tap = first_k + k, iy = oy * size.stride - size.padding + tap / size.kernel_w % size.kernel_h;
+                const bool exists = tap < depth && iy >= 0 && iy < size.height;
+                const long long c = (long long)group * size.sources + tap / window;
+                first[k] = exists ? tap % size.kernel_w - size.padding : size.width;
+                x_rows[k] = exists ? x + (c * size.height + iy) * size.width * batch : x;
+            }
+            UNROLL for (int o = 0; o < OUTPUTS; ++o) {  // channels beyond the group's are summed as its first, and not stored
+                const long long channel = (long long)group * size.results + (first_o + o < size.results ? first_o + o : 0);
+                dy_rows[o] = dy + (channel * size.out_height + oy) * size.out_width * batch;
+            }
+            for (int ox = 0; ox < size.out_width; ++ox)
+                LANE_LOOP(n, batch) {
+                    lanes g[OUTPUTS];
+                    UNROLL for (int o = 0; o < OUTPUTS; ++o)
+                        g[o] = load<WHOLE>(dy_rows[o] + ox * (long long)batch + n, batch - n);
+                    UNROLL for (int k = 0; k < TAPS; ++k) {
+                        const int ix = ox * size.stride + first[k];
+                        if (ix < 0 || ix >= size.width) continue;
+                        const lanes value = load<WHOLE>(x_rows[k] + ix * (long long)batch + n, batch - n);
+                        UNROLL for (int o = 0; o < OUTPUTS; ++o) sums[k][o] += g[o] * value;
+                    }
+                }
         }
-        UNROLL for (int o = 0; o < OUTPUTS; ++o) {  // channels beyond the group's are summed as its first, and not stored
-            const long long channel = (long long)group * size.results + (first_o + o < size.results ? first_o + o : 0);
-            dy_rows[o] = dy + (channel * size.out_height + oy) * size.out_width * batch;
-        }
-        for (int ox = 0; ox < size.out_width; ++ox)
-            LANE_LOOP(n, batch) {
-                lanes g[OUTPUTS];
-                UNROLL for (int o = 0; o < OUTPUTS; ++o) g[o] = load<WHOLE>(dy_rows[o] + ox * (long long)batch + n, batch - n);
-                UNROLL for (int k = 0; k < TAPS; ++k) {
-                    const int ix = ox * size.stride + first[k];
-                    if (ix < 0 || ix >= size.width) continue;
-                    const lanes value = load<WHOLE>(x_rows[k] + ix * (long long)batch + n, batch - n);
-                    UNROLL for (int o = 0; o < OUTPUTS; ++o) sums[k][o] += g[o] * value;
+        UNROLL for (int k = 0; k < TAPS; ++k)
+            UNROLL for (int o = 0; o < OUTPUTS; ++o) {
+                const acc total = block_sum(sum(sums[k][o]));
+                if (threadIdx.x == 0 && first_k + k < depth && first_o + o < size.results) {
+                    const long long row = ((long long)row_tile * groups + group) * size.results + first_o + o;
+                    tile_dweight[row * depth + first_k + k] = total;
                 }
             }
     }
-    UNROLL for (int k = 0; k < TAPS; ++k)
-        UNROLL for (int o = 0; o < OUTPUTS; ++o) {
-            const acc total = block_sum(sum(sums[k][o]));
-            if (threadIdx.x == 0 && first_k + k < depth && first_o + o < size.results) {
-                const long long row = ((long long)row_tile * groups + group) * size.results + first_o + o;
-                tile_dweight[row * depth + first_k + k] = total;
-            }
-        }
 }
 
 extern "C" __global__ void group_conv_tile_dweight(const real* __restrict__ x, const real* __restrict__ dy,
                                                    acc* __restrict__ tile_dweight, int groups, int group_channels, int height,
                                                    int width, int group_outputs, int out_height, int out_width, int batch,
-                                                   int kernel_h, int kernel_w, int stride, int padding, int rows) {
+                                                   int kernel_h, int kernel_w, int stride, int padding, int rows,
+                                                   int k_blocks) {
     const Sizes size{group_channels, height, width, group_outputs, out_height, out_width,
                      batch, kernel_h, kernel_w, stride, padding};
-    if (whole_lanes(batch)) sum_tile<true>(x, dy, tile_dweight, groups, rows, size);
-    else sum_tile<false>(x, dy, tile_dweight, groups, rows, size);
+    if (whole_lanes(batch)) sum_tile<true>(x, dy, tile_dweight, groups, rows, k_blocks, size);
+    else sum_tile<false>(x, dy, tile_dweight, groups, rows, k_blocks, size);
 }
 
 extern "C" __global__ void group_conv_combine_dweight(const acc* __restrict__ tile_dweight, acc* __restrict__ dweight,

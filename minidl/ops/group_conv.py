@@ -5,7 +5,8 @@ from minidl.kernels import Kernels, acc_dtype, blocks_for
 from minidl.ops.window import threads_along
 
 KERNELS = Kernels("group_conv.cu")
-OUTPUTS, TAPS = 4, 6  # group_conv.cu: the tiles that a thread keeps in registers
+OUTPUTS = 4           # group_conv.cu
+BLOCK_TAPS = 6        # about as many (c, ky, kx) does one block sum for dweight
 TILE_PIXELS = 128     # about as many output pixels, in whole rows, does one block sum for dweight
 
 
@@ -29,9 +30,9 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding
     rows = max(1, TILE_PIXELS // out_width)
     row_tiles = -(-out_height // rows)
     tile_dweight = empty((row_tiles, *dweight.shape), dweight.dtype, like=x)
-    tiles = -(-(outputs // groups) // OUTPUTS) * -(-(dweight.size // outputs) // TAPS)
-    KERNELS.group_conv_tile_dweight[row_tiles * groups * tiles, threads_along(batch)](
-        x, dy, tile_dweight, groups, *_sizes(x, dweight, dy, groups), stride, padding, rows)
+    tiles, k_blocks = -(-(outputs // groups) // OUTPUTS), -(-(dweight.size // outputs) // BLOCK_TAPS)
+    KERNELS.group_conv_tile_dweight[row_tiles * groups * tiles * k_blocks, threads_along(batch)](
+        x, dy, tile_dweight, groups, *_sizes(x, dweight, dy, groups), stride, padding, rows, k_blocks)
     KERNELS.group_conv_combine_dweight[blocks_for(dweight.size), 128](tile_dweight, dweight, row_tiles, dweight.size)
 
 

@@ -19,11 +19,16 @@
 #ifdef MINIDL_FAST
 
 #if defined(__AVX512F__)
-typedef acc lanes __attribute__((vector_size(64)));
+#define VECTOR_BYTES 64
 #elif defined(__AVX__)
-typedef acc lanes __attribute__((vector_size(32)));
+#define VECTOR_BYTES 32
 #else
-typedef acc lanes __attribute__((vector_size(16)));
+#define VECTOR_BYTES 16
+#endif
+typedef acc lanes __attribute__((vector_size(VECTOR_BYTES)));
+typedef lanes lanes_in_memory __attribute__((aligned(alignof(acc)), may_alias));  // where a batch begins anywhere
+#if defined(__x86_64__) && !defined(__AVX512F__)
+#define FEW_REGISTERS  // 16 of them for vectors, where others have 32: a tile of sums must be smaller
 #endif
 #define LANES ((int)(sizeof(lanes) / sizeof(acc)))
 #define LANE_LOOP(n, batch) for (int n = 0; n < (batch); n += LANES)
@@ -41,21 +46,22 @@ __attribute__((noinline)) static void store_part(real* target, const acc* values
 
 template <bool WHOLE>
 __device__ __forceinline__ lanes load(const real* source, int left) {
+    if (sizeof(real) == sizeof(acc) && (WHOLE || left >= LANES)) return *(const lanes_in_memory*)source;
     acc values[LANES];
     if (!WHOLE && left < LANES) load_part(source, left, values);
-    else if (sizeof(real) == sizeof(acc)) memcpy(values, source, sizeof values);
     else SIMD for (int i = 0; i < LANES; ++i) values[i] = acc(source[i]);
-    lanes result;
-    memcpy(&result, values, sizeof result);
-    return result;
+    return *(const lanes_in_memory*)values;
 }
 
 template <bool WHOLE>
 __device__ __forceinline__ void store(real* target, lanes value, int left) {
+    if (sizeof(real) == sizeof(acc) && (WHOLE || left >= LANES)) {
+        *(lanes_in_memory*)target = value;
+        return;
+    }
     acc values[LANES];
-    memcpy(values, &value, sizeof values);
+    *(lanes_in_memory*)values = value;
     if (!WHOLE && left < LANES) store_part(target, values, left);
-    else if (sizeof(real) == sizeof(acc)) memcpy(target, values, sizeof values);
     else SIMD for (int i = 0; i < LANES; ++i) target[i] = real(values[i]);
 }
 
