@@ -23,9 +23,10 @@ from minidl.training import Trainer, evaluate
 from models import listing
 
 STORAGE = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-OPTIMIZERS = {  # name: (class, peak learning rate, other settings)
-    "sgd": (optim.SGD, 0.1, dict(momentum=0.9, nesterov=True, weight_decay=5e-4)),
-    "adam": (optim.Adam, 1e-3, dict()),
+OPTIMIZERS = {  # name: (class, peak learning rate of a batch size, other settings)
+    # In proportion to the batch, as the ResNeXt authors have it: 0.1 for 128, 0.05 for 64, 0.025 for 32.
+    "sgd": (optim.SGD, lambda batch_size: 0.1 * batch_size / 128, dict(momentum=0.9, nesterov=True, weight_decay=5e-4)),
+    "adam": (optim.Adam, lambda batch_size: 1e-3, dict()),
 }
 WARMUP_EPOCHS, LONGEST_WARMUP = 2, 0.2  # of which the shorter: 0.2 of all steps
 DEMO_ARCH, DIGITS_EPOCHS, DIGITS_BATCH_SIZE = "simplenet-310k", 4, 32
@@ -38,7 +39,7 @@ def parse_arguments():
                         help="options of the architecture, such as dropout=0.3 for a Wide ResNet")
     parser.add_argument("-e", "--epochs", type=positive, help="default: 50, digits 4")
     parser.add_argument("-b", "--batch-size", type=positive, help="images per step; default: 128, digits 32")
-    parser.add_argument("--lr", type=rate, help="peak learning rate; default: sgd 0.1, adam 0.001")
+    parser.add_argument("--lr", type=rate, help="peak learning rate; default: sgd 0.1 at batch size 128 and in proportion to it, adam 0.001")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd: Nesterov 0.9, weight decay 5e-4")
     parser.add_argument("--sched", choices=optim.SCHEDULES, default="cosine", help="of the learning rate, after a warm-up")
     parser.add_argument("--seed", type=int, default=0, help="two runs with one seed are identical, bit for bit")
@@ -74,7 +75,7 @@ def main():
     args.epochs = args.epochs or (DIGITS_EPOCHS if small else 50)
     args.batch_size = args.batch_size or (DIGITS_BATCH_SIZE if small else 128)
     optimizer_class, default_lr, optimizer_settings = OPTIMIZERS[args.optimizer]
-    args.lr = default_lr if args.lr is None else args.lr
+    args.lr = default_lr(args.batch_size) if args.lr is None else args.lr
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: it must be at least 0")
 

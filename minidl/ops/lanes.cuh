@@ -6,7 +6,7 @@
 //       store<WHOLE>(y + n, factor * v, batch - n);        // which are not written
 //   }
 //
-// WHOLE: whole_lanes(batch), asked once and outside: tests for the end of the batch cost a fifth of such a loop's time.
+// WHOLE: whole_lanes(batch), asked once and outside: tests for the end of the batch cost up to a fifth of such a loop.
 #pragma once
 #include "common.cuh"
 
@@ -35,7 +35,7 @@ typedef lanes lanes_in_memory __attribute__((aligned(alignof(acc)), may_alias));
 
 __device__ __forceinline__ bool whole_lanes(int batch) { return batch % LANES == 0; }
 
-// Through memory, and not inlined: where a vector's lanes are set one by one, none of the vectors around stays in a register.
+// Not inlined: sixteen tests and loads at each place would crowd out the loop, and they are for the last lanes of a batch.
 __attribute__((noinline)) static void load_part(const real* source, int left, acc* values) {
     for (int i = 0; i < LANES; ++i) values[i] = i < left ? acc(source[i]) : acc(0);
 }
