@@ -29,7 +29,7 @@ OPTIMIZERS = {  # name: (class, peak learning rate of a batch size, other settin
     "adam": (optim.Adam, lambda batch_size: 1e-3, dict()),
 }
 WARMUP_EPOCHS, LONGEST_WARMUP = 2, 0.2  # of which the shorter: 0.2 of all steps
-DEMO_ARCH, DIGITS_EPOCHS, DIGITS_BATCH_SIZE = "simplenet-310k", 4, 32
+DEMO_ARCH, DIGITS_EPOCHS, DIGITS_BATCH_SIZE = "simplenet-310k", 3, 16
 
 
 def parse_arguments():
@@ -37,8 +37,8 @@ def parse_arguments():
     parser.add_argument("-a", "--arch", help="simplenet, resnext, res2net, wideresnet, or one of the names that `--arch list` prints")
     parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="NAME=VALUE",
                         help="options of the architecture, such as dropout=0.3 for a Wide ResNet")
-    parser.add_argument("-e", "--epochs", type=positive, help="default: 50, digits 4")
-    parser.add_argument("-b", "--batch-size", type=positive, help="images per step; default: 128, digits 32")
+    parser.add_argument("-e", "--epochs", type=positive, help="default: 50, digits 3")
+    parser.add_argument("-b", "--batch-size", type=positive, help="images per step; default: 128, digits 16")
     parser.add_argument("--lr", type=rate, help="peak learning rate; default: sgd 0.1 at batch size 128 and in proportion to it, adam 0.001")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd: Nesterov 0.9, weight decay 5e-4")
     parser.add_argument("--sched", choices=optim.SCHEDULES, default="cosine", help="of the learning rate, after a warm-up")
@@ -117,6 +117,7 @@ def main():
                 bar.update()
 
             train = trainer.epoch(train_batches.epoch(epoch)[:steps_per_epoch], rates, show)
+            bar.refresh()  # the last step may have come too soon after the one before to be drawn
         train_seconds = time.perf_counter() - begin
         test = evaluate(network, test_batches)
         seconds = time.perf_counter() - begin

@@ -112,7 +112,7 @@ def test_run_folder_holds_settings_environment_metrics_and_weights(run):
     assert {"minidl", "python", "numpy"} <= recorded["versions"].keys()
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     assert tomllib.loads((folder / "config.toml").read_text()).items() >= {
-        "arch": "simplenet-310k", "epochs": 2, "batch_size": 32, "lr": 0.025, "optimizer": "sgd", "sched": "cosine", "seed": 3,
+        "arch": "simplenet-310k", "epochs": 2, "batch_size": 16, "lr": 0.0125, "optimizer": "sgd", "sched": "cosine", "seed": 3,
         "dataset": "digits", "precision": "fp32", "limit_train_batches": 2, "output": "it"}.items()
 
 

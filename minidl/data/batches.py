@@ -26,11 +26,11 @@ class Augmentation:
 
 
 NO_AUGMENTATION = Augmentation()
-# The usual ones. A mirrored digit is none.
+# The usual ones. Digits lie alike in all images, and a mirrored one is none.
 AUGMENTATIONS = {
     "cifar100": Augmentation(padding=4, flips=True),
     "cifar10": Augmentation(padding=4, flips=True),
-    "digits": Augmentation(padding=4),
+    "digits": NO_AUGMENTATION,
 }
 
 
