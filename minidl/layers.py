@@ -488,13 +488,15 @@ class MaxPool2d(_Pool2d):
 class AvgPool2d(_Pool2d):
     """Mean over windows; zeros of the padding count."""
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Array, out: Array | None = None) -> Array:
+        """As Layer.forward; writes to `out` (C, H', W', N) if given."""
         self._save(x.shape)
-        return avgpool.forward(x, self.kernel_size, self.stride, self.padding)
+        return avgpool.forward(x, self.kernel_size, self.stride, self.padding, out)
 
-    def backward(self, dy: Array) -> Array:
+    def backward(self, dy: Array, dx: Array | None = None) -> Array:
+        """As Layer.backward; writes to `dx` (C, H, W, N) if given."""
         (x_shape,) = self._take()
-        return avgpool.backward(dy, x_shape, self.kernel_size, self.stride, self.padding)
+        return avgpool.backward(dy, x_shape, self.kernel_size, self.stride, self.padding, dx)
 
 
 class GlobalMaxPool2d(Layer):

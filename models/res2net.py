@@ -115,17 +115,18 @@ class Apart(Splits):
             bn.forward(conv.forward(split), out=output)
             if again := self.bn.output_again(self._channels(i)):
                 conv.forget_input(again)
-        last_output[...] = self.pool.forward(last)
+        self.pool.forward(last, out=last_output)
+        self._save(x.shape)
         return y
 
     def backward(self, dy: Array) -> Array:
+        (x_shape,) = self._take()
+        dx = empty(x_shape, dy.dtype, like=dy)
         *gradients, last_gradient = self._views(dy)
-        dlast = self.pool.backward(last_gradient)
-        dx = empty((self.scale * self.width, *dlast.shape[1:]), dy.dtype, like=dy)
         *slots, last_slot = self._views(dx)
         for gradient, slot, (conv, bn) in zip(gradients, slots, self._pairs):
             conv.backward(bn.backward(gradient), dx=slot)
-        last_slot[...] = dlast
+        self.pool.backward(last_gradient, dx=last_slot)
         return self.bn.backward(dx)
 
 

@@ -85,3 +85,15 @@ def test_windows_that_may_lie_in_the_padding_are_refused(target):
 def test_windows_too_large_to_number_are_refused(target):
     with pytest.raises(ValueError, match="max-pool: window 257x256 has more than 65536 pixels"):
         maxpool.forward(target.array(np.zeros((1, 257, 256, 1), np.float32)), (257, 256), 1)
+
+
+def test_average_into_given_arrays(target, rng):
+    x, dy = rng.normal(size=(3, 7, 7, 5)), rng.normal(size=(3, 4, 4, 5))
+    y, dx = forward_backward("average", target, x, dy, "float64", (3, 3), 2, 1)
+    out, given_dx = target.poison((4, 4, 4, 5), "float64"), target.poison((4, 7, 7, 5), "float64")
+    avgpool.forward(target.array(x), (3, 3), 2, 1, out=out[1:])
+    avgpool.backward(target.array(dy), x.shape, (3, 3), 2, 1, dx=given_dx[1:])
+    assert np.array_equal(target.host(out)[1:], y) and np.array_equal(target.host(given_dx)[1:], dx)
+    assert np.isnan(target.host(out)[0]).all() and np.isnan(target.host(given_dx)[0]).all()
+    with pytest.raises(ValueError, match=r"average pool: the result has shape \(3, 4, 4, 5\), the array for it \(4, 4, 4, 5\)"):
+        avgpool.forward(target.array(x), (3, 3), 2, 1, out=out)

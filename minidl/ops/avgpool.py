@@ -7,23 +7,31 @@ from minidl.ops.window import output_size, threads_along
 KERNELS = Kernels("avgpool.cu")
 
 
-def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0) -> Array:
-    """x (C, H, W, N), window (kh, kw) -> y (C, H', W', N), the means; zeros of the padding count.
+def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0, out: Array | None = None) -> Array:
+    """x (C, H, W, N), window (kh, kw) -> y (C, H', W', N), the means, written to `out` if given; zeros of the padding count.
 
-    H' = floor((H + 2 * padding - kh) / stride) + 1. Raises ValueError for a window larger than the padded image.
+    H' = floor((H + 2 * padding - kh) / stride) + 1. Raises ValueError for a window larger than the padded image, and for
+    an `out` of another shape than y.
     """
     channels, height, width, batch = x.shape
     out_height, out_width = output_size("average pool", (height, width), window, stride, padding)
-    y = empty((channels, out_height, out_width, batch), x.dtype, like=x)
+    y = _result(out, (channels, out_height, out_width, batch), x)
     KERNELS.avgpool_forward[channels * out_height, threads_along(batch)](
         x, y, height, width, out_height, out_width, batch, *window, stride, padding)
     return y
 
 
-def backward(dy: Array, x_shape: tuple[int, ...], window: tuple[int, ...], stride: int, padding: int = 0) -> Array:
-    """dy (C, H', W', N) -> dx of shape x_shape (C, H, W, N)."""
+def backward(dy: Array, x_shape: tuple[int, ...], window: tuple[int, ...], stride: int, padding: int = 0,
+             dx: Array | None = None) -> Array:
+    """dy (C, H', W', N) -> dx of shape x_shape (C, H, W, N), written to `dx` if given."""
     channels, height, width, batch = x_shape
-    dx = empty(x_shape, dy.dtype, like=dy)
+    dx = _result(dx, x_shape, dy)
     KERNELS.avgpool_backward[channels * height, threads_along(batch)](
         dy, dx, height, width, *dy.shape[1:3], batch, *window, stride, padding)
     return dx
+
+
+def _result(given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
+    if given is not None and given.shape != shape:
+        raise ValueError(f"average pool: the result has shape {shape}, the array for it {given.shape}")
+    return empty(shape, like.dtype, like=like) if given is None else given
