@@ -34,12 +34,13 @@ DEMO_ARCH, DIGITS_EPOCHS, DIGITS_BATCH_SIZE = "simplenet-310k", 3, 16
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("-a", "--arch", help="simplenet, resnext, res2net, wideresnet, or one of the names that `--arch list` prints")
+    parser.add_argument("-a", "--arch", help="simplenet, resnext, res2net, wideresnet, or a name that `--arch list` prints")
     parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="NAME=VALUE",
                         help="options of the architecture, such as dropout=0.3 for a Wide ResNet")
     parser.add_argument("-e", "--epochs", type=positive, help="default: 50, digits 3")
     parser.add_argument("-b", "--batch-size", type=positive, help="images per step; default: 128, digits 16")
-    parser.add_argument("--lr", type=rate, help="peak learning rate; default: sgd 0.1 at batch size 128 and in proportion to it, adam 0.001")
+    parser.add_argument("--lr", type=rate, help="peak learning rate; default: adam 0.001, sgd 0.1 at batch size 128 and in "
+                                                 "proportion to it")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd: Nesterov 0.9, weight decay 5e-4")
     parser.add_argument("--sched", choices=optim.SCHEDULES, default="cosine", help="of the learning rate, after a warm-up")
     parser.add_argument("--seed", type=int, default=0, help="two runs with one seed are identical, bit for bit")

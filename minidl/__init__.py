@@ -8,5 +8,5 @@ from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropo
 from minidl.optim import SGD, Adam
 
 __all__ = ["Adam", "AvgPool2d", "BatchNorm2d", "ChannelDropout", "Conv2d", "Device", "Dropout", "GlobalAvgPool2d",
-           "GlobalMaxPool2d", "Layer", "Linear", "MaxPool2d", "Parameter", "ReLU", "Residual", "SGD", "Sequential", "ZeroPadChannels",
-           "select"]
+           "GlobalMaxPool2d", "Layer", "Linear", "MaxPool2d", "Parameter", "ReLU", "Residual", "SGD", "Sequential",
+           "ZeroPadChannels", "select"]

@@ -136,7 +136,8 @@ def simplenet_counts(plan, classes):
     return parameters + classes * channels + classes, macs + classes * channels
 
 
-@pytest.mark.parametrize("name, classes", [("simplenet-5m", 100), ("simplenet-5m", 10), ("simplenet-310k", 100), ("simplenet-460k", 100)])
+@pytest.mark.parametrize("name, classes", [
+    ("simplenet-5m", 100), ("simplenet-5m", 10), ("simplenet-310k", 100), ("simplenet-460k", 100)])
 def test_simplenet_counted_by_hand(name, classes):
     sizes = {(row, count): (parameters, macs) for row, count, options, parameters, macs, _ in SIZES if not options}
     assert sizes[name, classes] == simplenet_counts(SIMPLENETS[name], classes)
@@ -190,7 +191,8 @@ def without_kinks(network, rng):
     """Small weights and large biases of batch norm switch each channel on or, but for sums, off: no ReLU is near its edge."""
     for name, layer in network.named_layers():
         if isinstance(layer, BatchNorm2d):
-            layer.weight.master[...] = network.device.array(rng.uniform(0.4, 0.6, layer.channels) * rng.choice([-1, 1], layer.channels))
+            signs = rng.choice([-1, 1], layer.channels)
+            layer.weight.master[...] = network.device.array(signs * rng.uniform(0.4, 0.6, layer.channels))
             ends_branch = name.endswith((".norm", "shortcut.bn"))
             on = np.ones(layer.channels) if ends_branch else rng.choice([1, 1, 1, -1], layer.channels)
             layer.bias.master[...] = network.device.array(on * rng.uniform(4, 5, layer.channels))
@@ -281,7 +283,8 @@ def test_aliases():
         "simplenet-5m", "resnext29-2x64d", "res2next29-2c24w4s", "wrn-28-4"]
 
 
-@pytest.mark.parametrize("name, parameters", [("resnext29-16x64d", 68_247_460), ("wrn-10-1", 83_700), ("res2next29-1c64w1s", 5_006_500)])
+@pytest.mark.parametrize("name, parameters", [
+    ("resnext29-16x64d", 68_247_460), ("wrn-10-1", 83_700), ("res2next29-1c64w1s", 5_006_500)])
 def test_families_take_any_numbers(name, parameters):
     """Res2NeXt with scale 1 and cardinality 1 is the plain bottleneck network, ResNeXt 1x64d."""
     assert sum(parameter.size for parameter in models.create(name).named_parameters().values()) == parameters

