@@ -333,11 +333,12 @@ OPTIMIZERS = {  # name: (minidl's, PyTorch's)
 }
 
 
-def ten_steps(machine, dtype, networks, optimizer, peak, side, batch, seed=7):
+def ten_steps(machine, dtype, networks, optimizer, peak, side, batch, seed=7, with_kinks=False):
     """Ten steps of a Trainer, and of PyTorch in float64 on the same images
     -> losses (2, 10), weights (before, ours, PyTorch's), the smallest distances to kinks.
 
-    In float32 both start with weights that have no kinks for the first batch, far enough for the ten steps.
+    In float32 both start with weights that have no kinks for the first batch, far enough for the ten steps, unless
+    `with_kinks`.
     """
     network, module = networks
     make, make_torch = OPTIMIZERS[optimizer]
@@ -348,7 +349,7 @@ def ten_steps(machine, dtype, networks, optimizer, peak, side, batch, seed=7):
     data = Dataset("random", pictures, labels, tuple(map(str, range(CLASSES))), mean, std)
     pixels = torch.from_numpy((pictures / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1)))
     steps = [rng.choice(3 * batch, batch, replace=False).astype(np.int32) for _ in range(10)]
-    if dtype == "float32":
+    if dtype == "float32" and not with_kinks:
         give_weights_without_kinks(network, module, pixels[steps[0]], margin=3.0)
     before = network.state_dict()
     batches = Batches(data, machine.place, np.dtype(dtype), batch, seed=0)
@@ -406,6 +407,15 @@ def test_ten_steps_in_float32_stay_together(machine, rng, name, side, batch, opt
         way, size = np.linalg.norm(theirs[key] - before[key]), np.linalg.norm(array)
         distance = np.linalg.norm(array - theirs[key])
         assert distance <= 1e-4 * way + 10 * 2**-24 * size, f"{key}: {distance:.2e}, way {way:.2e}, length {size:.2e}"
+
+
+@pytest.mark.parametrize("optimizer, peak", [("sgd", 0.1), ("adam", 1e-3)])
+def test_ten_steps_of_simplenet_in_float32_stay_near(machine, rng, optimizer, peak):
+    """With its kinks, at the rate of its recipe: once a ReLU is decided otherwise, a deep network multiplies the difference."""
+    networks = simplenets("simplenet-310k", machine, "float32", rng, classes=100)
+    losses, *_ = ten_steps(machine, "float32", networks, optimizer, peak, side=32, batch=16, with_kinks=True)
+    assert_close(*losses[:, :3], 1e-3, "losses of three steps")
+    assert_close(*losses, 0.1, "losses")
 
 
 SCHEDULES = {  # name: (steps of warm-up, PyTorch's scheduler for an optimizer, its counter in steps of 40)
