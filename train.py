@@ -16,7 +16,7 @@ from tqdm import tqdm
 import models
 from minidl import blas, command, data, device, optim, run_folder, weights
 from minidl.data.batches import AUGMENTATIONS, Batches
-from minidl.command import positive
+from minidl.commands.arguments import positive
 from minidl.errors import UsageError
 from minidl.kernels import storage_dtype
 from minidl.training import Trainer, evaluate

@@ -1,6 +1,5 @@
-"""What every command shares: errors become one line and an exit code; types of arguments."""
+"""What every command shares: errors become one line and an exit code."""
 
-import argparse
 import errno
 import os
 import sys
@@ -54,10 +53,3 @@ def _give_up_stdout() -> None:
 def _fail(message: object, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, as the type of an argument."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

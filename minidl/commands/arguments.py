@@ -1,0 +1,41 @@
+"""Arguments that several commands have, and what they stand for."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import models
+from minidl import weights
+from minidl.errors import UsageError
+from minidl.layers import Layer
+
+IMAGE_SHAPE = (3, 32, 32)  # of all architectures
+MODEL_KWARGS: dict[str, Any] = dict(nargs="+", default=[], metavar="NAME=VALUE", help="options of the network")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the type of an argument."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def add_architecture(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The arguments that name a network, as train.py has them."""
+    parser.add_argument("-a", "--arch", required=required, help="name of the network")
+    parser.add_argument("--model-kwargs", **MODEL_KWARGS)
+
+
+def new_file(path: Path) -> Path:
+    """The path, if there is nothing yet. Raises UsageError otherwise: nothing is ever overwritten."""
+    if os.path.lexists(path):
+        raise UsageError(f"{path} exists: name another with -o")
+    return path
+
+
+def network_with(state: weights.State, metadata: weights.Metadata) -> Layer:
+    """The network of the metadata with its weights. Raises CheckpointError with the first mismatches if they do not fit."""
+    network = models.find(metadata["arch"])[1].create(metadata["classes"], metadata["options"]).initialize()
+    network.load_state_dict(state)
+    return network

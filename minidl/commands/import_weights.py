@@ -1,0 +1,41 @@
+"""Read weights of others, check that they fit the network, and write them as minidl's."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import models
+from minidl import weights
+from minidl.commands.arguments import add_architecture, network_with, new_file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="weights by the names of the network: .npz, .safetensors, .pt")
+    add_architecture(parser, required=True)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: FILE's name, with .npz, in this folder")
+
+
+def main(args: argparse.Namespace) -> None:
+    output = new_file(args.output or Path(weights.file_of(args.file).with_suffix(".npz").name))
+    state, metadata = weights.load(args.file)
+    metadata = described(args, state, metadata)
+    state = network_with(state, metadata).state_dict()
+    weights.save(output, state, metadata)
+    report(output, state, metadata)
+
+
+def described(args: argparse.Namespace, state: weights.State, metadata: weights.Metadata | None) -> weights.Metadata:
+    """The metadata of a state: its network as the command line names it, its data as the file that it comes from does."""
+    classifier = state.get("classifier.weight", np.empty(0))
+    # Without a classifier the state fits no network, however many classes it has.
+    classes = classifier.shape[0] if classifier.size and classifier.ndim else 1
+    given = weights.describe(models.find(args.arch)[0], classes, models.parse_options(args.model_kwargs))
+    return {**given, **{key: (metadata or given)[key] for key in ("dataset", "mean", "std")}}
+
+
+def report(path: Path, state: weights.State, metadata: weights.Metadata | None) -> None:
+    """The one line of a command that wrote a file."""
+    learned = sum(array.size for name, array in state.items()
+                  if not name.endswith(("running_mean", "running_var", "num_batches_tracked")))
+    print(f"{path}: {learned:,} parameters" + (f" of {metadata['arch']}" if metadata else ""))

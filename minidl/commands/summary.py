@@ -1,0 +1,26 @@
+"""Print what a network costs, layer by layer: shapes, parameters, multiply-accumulates, memory."""
+
+import argparse
+import json
+
+import models
+from minidl import device, summary
+from minidl.commands.arguments import IMAGE_SHAPE, MODEL_KWARGS, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("arch", metavar="ARCH", help="name of the network")
+    parser.add_argument("--model-kwargs", **MODEL_KWARGS)
+    parser.add_argument("--classes", type=positive, default=100)
+    parser.add_argument("-b", "--batch-size", type=positive, default=128, help="for which memory is given")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def main(args: argparse.Namespace) -> None:
+    name, architecture = models.find(args.arch)
+    network = architecture.create(args.classes, models.parse_options(args.model_kwargs))
+    costs = summary.summarize(network, IMAGE_SHAPE, args.batch_size, device=device.select())
+    if args.json:
+        print(json.dumps({"arch": name, "batch_size": args.batch_size, **costs.as_dict()}))
+    else:
+        print(f"{name}, {args.classes} classes, training on batches of {args.batch_size} in float32\n\n{summary.table(costs)}")
