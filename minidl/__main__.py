@@ -11,6 +11,9 @@ COMMANDS = {
     "summary": "summary",
     "export": "export_weights",
     "import": "import_weights",
+    "eval": "evaluate",
+    "predict": "predict",
+    "plot": "plot",
 }
 
 

@@ -1,0 +1,13 @@
+"""Say what is on images."""
+
+import argparse
+
+from minidl.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def main(args: argparse.Namespace) -> None:
+    raise UsageError("this command is being written")
