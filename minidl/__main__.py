@@ -14,6 +14,9 @@ COMMANDS = {
     "eval": "evaluate",
     "predict": "predict",
     "plot": "plot",
+    "doctor": "doctor",
+    "gradcheck": "gradcheck",
+    "bench": "bench",
 }
 
 
