@@ -4,6 +4,7 @@ The arguments that follow are the benchmark's own: `bench kernels --help` lists 
 """
 
 import argparse
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -23,13 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     script = next((path for folder in FOLDERS if (path := folder / f"{args.benchmark}.py").is_file()), None)
     if script is None:
-        raise UsageError(f"{args.benchmark}.py is in neither of {' and '.join(map(str, FOLDERS))}: install minidl again")
-    sys.argv = [f"minidl bench {args.benchmark}", *args.arguments]
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except ModuleNotFoundError as error:
-        if error.name == "torch":
-            raise UsageError("--peer torch needs PyTorch: `pip install 'minidl[torch]'`") from None
-        if error.name == "torch_networks":
-            raise UsageError("--peer torch needs the networks in PyTorch of the repository's tests: run it in a checkout") from None
-        raise
+        raise UsageError(f"{args.benchmark}.py is neither in {FOLDERS[0]} nor in {FOLDERS[1]}: install minidl again")
+    if any(word.startswith("--peer") for word in args.arguments):
+        _check_peer(args.benchmark, script)
+    sys.argv[1:] = args.arguments
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _check_peer(benchmark: str, script: Path) -> None:
+    """Raises UsageError where PyTorch, or what the comparison with it needs, is not here."""
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("--peer torch needs PyTorch: `pip install 'minidl[torch]'`")
+    if benchmark == "training" and not (script.parent.parent / "tests" / "torch_networks.py").is_file():
+        raise UsageError("--peer torch needs the networks in PyTorch, which are among the tests: run it in a checkout of minidl")
