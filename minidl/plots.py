@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from minidl.device import Array
 from minidl.errors import UsageError
 from minidl.weights import FilePath, write_whole
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # {suffix: what the file would say besides the picture}. Without a date, equal results are equal files.
@@ -31,6 +36,12 @@ STYLE = {
     "text.parse_math": False,  # a name may hold a $
     "pdf.fonttype": 42, "svg.hashsalt": "minidl"}
 SMALL = 7  # points: the smallest letters
+# Of M. Okabe and K. Ito, "Color universal design", 2008: told apart by the colour-blind. Its yellow is too light for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PARTS: dict[str, dict[str, Any]] = {  # of a data set
+    "train": dict(linestyle=(0, (3, 1.5)), linewidth=1.1, markerfacecolor="white"), "val": dict(linestyle=(0, (1, 1))),
+    "test": dict(linestyle="solid")}
+GRAY = "0.4"
 
 
 def check(path: FilePath) -> None:
@@ -58,8 +69,173 @@ def _picture(path: FilePath, width: float, height: float, layout: str | None = "
     with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the font lacks a letter of a name
         figure = library("matplotlib.figure").Figure((width, height), layout=layout)
+        if layout:
+            figure.get_layout_engine().set(w_pad=0.1, h_pad=0.05)
         yield figure
         write_whole(path, lambda file: figure.savefig(file, format=suffix[1:], metadata=FORMATS[suffix]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is drawn of a run.
+
+    columns: those of metrics.csv, a number for each epoch, NaN where there is none; all but "epoch" may be absent.
+    classes: how many its data has, None where nobody knows.
+    """
+
+    name: str
+    columns: Mapping[str, Sequence[float]]
+    classes: int | None = None
+
+
+def curves(runs: Sequence[Run], path: FilePath) -> Figure:
+    """Loss, top-1 and learning rate over the epochs, a colour for each run; its last test top-1 is named."""
+    legend_columns = max(1, 120 // (8 + max(len(run.name) for run in runs)))
+    legend_lines = -(-len(runs) // legend_columns)
+    colours = _colours(len(runs))
+    chances = sorted({math.log(run.classes) for run in runs if run.classes})
+    with _picture(path, 10, 3 + 0.2 * legend_lines) as figure:
+        loss, top1, rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+        last = []
+        for run, colour in zip(runs, colours):
+            for part, style in PARTS.items():
+                _line(loss, run, f"{part}_loss", color=colour, **style)
+                values = _line(top1, run, f"{part}_top1", color=colour, **style)
+                if part == "test" and values:
+                    last.append((values[-1], colour))
+            _line(rate, run, "lr", color=colour)
+        for chance in chances:
+            loss.axhline(chance, color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)))
+            loss.annotate(f"chance, {math.exp(chance):.0f} classes", (1, chance), (0, 2), textcoords="offset points", ha="right",
+                          xycoords=loss.get_yaxis_transform(), color=GRAY, fontsize=SMALL)
+        # A loss beyond all reason would press the others into one line.
+        _frame(loss, "loss", 1.5 * chances[-1] if chances else math.inf)
+        _frame(top1, "top-1 accuracy", 1.02)
+        _frame(rate, "learning rate")
+        top1.yaxis.set_major_formatter(library("matplotlib.ticker").PercentFormatter(xmax=1, decimals=0))
+        last.sort()
+        highest = top1.get_ylim()[1]
+        for (value, colour), y in zip(last, spread([value for value, _ in last], 0.06 * highest, 0.02 * highest, highest)):
+            top1.annotate(f"{value:.1%}", (1, y), (3, 0), xycoords=top1.get_yaxis_transform(), textcoords="offset points",
+                          va="center", color=colour, fontsize=8)
+        line = library("matplotlib.lines").Line2D
+        parts = [part for part in PARTS if any(f"{part}_top1" in run.columns for run in runs)]
+        top1.legend([line([], [], color=GRAY, **PARTS[part]) for part in parts], parts, loc="lower right")
+        figure.legend([line([], [], color=colour, linewidth=2.5) for colour in colours], [run.name for run in runs],
+                      loc="outside lower center", ncols=legend_columns, borderaxespad=0)
+    return figure
+
+
+def _colours(count: int) -> Sequence[Any]:
+    if count <= len(COLOURS):
+        return COLOURS[:count]
+    return list(library("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, count)))
+
+
+def _line(axes: Axes, run: Run, column: str, **style: Any) -> list[float]:
+    """Draw a column over the epochs -> its values, without those that are no numbers."""
+    points = [(epoch, value) for epoch, value in zip(run.columns["epoch"], run.columns.get(column, ()))
+              if math.isfinite(value)]
+    marker = "o" if len(points) <= 10 else None  # few points, or a single one, are no line
+    axes.plot(*zip(*points), marker=marker, markersize=3, **style) if points else None
+    return [value for _, value in points]
+
+
+def _frame(axes: Axes, title: str, most: float = math.inf) -> None:
+    """Title, and limits from 0 to the highest line, or to `most`."""
+    highest = max((max(line.get_ydata()) for line in axes.lines), default=0)
+    axes.set(title=title, xlabel="epoch", ylim=(0, min(1.05 * highest, most) or 1))
+    axes.xaxis.set_major_locator(library("matplotlib.ticker").MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+def spread(positions: Sequence[float], gap: float, least: float = -math.inf, most: float = math.inf) -> list[float]:
+    """Rising positions -> the nearest ones, in least squares, with at least `gap` between neighbours, in least..most."""
+    blocks: list[list[float]] = []  # of neighbours that push each other: sum and count of their positions, gaps taken out
+    for index, position in enumerate(positions):
+        block = [position - index * gap, 1]
+        while blocks and blocks[-1][0] / blocks[-1][1] > block[0] / block[1]:
+            block = [sum(pair) for pair in zip(block, blocks.pop())]
+        blocks.append(block)
+    means = [total / count for total, count in blocks for _ in range(int(count))]
+    end = len(means) - 1
+    return [max(least + index * gap, min(mean + index * gap, most - (end - index) * gap)) for index, mean in enumerate(means)]
+
+
+def evaluation(matrix: Array, groups: Sequence[str], accuracies: Sequence[float], classes: Sequence[str],
+               path: FilePath) -> Figure:
+    """What a network takes for what, and how often it is right in each class.
+
+    matrix (G, G): how many images of the group in a row were taken for the group in a column; accuracies (K): share of
+    the images of each class that were taken for this class, NaN without images.
+    """
+    side = 2.2 + 0.27 * len(groups)
+    with _picture(path, side + 4, side) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(side, 3))
+        _confusion(left, matrix, groups)
+        _per_class(right, accuracies, classes)
+    return figure
+
+
+def _confusion(axes: Axes, matrix: Array, names: Sequence[str]) -> None:
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0)
+    ticks = range(len(names))
+    slanted = dict(rotation=45, ha="right", rotation_mode="anchor") if max(map(len, names)) > 2 else {}
+    axes.set_xticks(ticks, map(_words, names), **slanted)
+    axes.set_yticks(ticks, map(_words, names))
+    axes.set(xlabel="predicted", ylabel="true", title="confusion, % of each row")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=8)
+    for row, column in np.argwhere(shares >= 0.05):
+        share = shares[row, column]
+        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=SMALL,
+                  color="white" if share > 0.6 * shares.max() else "black")
+
+
+def _per_class(axes: Axes, accuracies: Sequence[float], classes: Sequence[str]) -> None:
+    named = 10
+    order = [index for index in np.argsort(accuracies) if math.isfinite(accuracies[index])]
+    values = [accuracies[index] for index in order]
+    names = [_words(classes[index]) for index in order]
+    count = len(order)
+    far = [index for index in range(count) if index < named or index >= count - named]
+    axes.barh(range(count), values, height=0.8, color=[COLOURS[0] if index in far else COLOURS[5] for index in range(count)])
+    axes.set(yticks=[], xlim=(0, 1), ylim=(-0.7, count - 0.3), title="accuracy of each class")
+    axes.xaxis.set_major_formatter(library("matplotlib.ticker").PercentFormatter(xmax=1, decimals=0))
+    axes.spines["left"].set_visible(False)
+    beside = axes.get_yaxis_transform()
+    for index, y in zip(far, spread(far, count / 58, 0, count - 1)):
+        axes.plot((-0.08, -0.01), (y, index), transform=beside, clip_on=False, color=GRAY, linewidth=0.5)
+        axes.text(-0.1, y, f"{names[index]}  {values[index]:.0%}", transform=beside, ha="right", va="center", fontsize=SMALL)
+
+
+def _words(name: str) -> str:
+    """A class name as people write it: "aquarium_fish" -> "aquarium fish"."""
+    return name.replace("_", " ")
+
+
+def lr_find(rates: Sequence[float], losses: Sequence[float], suggestion: float | None, path: FilePath) -> Figure:
+    """The losses of a run whose learning rate rises from step to step, and the rate suggested, None for none."""
+    count = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
+    rates, losses = np.asarray(rates[:count]), np.asarray(losses[:count])
+    window = np.ones(max(1, count // 25))
+    smooth = np.convolve(losses, window, "same") / np.convolve(np.ones(count), window, "same")
+    with _picture(path, 5.5, 3.5) as figure:
+        axes = figure.subplots()
+        axes.plot(rates, losses, color=COLOURS[5], linewidth=0.7)
+        axes.plot(rates, smooth, color=COLOURS[0])
+        # The end, where the loss explodes, would press the rest into one line.
+        low, start = smooth.min(), smooth[0]
+        margin = 0.3 * (start - low) or 1
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")  # the default writes powers, as mathematics
+        axes.set(xlabel="learning rate", ylabel="training loss", ylim=(low - margin, start + margin))
+        if suggestion:
+            axes.axvline(suggestion, color=COLOURS[1], linestyle=(0, (3, 1.5)))
+            axes.annotate(f"suggested: {suggestion:.2g}", (suggestion, 1), (0, 3), xycoords=axes.get_xaxis_transform(),
+                          textcoords="offset points", ha="center", color=COLOURS[1])
+    return figure
 
 
 def contact_sheet(images: Array, titles: Sequence[str], path: FilePath, columns: int = 10) -> Figure:
