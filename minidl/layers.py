@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar, f
 import numpy as np
 
 from minidl import initializers, random_keys
-from minidl.device import Array, Device, empty, select
+from minidl.device import Array, Device, array_module, empty, select
 from minidl.errors import CheckpointError
 from minidl.initializers import Initializer
 from minidl.kernels import acc_dtype, storage_dtype
@@ -57,10 +57,11 @@ class Parameter:
 
 
 class Parameters:
-    """All parameters of a network in flat buffers, so that an optimizer is one launch.
+    """All parameters of a network in flat arrays, so that an optimizer is one launch, and its running statistics in another.
 
-    data, master, grad: flat arrays as in Parameter; by_name: {name: Parameter}. Each tensor starts at a multiple of
-    64 elements, which suits vector loads and tensor cores; the gaps hold zeros, and stay zero.
+    data, master, grad: flat arrays as in Parameter; by_name: {name: Parameter}; buffers: as master, of what is kept but not
+    learned. Each tensor starts at a multiple of 64 elements, which suits vector loads and tensor cores; the gaps hold zeros,
+    and stay zero.
     """
 
     ALIGNMENT = 64
@@ -68,20 +69,36 @@ class Parameters:
     data: Array
     master: Array
     grad: Array
+    buffers: Array
 
     def __init__(self, by_name: dict[str, Parameter], device: Device, dtype: np.dtype[Any]) -> None:
         self.by_name = by_name
-        offsets, size = [], 0
-        for parameter in by_name.values():
-            offsets.append(size)
-            size += -(-parameter.size // self.ALIGNMENT) * self.ALIGNMENT
         acc = acc_dtype(dtype)
+        places, size = self._places([parameter.size for parameter in by_name.values()])
         self.master, self.grad = (device.xp.zeros(size, acc) for _ in range(2))
         self.data = self.master if dtype == acc else device.xp.zeros(size, dtype)
-        for parameter, begin in zip(by_name.values(), offsets):
+        self.buffers = device.xp.zeros(0, acc)
+        for parameter, place in zip(by_name.values(), places):
             for kind in ("data", "master", "grad"):
-                view = getattr(self, kind)[begin:begin + parameter.size].reshape(parameter.shape)
-                setattr(parameter, kind, view)
+                setattr(parameter, kind, getattr(self, kind)[place].reshape(parameter.shape))
+
+    def gather_buffers(self, attributes: Sequence[tuple[Layer, str]]) -> None:
+        """Copy the arrays that are these attributes of layers into `buffers`, and put views of it into their places."""
+        arrays = [getattr(layer, name) for layer, name in attributes]
+        places, size = self._places([array.size for array in arrays])
+        self.buffers = array_module(self.master).zeros(size, self.master.dtype)
+        for (layer, name), array, place in zip(attributes, arrays, places):
+            view = self.buffers[place].reshape(array.shape)
+            view[...] = array
+            setattr(layer, name, view)
+
+    def _places(self, sizes: Sequence[int]) -> tuple[list[slice], int]:
+        """Where tensors of these sizes lie in a flat array -> slices, size of the array."""
+        places, begin = [], 0
+        for size in sizes:
+            places.append(slice(begin, begin + size))
+            begin += -(-size // self.ALIGNMENT) * self.ALIGNMENT
+        return places, begin
 
     def count(self) -> int:
         """Number of learned values, the gaps not counted."""
@@ -187,6 +204,7 @@ class Layer:
         self.parameters.cast()
         for index, (_, layer) in enumerate(self.named_layers()):
             layer.prepare(device, dtype, random_keys.philox_key(seed, random_keys.DROPOUT), index, self.step)
+        self.parameters.gather_buffers([(layer, name) for _, layer in self.named_layers() for name in layer.buffers])
         return self
 
     def prepare(self, device: Device, dtype: np.dtype[Any], key: int, index: int, step: Array) -> None:
