@@ -171,7 +171,7 @@ class Bench:
         w, grad, m, v = (self.array(size) for _ in range(4))
         v = abs(v)
         lr, state = np.float32(1e-3), self.xp.zeros(optimizer.STATE_SIZE, np.float32)
-        state[optimizer.LR], state[optimizer.SCALE] = lr, 1
+        state[optimizer.LR], state[optimizer.GRAD_FACTOR] = lr, 1
         copies = [a.copy() for a in (w, m, v)]
 
         def restore():

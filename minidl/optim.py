@@ -1,42 +1,69 @@
-"""Optimizers over all parameters of a network at once, and learning-rate schedules."""
+"""Optimizers over all parameters of a network at once, an average of the weights, and learning-rate schedules."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
 from minidl.device import Array, array_module
+from minidl.errors import UsageError
 from minidl.layers import Parameters
 from minidl.ops import optimizer
 
 
 class Optimizer:
-    """What the optimizers share: the numbers of the current step on the device, and loss scaling for float16.
+    """What the optimizers share: the numbers of the current step on the device, clipping, and loss scaling for float16.
 
     `scale` is the array by which the loss must be multiplied. It is 1 for ever, except for float16: there a step whose
-    gradients are not finite is skipped and halves the scale, which grows again after 2,000 good steps.
+    gradients are not finite is skipped and halves the scale, which grows again after 2,000 good steps. For other types
+    such a step and all later ones change nothing, and state[optimizer.FAILED] is its number, counted from 1.
+
+    clip_norm, of every optimizer: the most that the norm of the whole gradient may be, 0 for no limit; what is longer is
+    shortened, as by PyTorch's clip_grad_norm_. The norm before that is state[optimizer.GRAD_NORM].
     """
 
     INITIAL_SCALE = 65536.0
     GROWTH_INTERVAL = 2000
 
-    def __init__(self, parameters: Parameters) -> None:
-        self.parameters = parameters
+    default_lr: ClassVar[float]
+    moment_names: ClassVar[tuple[str, ...]]  # in the order in which `update` takes them
+    update: ClassVar[Callable[..., None]]    # a function of ops/optimizer.py
+
+    def __init__(self, parameters: Parameters, clip_norm: float, **settings: Any) -> None:
+        """settings: of `update`. Raises UsageError for one outside its range."""
+        for name, value in {**settings, "clip_norm": clip_norm}.items():
+            limit = 1 if name in ("momentum", "beta1", "beta2", "rho") else math.inf
+            if not 0 <= value < limit:
+                raise UsageError(f"{type(self).__name__}: {name} {value} is not in 0 <= {name} < {limit}")
+        self.parameters, self.clip_norm, self.settings = parameters, clip_norm, settings
         self.scales_loss = parameters.data.dtype == np.float16
-        self.state = _zeros_like(parameters.master, optimizer.STATE_SIZE)
+        xp = array_module(parameters.master)
+        self.moments = {name: xp.zeros_like(parameters.master) for name in self.moment_names}
+        self.state = xp.zeros(optimizer.STATE_SIZE, parameters.master.dtype)
         self.state[optimizer.SCALE] = self.INITIAL_SCALE if self.scales_loss else 1.0
         self.scale = self.state[optimizer.SCALE:optimizer.SCALE + 1]
 
     def step(self, lr: float) -> None:
         """Update all parameters from their gradients, with learning rate `lr`."""
+        at = self.parameters
         self.state[optimizer.LR] = lr
-        if self.scales_loss:
-            optimizer.check(self.parameters.grad, self.state)
-        self._update(self.parameters.master, self.parameters.grad, self.parameters.data)
+        optimizer.norm(at.grad, self.state, self.clip_norm)
+        self.update(at.master, at.grad, *self.moments.values(), at.data, self.state, **self.settings)
         optimizer.advance(self.state, self.GROWTH_INTERVAL if self.scales_loss else 0)
 
-    def _update(self, master: Array, grad: Array, data: Array) -> None:
-        raise NotImplementedError
+    def restart(self) -> None:
+        """Forget the moments, as the authors of Wide ResNet do at each drop of the rate. Loss scale and counts go on."""
+        for moment in self.moments.values():
+            moment[...] = 0
+        self.state[optimizer.AGE] = 0
+
+    def arrays(self) -> dict[str, Array]:
+        """{name: array}, all that a checkpoint must hold so that training goes on bit for bit: write into them to load it."""
+        return {"state": self.state, **self.moments}
 
 
 class SGD(Optimizer):
@@ -45,56 +72,144 @@ class SGD(Optimizer):
     weight_decay is coupled L2 on every parameter, as in PyTorch.
     """
 
-    def __init__(self, parameters: Parameters, momentum: float = 0.9, weight_decay: float = 0.0,
-                 nesterov: bool = True) -> None:
-        super().__init__(parameters)
-        self.settings: dict[str, Any] = dict(momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-        self.velocity = _zeros_like(parameters.master, parameters.master.size)
+    default_lr = 0.1
+    moment_names = ("velocity",)
+    update = staticmethod(optimizer.sgd)
 
-    def _update(self, master: Array, grad: Array, data: Array) -> None:
-        optimizer.sgd(master, grad, self.velocity, data, self.state, **self.settings)
+    def __init__(self, parameters: Parameters, momentum: float = 0.9, weight_decay: float = 0.0, nesterov: bool = True,
+                 clip_norm: float = 0.0) -> None:
+        super().__init__(parameters, clip_norm, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
 class Adam(Optimizer):
     """Adam with bias correction. Formulas: ops/optimizer.cu. weight_decay is coupled L2, as in PyTorch's Adam."""
 
+    default_lr = 1e-3
+    moment_names = ("first_moment", "second_moment")
+    update = staticmethod(optimizer.adam)
+
     def __init__(self, parameters: Parameters, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
-                 weight_decay: float = 0.0) -> None:
-        super().__init__(parameters)
-        self.settings = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-        self.first_moment = _zeros_like(parameters.master, parameters.master.size)
-        self.second_moment = _zeros_like(parameters.master, parameters.master.size)
-
-    def _update(self, master: Array, grad: Array, data: Array) -> None:
-        optimizer.adam(master, grad, self.first_moment, self.second_moment, data, self.state, **self.settings)
+                 weight_decay: float = 0.0, clip_norm: float = 0.0) -> None:
+        super().__init__(parameters, clip_norm, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
 
-def _zeros_like(array: Array, size: int) -> Array:
-    return array_module(array).zeros(size, array.dtype)
+class AdamW(Optimizer):
+    """Adam whose weight decay is decoupled from the gradient, as in PyTorch's AdamW. Formulas: ops/optimizer.cu."""
+
+    default_lr = 1e-3
+    moment_names = Adam.moment_names
+    update = staticmethod(partial(optimizer.adam, decoupled=True))
+
+    def __init__(self, parameters: Parameters, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
+                 weight_decay: float = 0.01, clip_norm: float = 0.0) -> None:
+        super().__init__(parameters, clip_norm, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
 
-# ---- learning rate as a pure function of the step, 0 .. steps-1 ---------------------------------------------------
+class AdaDelta(Optimizer):
+    """AdaDelta with a learning rate. Formulas: ops/optimizer.cu. weight_decay is coupled L2, as in PyTorch's Adadelta."""
+
+    default_lr = 1.0
+    moment_names = ("mean_g2", "mean_dx2")
+    update = staticmethod(optimizer.adadelta)
+
+    def __init__(self, parameters: Parameters, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0.0,
+                 clip_norm: float = 0.0) -> None:
+        super().__init__(parameters, clip_norm, rho=rho, eps=eps, weight_decay=weight_decay)
 
 
-def constant(step: int, steps: int, peak: float, warmup: int = 0) -> float:
-    """The peak, after `warmup` steps in which the rate grows linearly from a tenth of it."""
-    if step < warmup:
-        return peak * (0.1 + 0.9 * step / warmup)
-    return peak
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "adadelta": AdaDelta}
 
 
-def cosine(step: int, steps: int, peak: float, warmup: int = 0) -> float:
-    """Linear warm-up as in `constant`, then half a cosine down to 0 at the end. Loshchilov, Hutter, arXiv 1608.03983."""
-    if step < warmup:
-        return constant(step, steps, peak, warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+class Average:
+    """An exponential average of the weights and running statistics that an Optimizer's network has after each step.
+
+    It begins as what they are now, and keeps the share `decay` of itself in a step; fewer in the first ones, so that it soon
+    forgets what it began with. Formula: ops/optimizer.cu. Raises UsageError for a decay outside 0 <= decay < 1.
+    """
+
+    def __init__(self, optimizer: Optimizer, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise UsageError(f"average of the weights: decay {decay} is not in 0 <= decay < 1")
+        self.parameters, self.state, self.decay = optimizer.parameters, optimizer.state, decay
+        self.master, self.buffers = self.parameters.master.copy(), self.parameters.buffers.copy()
+
+    def update(self) -> None:
+        """Count in the network as it is after a step of the optimizer; one that was skipped changes nothing."""
+        optimizer.average(self.master, self.parameters.master, self.state, self.decay)
+        optimizer.average(self.buffers, self.parameters.buffers, self.state, self.decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within the `with` block the network has the averages; after it, bit for bit, what it had before."""
+        own = self.parameters.master.copy(), self.parameters.buffers.copy()
+        try:
+            self._give(self.master, self.buffers)
+            yield
+        finally:
+            self._give(*own)
+
+    def _give(self, master: Array, buffers: Array) -> None:
+        self.parameters.master[...], self.parameters.buffers[...] = master, buffers
+        self.parameters.cast()
+
+    def arrays(self) -> dict[str, Array]:
+        """{name: array}, all that a checkpoint must hold: write into them to load it."""
+        return {"master": self.master, "buffers": self.buffers}
 
 
-def multistep(step: int, steps: int, peak: float, warmup: int = 0) -> float:
-    """Linear warm-up, then peak, with a factor 0.2 after 30, 60 and 80 % of the steps: Wide ResNet's 60/120/160 of 200."""
-    if step < warmup:
-        return constant(step, steps, peak, warmup)
-    return peak * 0.2 ** sum(step >= share * steps for share in (0.3, 0.6, 0.8))
+# ---- learning rate as a pure function of the step ------------------------------------------------------------------
 
 
-SCHEDULES = {"cosine": cosine, "multistep": multistep, "constant": constant}
+@dataclass(frozen=True)
+class Schedule:
+    """schedule(step) is the learning rate of the step 0 .. steps-1.
+
+    After `warmup` steps in which it grows linearly from a tenth of `peak`, it
+      constant   stays there
+      cosine     follows half a cosine down to 0 at `steps`. Loshchilov, Hutter, arXiv 1608.03983
+      multistep  is multiplied by `factor` at each of the steps `drops`
+      onecycle   falls linearly, to a thousandth of the peak in the last step. Smith, Topin, arXiv 1708.07120
+    Raises UsageError for another name.
+    """
+
+    name: str
+    steps: int
+    peak: float
+    warmup: int = 0
+    drops: tuple[int, ...] = ()
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name not in _AFTER_WARMUP:
+            raise UsageError(f"schedule {self.name!r} is not one of {', '.join(_AFTER_WARMUP)}")
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.peak * (0.1 + 0.9 * step / self.warmup)
+        return self.peak * _AFTER_WARMUP[self.name](self, step)
+
+
+def _cosine(schedule: Schedule, step: int) -> float:
+    progress = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _multistep(schedule: Schedule, step: int) -> float:
+    return schedule.factor ** sum(step >= drop for drop in schedule.drops)
+
+
+def _onecycle(schedule: Schedule, step: int) -> float:
+    progress = (step - schedule.warmup) / max(1, schedule.steps - 1 - schedule.warmup)
+    return 1 - 0.999 * progress
+
+
+_AFTER_WARMUP: dict[str, Callable[[Schedule, int], float]] = {  # name: share of the peak
+    "cosine": _cosine, "multistep": _multistep, "onecycle": _onecycle, "constant": lambda schedule, step: 1.0}
+
+
+def _rate(name: str, step: int, *settings: Any, **more: Any) -> float:
+    return Schedule(name, *settings, **more)(step)
+
+
+# The same as functions: SCHEDULES[name](step, steps, peak, ...).
+SCHEDULES = {name: partial(_rate, name) for name in _AFTER_WARMUP}

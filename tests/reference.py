@@ -120,6 +120,43 @@ def adam(w, grads, lr, beta1, beta2, eps, weight_decay):
     return w
 
 
+def adamw(w, grads, lr, beta1, beta2, eps, weight_decay):
+    """w after one step of AdamW per gradient in `grads`."""
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t, grad in enumerate(grads, start=1):
+        w = w - lr * weight_decay * w
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * grad**2
+        w = w - lr * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)
+    return w
+
+
+def adadelta(w, grads, lr, rho, eps, weight_decay):
+    """w after one step of AdaDelta per gradient in `grads`."""
+    mean_g2, mean_dx2 = np.zeros_like(w), np.zeros_like(w)
+    for grad in grads:
+        grad = grad + weight_decay * w
+        mean_g2 = rho * mean_g2 + (1 - rho) * grad**2
+        dx = np.sqrt((mean_dx2 + eps) / (mean_g2 + eps)) * grad
+        mean_dx2 = rho * mean_dx2 + (1 - rho) * dx**2
+        w = w - lr * dx
+    return w
+
+
+def average(values, decay):
+    """The exponential average of `values`, the first from the beginning, one after each step; it soon forgets the first."""
+    e = values[0]
+    for t, value in enumerate(values[1:], start=1):
+        d = min(decay, (1 + t) / (10 + t))
+        e = d * e + (1 - d) * value
+    return e
+
+
+def clip(grad, clip_norm):
+    """The gradient, shortened to a norm of `clip_norm` where it is longer."""
+    return grad * min(1, clip_norm / (np.linalg.norm(grad) + 1e-6))
+
+
 def numerical_vjp(f, arguments, index, dy, h=1e-3):
     """d <dy, f(*arguments)> / d arguments[index], by central differences of fourth order, in float64.
 

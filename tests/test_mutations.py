@@ -25,7 +25,7 @@ import test_loss
 import test_models
 import test_optimizer
 import test_pooling
-from minidl import layers
+from minidl import layers, optim
 from minidl.host_build import OPS
 from minidl.kernels import Kernels
 from minidl.ops import batchnorm, conv, linear
@@ -146,6 +146,35 @@ def optimizer(name):
     return lambda target, rng: test_optimizer.test_steps_equal_the_definition(target, rng, name, "float64")
 
 
+def restart(name):
+    return lambda target, rng: test_optimizer.test_restart_forgets_the_moments_and_nothing_else(target, rng, name)
+
+
+def clipping(target, rng):
+    for clip_norm in (3.0, 1e4):
+        test_optimizer.test_the_gradient_is_clipped_by_the_norm_of_all_of_it(target, rng, 9000, clip_norm, "float16")
+
+
+def infinity(target, rng):
+    test_optimizer.test_a_step_with_such_a_gradient_is_skipped_in_float16(target, rng, np.inf, 4321)
+
+
+def average(target, rng):
+    test_optimizer.test_average_of_weights_and_running_statistics(target, rng, "float64", 0.999)
+
+
+def average_of_good_steps(target, rng):
+    test_optimizer.test_a_skipped_step_does_not_move_the_average(target, rng, "float16", [0, 3])
+
+
+def swap(target, rng):
+    test_optimizer.test_the_network_gets_its_own_weights_back(target, rng, "bfloat16")
+
+
+def failure(target, rng):
+    test_optimizer.test_without_loss_scaling_all_stays_as_before_the_first_such_gradient(target, rng, "sgd", "float32")
+
+
 # ---- bugs --------------------------------------------------------------------------------------------------------
 
 BUGS = [
@@ -260,13 +289,44 @@ BUGS = [
 
     Bug("sgd: Nesterov without looking ahead", "optimizer.cu", "g_share = nesterov ? 1 : 0, v_share = nesterov ? momentum : 1",
         "g_share = 0, v_share = 1", optimizer("nesterov")),
-    Bug("sgd and adam: sign of the weight decay", "optimizer.cu", "+ weight_decay * master[i]", "- weight_decay * master[i]",
-        optimizer("sgd"), times=2),
-    Bug("adam: first moment without bias correction", "optimizer.cu", "state[LR] / (1 - pow(beta1, t))", "state[LR]",
-        optimizer("adam")),
+    Bug("sgd and adadelta: sign of the weight decay", "optimizer.cu", "+ weight_decay * master[i]",
+        "- weight_decay * master[i]", optimizer("sgd"), times=2),
+    Bug("adam: weight decay lost", "optimizer.cu", " + in_gradient * master[i]", "", optimizer("adam with decay")),
+    Bug("adam: first moment without bias correction", "optimizer.cu", "lr / (1 - pow(beta1, t))", "lr", optimizer("adam")),
     Bug("adam: second moment without bias correction", "optimizer.cu", "second_correction = 1 / (1 - pow(beta2, t))",
         "second_correction = 1", optimizer("adam")),
-    Bug("adam: step off by one", "optimizer.cu", "t = state[STEP] + 1", "t = state[STEP] + 2", optimizer("adam")),
+    Bug("adam: step off by one", "optimizer.cu", "t = state[AGE] + 1", "t = state[AGE] + 2", optimizer("adam")),
+    Bug("adam: steps before a restart count", "optimizer.cu", "t = state[AGE] + 1", "t = state[STEP] + 1", restart("adam")),
+    Bug("restart: moments kept", optim.Optimizer.restart, "moment[...] = 0", "moment", restart("nesterov")),
+    Bug("adamw: decay coupled", "optimizer.cu",
+        "in_gradient = decoupled ? 0 : weight_decay, in_step = decoupled ? lr * weight_decay : 0",
+        "in_gradient = weight_decay, in_step = 0", optimizer("adamw")),
+    Bug("adamw: decay without the learning rate", "optimizer.cu", "lr * weight_decay : 0", "weight_decay : 0",
+        optimizer("adamw")),
+    Bug("adadelta: eps lost", "optimizer.cu", "/ (g2 + eps)) * g;", "/ g2) * g;", optimizer("adadelta with decay")),
+    Bug("adadelta: the mean of dx^2 decays before its use", "optimizer.cu", "sqrt((mean_dx2[i] + eps)",
+        "sqrt((rho * mean_dx2[i] + eps)", optimizer("adadelta")),
+    Bug("adadelta: the learning rate in the mean of dx^2", "optimizer.cu", "(1 - rho) * dx * dx",
+        "(1 - rho) * dx * dx * lr * lr", optimizer("adadelta")),
+    Bug("clipping: short gradients made longer", "optimizer.cu", "clip_norm > 0 && share < 1", "clip_norm > 0", clipping),
+    Bug("clipping: norm of the scaled gradient", "optimizer.cu", "sqrt(squares) / state[SCALE]", "sqrt(squares)", clipping),
+    Bug("clipping: norm of the last tile only", "optimizer.cu", "squares += tile_squares[t]", "squares = tile_squares[t]",
+        clipping),
+    Bug("failure: infinities pass", "optimizer.cu", "differences += g - g;", "differences += g != g;", infinity),
+    Bug("failure: later steps go on", "optimizer.cu", "state[FAILED] = state[CALLS];",
+        "state[FAILED] = state[CALLS], state[NONFINITE] = 0;", failure),
+    Bug("failure: the last such step is named", "optimizer.cu", "else if (state[FAILED] == 0)", "else", failure),
+
+    Bug("average: moved by a skipped step", "optimizer.cu", "if (state[SKIPPED_IN_ROW] != 0) return;", "",
+        average_of_good_steps),
+    Bug("average: the first steps keep as much as the later ones", "optimizer.cu", "(early < decay ? early : decay)", "decay",
+        average),
+    Bug("average: not of the running statistics", optim.Average.update,
+        "optimizer.average(self.buffers, self.parameters.buffers, self.state, self.decay)", "pass", average),
+    Bug("average: running statistics left in their layers", layers.Parameters.gather_buffers, "setattr(layer, name, view)",
+        "pass", average),
+    Bug("average: not cast to the type of storage", optim.Average._give, "self.parameters.cast()", "pass", swap),
+
 ]
 
 

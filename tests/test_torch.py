@@ -321,6 +321,7 @@ def small_networks(machine, dtype, rng):
 
 
 CLASSES = 5
+CLIP_NORM = 0.65  # some gradients of the small network are longer, some are not
 
 OPTIMIZERS = {  # name: (minidl's, PyTorch's)
     "sgd": (lambda p: optim.SGD(p, momentum=0.9, weight_decay=5e-4),
@@ -330,6 +331,11 @@ OPTIMIZERS = {  # name: (minidl's, PyTorch's)
     "adam": (lambda p: optim.Adam(p), lambda p: torch.optim.Adam(p)),
     "adam with decay": (lambda p: optim.Adam(p, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=5e-4),
                         lambda p: torch.optim.Adam(p, betas=(0.8, 0.95), eps=1e-6, weight_decay=5e-4)),
+    "adamw": (lambda p: optim.AdamW(p, weight_decay=0.05), lambda p: torch.optim.AdamW(p, weight_decay=0.05)),
+    "adadelta": (lambda p: optim.AdaDelta(p, eps=1e-3, weight_decay=1e-3),
+                 lambda p: torch.optim.Adadelta(p, eps=1e-3, weight_decay=1e-3)),
+    "clipped sgd": (lambda p: optim.SGD(p, weight_decay=5e-4, clip_norm=CLIP_NORM),
+                    lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)),
 }
 
 
@@ -356,21 +362,24 @@ def ten_steps(machine, dtype, networks, optimizer, peak, side, batch, seed=7, wi
     trainer, torch_optimizer = Trainer(network, make(network.parameters), batches), make_torch(module.parameters())
     losses, distances = [], []
     for step, chosen in enumerate(steps):
-        lr = optim.cosine(step, 10, peak, warmup=2)
+        lr = optim.Schedule("cosine", 10, peak, warmup=2)(step)
         distances.append(kinks.distance_to_kinks(copy.deepcopy(module), pixels[chosen]))
         metrics = trainer.epoch([machine.place.array(chosen)], [lr])
         torch_optimizer.param_groups[0]["lr"] = lr
         torch_optimizer.zero_grad()
         torch_loss = F.cross_entropy(module(pixels[chosen]), torch.from_numpy(labels[chosen]).long())
         torch_loss.backward()
+        if "clipped" in optimizer:
+            nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
         torch_optimizer.step()
         losses.append((metrics.loss, torch_loss.item()))
     theirs = {key: module.state_dict()[key].numpy() for key in before}
     return np.array(losses).T, (before, network.state_dict(), theirs), np.min(distances, axis=0)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name, side, batch", [("small", 8, 6), ("simplenet-310k", 32, 4)])
+@pytest.mark.parametrize("name, side, batch, optimizer", [
+    *(("small", 8, 6, name) for name in OPTIMIZERS),
+    *(("simplenet-310k", 32, 4, name) for name in ("sgd", "classical momentum", "adam", "adam with decay"))])
 def test_ten_steps_stay_together(machine, rng, name, side, batch, optimizer):
     networks = (small_networks(machine, "float64", rng) if name == "small"
                 else simplenets(name, machine, "float64", rng, CLASSES))
@@ -418,18 +427,21 @@ def test_ten_steps_of_simplenet_in_float32_stay_near(machine, rng, optimizer, pe
     assert_close(*losses, 0.1, "losses")
 
 
-SCHEDULES = {  # name: (steps of warm-up, PyTorch's scheduler for an optimizer, its counter in steps of 40)
-    "cosine": (0, lambda it: torch.optim.lr_scheduler.CosineAnnealingLR(it, 40)),
-    "multistep": (0, lambda it: torch.optim.lr_scheduler.MultiStepLR(it, [12, 24, 32], 0.2)),
-    "constant": (5, lambda it: torch.optim.lr_scheduler.LinearLR(it, 0.1, 1.0, total_iters=5)),
+SCHEDULES = {  # name: (settings, PyTorch's scheduler for an optimizer), of 40 steps
+    "cosine": ({}, lambda it: torch.optim.lr_scheduler.CosineAnnealingLR(it, 40)),
+    "multistep": (dict(drops=(12, 24, 32), factor=0.2), lambda it: torch.optim.lr_scheduler.MultiStepLR(it, [12, 24, 32], 0.2)),
+    "constant": (dict(warmup=5), lambda it: torch.optim.lr_scheduler.LinearLR(it, 0.1, 1.0, total_iters=5)),
+    "onecycle": (dict(warmup=15), lambda it: torch.optim.lr_scheduler.OneCycleLR(  # which counts the peak to the rise
+        it, 0.4, 40, pct_start=16 / 40, anneal_strategy="linear", div_factor=10, final_div_factor=100)),
 }
 
 
 @pytest.mark.parametrize("name", optim.SCHEDULES)
 def test_schedules(name):
-    warmup, make = SCHEDULES[name]
+    settings, make = SCHEDULES[name]
+    schedule = optim.Schedule(name, 40, 0.4, **settings)
     stepper = torch.optim.SGD([torch.zeros(1)], lr=0.4)
     scheduler = make(stepper)
     for step in range(40):
-        assert optim.SCHEDULES[name](step, 40, 0.4, warmup) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9), step
+        assert schedule(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9), step
         stepper.step(), scheduler.step()
