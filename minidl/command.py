@@ -23,8 +23,8 @@ def run(main: Callable[[], object]) -> int:
         return _fail(error, error.exit_code)
     except MemoryError as error:
         return _fail(f"not enough memory: {error}; try a smaller --batch-size", DeviceError.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", signals.INTERRUPTED)
+    except signals.Stop as stop:
+        return _fail(stop, stop.exit_code)
     except BrokenPipeError:
         _give_up_stdout()  # whoever read the output has left
         return READER_LEFT

@@ -3,7 +3,7 @@
 import numpy as np
 
 # Purposes: one number each, never reused.
-INITIALIZE, SHUFFLE, AUGMENT, DROPOUT = range(1, 5)
+INITIALIZE, SHUFFLE, AUGMENT, DROPOUT, VALIDATION, MIXUP = range(1, 7)
 
 
 def generator(seed: int, purpose: int, *more: int) -> np.random.Generator:

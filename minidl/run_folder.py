@@ -1,66 +1,134 @@
-"""The folder of a run: settings, environment, metrics of each epoch, final weights. Nothing in it is overwritten."""
+"""The folder of a run: settings, environment, metrics of each epoch, events, checkpoints. Nothing in it is overwritten by
+another run."""
 
+from __future__ import annotations
+
+import contextlib
 import csv
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minidl import __version__, weights
+from minidl import __version__, checkpoint, weights
 from minidl.device import Device
-from minidl.errors import UsageError
+from minidl.errors import CheckpointError, UsageError
 
 COLUMNS = ("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "images_per_second", "seconds")
+VALIDATION = ("val_loss", "val_top1")  # after them, where images are held out
 
 
 class RunFolder:
-    """path: `output`, which must not exist or be empty; or a new folder runs/<name>-<time>."""
+    """What a run writes. Where the disk does not take it, the run goes on: there is one warning, and `troubles` has the last.
 
-    def __init__(self, name: str, output: str | os.PathLike[str] | None = None) -> None:
+    path: the folder. Make one by `new` or `existing`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.troubles: dict[str, str] = {}  # {file: why it was not written}
+        self._tensorboard: Any = None
+
+    @classmethod
+    def new(cls, name: str, output: str | os.PathLike[str] | None = None) -> RunFolder:
+        """`output`, which must not exist or be empty; or a new folder runs/<name>-<time>. Raises UsageError."""
         try:
-            self.path = Path(output) if output else _new_folder(name)
-            self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise UsageError(f"the output folder {self.path} is not empty: name another one")
+            path = Path(output) if output else _new_folder(name)
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise UsageError(f"the output folder {path} is not empty: name another one, or go on with --resume {path}")
         except OSError as error:
             raise UsageError(f"the output folder {output or 'runs'} cannot be made: {error.strerror}") from None
-        self.metrics_path = self.path / "metrics.csv"
+        return cls(path)
 
-    def write_settings(self, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """settings: {name: str, number, bool or None}, to config.toml; environment: to env.json."""
-        # What is None was not set, and TOML has no word for it.
-        lines = [f"{name} = {_toml(value)}\n" for name, value in settings.items() if value is not None]
-        (self.path / "config.toml").write_text("".join(lines), encoding="utf-8")
-        (self.path / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    def write_settings(self, settings: str, environment: Mapping[str, Any]) -> None:
+        """settings: the text of config.toml; environment: to env.json."""
+        with self._survives("config.toml"):
+            (self.path / "config.toml").write_text(settings, encoding="utf-8")
+        with self._survives("env.json"):
+            (self.path / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
-    def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append {column: value} to metrics.csv."""
-        new = not self.metrics_path.exists()
-        with self.metrics_path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    def add_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
+        """Append the last of `history`, {column: text} per epoch, to metrics.csv; where that failed before, write all."""
+        if len(history) == 1 or "metrics.csv" in self.troubles:
+            self.write_metrics(history)
+        else:
+            with self._survives("metrics.csv"), (self.path / "metrics.csv").open("a", newline="", encoding="utf-8") as file:
+                file.write(_csv(history[-1:], header=False))
+        if self._tensorboard:
+            with self._survives("tensorboard"):
+                row = history[-1]
+                for column, value in row.items():
+                    self._tensorboard.add_scalar(column.replace("_", "/", 1), float(value), int(row["epoch"]))
+                self._tensorboard.flush()
 
-    def save_weights(self, state: Mapping[str, Any], metadata: weights.Metadata) -> Path:
-        """Write weights.npz as `weights.save` does. Raises CheckpointError where it cannot be written."""
-        path = self.path / "weights.npz"
-        weights.save(path, state, metadata)
-        return path
+    def write_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
+        """metrics.csv holds `history` and nothing else."""
+        with self._survives("metrics.csv"):
+            weights.write_whole(self.path / "metrics.csv", lambda file: file.write(_csv(history, header=True).encode()))
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append an event to events.jsonl, which nothing is ever taken from."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **values})
+        with self._survives("events.jsonl"), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def save(self, state: checkpoint.Checkpoint) -> None:
+        """last.npz, whole or not at all; the one before is kept."""
+        with self._survives(checkpoint.LAST):
+            checkpoint.save(self.path, state)
+
+    def save_best(self, state: checkpoint.Checkpoint) -> None:
+        """best.npz: the weights alone."""
+        with self._survives(checkpoint.BEST):
+            weights.save(self.path / checkpoint.BEST, state.state, state.about)
+
+    def start_tensorboard(self) -> None:
+        """Write the metrics for TensorBoard as well, to the folder tensorboard. Raises UsageError without the extra."""
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UsageError('--tensorboard needs a package: `pip install "minidl[tensorboard]"`') from None
+        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+
+    @contextlib.contextmanager
+    def _survives(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, CheckpointError) as error:
+            reason = str(error) if isinstance(error, CheckpointError) else f"{self.path / file}: {error.strerror or error}"
+            if file not in self.troubles:
+                print(f"warning: {reason}; the run goes on", file=sys.stderr, flush=True)
+            self.troubles[file] = reason
+        else:
+            self.troubles.pop(file, None)
 
 
-def _toml(value: str | float) -> str:
-    """A str, number or bool in TOML: JSON's are TOML's too, once a path holds no bytes beyond its encoding."""
-    if isinstance(value, str):
-        value = os.fsencode(value).decode("utf-8", "replace")
-    return json.dumps(value, ensure_ascii=False)
+def _csv(rows: Sequence[Mapping[str, str]], header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else COLUMNS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def newest(arch: str | None = None) -> Path:
+    """The folder in runs/ that was written to last, of the architecture `arch` if one is given. Raises UsageError."""
+    found = [path.parent for path in Path("runs").glob("*/" + checkpoint.LAST)]
+    if arch:
+        found = [path for path in found if path.name.startswith(arch + "-")]
+    if not found:
+        raise UsageError(f"there is no run {'of ' + arch + ' ' if arch else ''}in the folder runs: name one, --resume FOLDER")
+    return max(found, key=lambda path: (path / checkpoint.LAST).stat().st_mtime_ns)
 
 
 def _new_folder(name: str) -> Path:
@@ -101,6 +169,7 @@ def _commit() -> str | None:
         return subprocess.run(["git", "-C", source, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", str(Path(__file__)))  # an environment may lie in the checkout of something else
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

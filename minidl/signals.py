@@ -5,28 +5,33 @@ An exception raised at any moment, as Python does by default, can be lost: those
 
 import os
 import signal
-import sys
 from types import FrameType
 
-INTERRUPTED, TERMINATED = 130, 143  # exit codes
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _asked: list[int] = []  # signals that came
+
+
+class Stop(BaseException):
+    """Somebody asked the process to end. A BaseException, as nothing that goes on after errors should go on after it."""
+
+    def __init__(self, exit_code: int, message: str = "interrupted") -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def install() -> None:
     """From now on the first SIGINT or SIGTERM waits for `obey`, and the second ends the process where it is."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _EXIT_CODES:
         signal.signal(number, _remember)
 
 
 def obey() -> None:
-    """End the process, as far as `command.run` lets it, if a signal has asked for it."""
-    if _asked == [signal.SIGINT]:
-        raise KeyboardInterrupt
+    """Raise Stop if a signal has asked for it."""
     if _asked:
-        sys.exit(TERMINATED)
+        raise Stop(_EXIT_CODES[signal.Signals(_asked[0])])
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
     if _asked:
-        os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
+        os._exit(_EXIT_CODES[signal.Signals(number)])
     _asked.append(number)

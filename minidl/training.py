@@ -1,16 +1,18 @@
 """The training step, epochs of it, and evaluation."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minidl import signals
+from minidl import inspection, signals
 from minidl.data.batches import NO_AUGMENTATION, Augmentation, Batches
 from minidl.device import Array
 from minidl.errors import DivergedError
 from minidl.layers import Layer
-from minidl.ops import loss, optimizer as optimizer_op
-from minidl.optim import Optimizer
+from minidl.ops import augment, loss, optimizer as optimizer_op
+from minidl.optim import Average, Optimizer
 
 READ_EVERY = 50         # steps between two looks at the loss: each waits for the device
 MOST_SKIPPED_STEPS = 20  # in a row, by the loss scaling of float16
@@ -25,60 +27,110 @@ class Metrics:
     top5: float
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a step needs: indices int32 (N) of its images, the learning rate, and with mixup the share of each image beside
+    its partner's, an array of one element on the device."""
+
+    indices: Array
+    lr: float
+    share: Array | None = None
+
+
 class Trainer:
-    """Trains a network: its step is  batch -> forward -> loss -> backward -> optimizer,  all on the device."""
+    """Trains a network: its step is  batch -> forward -> loss -> backward -> optimizer,  all on the device.
+
+    average: of the weights, or None. inspects: whether the last step of each epoch leaves `statistics`, of the layers.
+    """
+
+    inspects = False
+    statistics: dict[str, dict[str, float]] | None = None
 
     def __init__(self, model: Layer, optimizer: Optimizer, batches: Batches, augmentation: Augmentation = NO_AUGMENTATION,
-                 label_smoothing: float = 0.0) -> None:
-        self.model, self.optimizer, self.batches = model, optimizer, batches
+                 label_smoothing: float = 0.0, average: Average | None = None) -> None:
+        self.model, self.optimizer, self.batches, self.average = model, optimizer, batches, average
         self.augmentation, self.label_smoothing = augmentation, label_smoothing
         self._totals: Array = model.device.xp.zeros(4)  # of loss.cu
         model.skip_input_gradient()
 
-    def step(self, indices: Array, lr: float) -> None:
-        """One step on the images `indices` int32 (N) with learning rate `lr`."""
-        x, labels = self.batches.load(indices, self.model.step, self.augmentation)
-        logits = self.model.forward(x)
-        dlogits = loss.forward_backward(logits, labels, self._totals, self.optimizer.scale,
-                                        smoothing=self.label_smoothing)
-        self.model.backward(dlogits)
-        self.optimizer.step(lr)
+    def step(self, batch: Batch) -> None:
+        """One step of training."""
+        self._gradients(batch)
+        self.optimizer.step(batch.lr)
+        if self.average:
+            self.average.update()
         self.model.step += 1
 
-    def epoch(self, indices_of_batches: Sequence[Array], learning_rates: Iterable[float],
-              on_step: Callable[[int, Metrics | None], object] = lambda done, metrics: None) -> Metrics | None:
-        """Train on each batch of indices with its learning rate -> Metrics over all.
+    def _gradients(self, batch: Batch) -> None:
+        x, labels = self.batches.load(batch.indices, self.model.step, self.augmentation)
+        mixup: dict[str, Array] = {}
+        if batch.share is not None:
+            augment.mix(x, batch.share)
+            mixup = {"other_labels": self.model.device.array(labels[::-1]), "share": batch.share}
+        dlogits = loss.forward_backward(self.model.forward(x), labels, self._totals, self.optimizer.scale,
+                                        smoothing=self.label_smoothing, **mixup)
+        self.model.backward(dlogits)
+
+    def epoch(self, batches: Sequence[Batch], on_step: Callable[[int, Metrics | None], object] = lambda done, metrics: None,
+              first: int = 0) -> Metrics:
+        """Train on the batches of an epoch -> Metrics over all. first: how many of them were done before, by a run that this
+        one goes on from.
 
         on_step(steps done, Metrics when last read) is called after each; the metrics are None before they were first
-        read. Raises DivergedError when the loss is not finite.
+        read. A signal ends it between two steps. Raises DivergedError when a number is not finite any more.
         """
         self.model.train()
-        self._totals[...] = 0
+        if not first:
+            self._totals[...] = 0
         metrics = None
-        for done, (indices, lr) in enumerate(zip(indices_of_batches, learning_rates, strict=True), start=1):
-            self.step(indices, lr)
-            if done % READ_EVERY == 0 or done == len(indices_of_batches):
-                metrics = _metrics(self.model.device.to_host(self._totals))
-                self._check(metrics, done)
+        for done in range(first + 1, len(batches) + 1):
+            self._step_of_epoch(batches, done)
+            if done % READ_EVERY == 0 or done == len(batches):
+                metrics = self.read(batches, done)
             on_step(done, metrics)
             signals.obey()
-        return metrics
+        return metrics or self.read(batches, len(batches))
 
-    def _check(self, metrics: Metrics, done: int) -> None:
+    def _step_of_epoch(self, batches: Sequence[Batch], done: int) -> None:
+        if self.inspects and done == len(batches):
+            self.statistics = inspection.statistics(self.model, lambda: self.step(batches[-1]))
+        else:
+            self.step(batches[done - 1])
+
+    def read(self, batches: Sequence[Batch], done: int) -> Metrics:
+        """The Metrics of the epoch so far, after `done` of its batches. Raises DivergedError where a number is not finite."""
+        to_host = self.model.device.to_host
+        state = to_host(self.optimizer.state)
+        if failed := int(state[optimizer_op.FAILED]):
+            ago = int(state[optimizer_op.CALLS]) - failed
+            raise DivergedError(f"{self._failure(failed, batches[done - ago - 1], ago)}: try a lower --lr")
+        skipped = int(state[optimizer_op.SKIPPED_IN_ROW])
+        if skipped >= MOST_SKIPPED_STEPS:
+            raise DivergedError(f"{skipped} steps in a row had gradients beyond float16: try --precision bf16")
+        metrics = _metrics(to_host(self._totals))
         if not math.isfinite(metrics.loss):
             raise DivergedError(f"the loss became {metrics.loss} by step {done} of this epoch: try a lower --lr")
-        if self.optimizer.scales_loss:
-            skipped = int(self.optimizer.state[optimizer_op.SKIPPED_IN_ROW])
-            if skipped >= MOST_SKIPPED_STEPS:
-                raise DivergedError(f"{skipped} steps in a row had gradients beyond float16: try --precision bf16")
+        return metrics
+
+    def _failure(self, number: int, batch: Batch, ago: int) -> str:
+        """What went wrong in the step `number` of the run, `ago` steps before the last. Nothing has changed the weights since,
+        so that its forward and backward can be looked at again."""
+        self.model.step -= ago + 1
+        what = inspection.first_nonfinite(self.model, lambda: self._gradients(batch)) or "the loss"
+        return f"step {number}: {what} is not finite"
+
+    def arrays(self) -> dict[str, Array]:
+        """{name: array}, all besides weights and running statistics that training goes on from: write into them to load it."""
+        average = {f"average/{name}": array for name, array in self.average.arrays().items()} if self.average else {}
+        return {"step": self.model.step, "totals": self._totals, **self.optimizer.arrays(), **average}
 
 
-def evaluate(model: Layer, batches: Batches) -> Metrics:
-    """The network in evaluation mode on all images of `batches`, in their order -> Metrics."""
+def evaluate(model: Layer, batches: Batches, limit: int | None = None) -> Metrics:
+    """The network in evaluation mode on all images of `batches`, or those of the first `limit` batches -> Metrics."""
     model.eval()
     totals = model.device.xp.zeros(4)
     one = model.device.xp.ones(1, model.parameters.master.dtype)
-    for indices, valid in batches.all():
+    for indices, valid in batches.all()[:limit]:
         x, labels = batches.load(indices, model.step)
         loss.forward_backward(model.forward(x), labels, totals, one, valid=valid)
         signals.obey()

@@ -3,12 +3,15 @@
     state, metadata = load("runs/it")         # the folder of a run, or a file: its content says which kind
     save("copy.npz", state, metadata)
 
-A file may come from anywhere, so what it declares is checked against what it holds before memory is taken for it.
+A file may come from anywhere, so what it declares is checked against what it holds before memory is taken for it. An .npz
+with metadata is sealed: they hold a checksum of each array, and a hash of themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
 import importlib
 import io
 import json
@@ -36,6 +39,7 @@ Metadata: TypeAlias = dict[str, Any]  # see `describe`
 FilePath: TypeAlias = str | os.PathLike[str]
 
 FORMAT = "minidl weights 1"
+TRAINING = "training/"  # how the names of arrays begin that are not weights, in a checkpoint
 # Compression takes a tenth off trained weights. A file that promises to grow a hundredfold is made to fill the memory.
 MOST_EXPANSION = 100
 OLDEST_TORCH = (2, 6)  # the first whose weights_only=True is known to execute nothing (CVE-2025-32434)
@@ -51,31 +55,44 @@ NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?[?biufcmMOSUV]\d*)', 'fortran_ord
 def describe(arch: str, classes: int, options: Mapping[str, Any], dataset: Dataset | None = None) -> Metadata:
     """What a file says about its weights, besides names and shapes.
 
-    arch: full name of the network; options: of its builder; dataset: what it was trained on, whose mean and std are those
-    that images must be normalized with, None where nobody knows.
+    arch: full name of the network; options: of its builder; dataset: what it was trained on, with the mean and std that its
+    images were normalized with, None where nobody knows.
     """
     return {"format": FORMAT, "arch": arch, "options": dict(options), "classes": classes, "dataset": dataset and dataset.name,
-            "mean": dataset and list(dataset.mean), "std": dataset and list(dataset.std)}
+            "mean": dataset and list(dataset.mean), "std": dataset and list(dataset.std),
+            "class_names": dataset and list(dataset.classes)}
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def save(path: FilePath, state: Mapping[str, Array], metadata: Metadata | None = None) -> None:
+def save(path: FilePath, state: Mapping[str, Array], metadata: Metadata | None = None,
+         previous: FilePath | None = None) -> None:
     """Write {name: array} to an .npz, whole or not at all, and the metadata as its entry "metadata", a text in JSON.
 
-    Raises CheckpointError where it cannot be written.
+    previous: where to keep the file that was there before. Raises CheckpointError where it cannot be written.
     """
-    entries = dict(state) if metadata is None else {**state, "metadata": np.array(json.dumps(metadata))}
+    entries = {name: np.asarray(array) for name, array in state.items()}
+    if metadata is not None:
+        sealed = {**metadata, "crc32": {name: _checksum(array) for name, array in entries.items()}}
+        entries["metadata"] = np.array(json.dumps({**sealed, "sha256": _digest(sealed)}))
 
     def write(file: BinaryIO) -> None:
         # numpy.savez would pickle what is not numbers, and takes an array named "file" for its argument.
         with zipfile.ZipFile(file, "w") as archive:
             for name, array in entries.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                    np.lib.format.write_array(member, array, allow_pickle=False)
 
-    write_whole(path, write)
+    write_whole(path, write, previous)
+
+
+def _checksum(array: Array) -> int:
+    return zlib.crc32(array.tobytes(), zlib.crc32(f"{array.dtype.str} {array.shape}".encode()))
+
+
+def _digest(metadata: Metadata) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def save_safetensors(path: FilePath, state: Mapping[str, Array], metadata: Metadata | None = None) -> None:
@@ -87,21 +104,69 @@ def save_safetensors(path: FilePath, state: Mapping[str, Array], metadata: Metad
     write_whole(path, lambda file: file.write(raw))
 
 
-def write_whole(path: FilePath, write: Callable[[BinaryIO], object]) -> None:
-    """The file `path` becomes what write(file) writes, or stays what it is. Raises CheckpointError in that case."""
+def write_whole(path: FilePath, write: Callable[[BinaryIO], object], previous: FilePath | None = None) -> None:
+    """The file `path` becomes what write(file) writes, or stays what it is. Raises CheckpointError in that case.
+
+    previous: the name under which what was there before is kept. Whatever moment the process or the machine stops at, there
+    is a whole file under `path` or `previous`, if there was one before.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of two processes, one wins
     try:
+        _sweep(path)
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, Path(previous))
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes left that were killed while they wrote `path`."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = stale.name.split(".")[-2]
+        if number.isdigit() and not _runs(int(number)):
+            with contextlib.suppress(OSError):
+                stale.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return process != os.getpid()
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file `path` the name `previous`, so that it has one of the two at each moment."""
+    second_name = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    try:
+        second_name.unlink(missing_ok=True)
+        os.link(path, second_name)
+        second_name.replace(previous)
+    except OSError:  # a file system without second names
+        path.replace(previous)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new name is on the disk only when its folder is. Not every system lets a folder be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def optional(module: str) -> Any:
@@ -116,12 +181,19 @@ def optional(module: str) -> Any:
 
 
 def load(path: FilePath) -> tuple[State, Metadata | None]:
-    """Read a file of weights, or that of the run folder `path` -> {name: array}, metadata; None where it has none.
+    """Read a file of weights, or the last checkpoint of the run folder `path` -> {name: array}, metadata; None without.
 
     The first bytes say whether it is an .npz, a .safetensors, or a PyTorch file: a state dict, alone or as "state_dict" or
     "model" of a dict. Arrays are contiguous and in the byte order of this machine; floats of 16 bits come as float32.
     Raises CheckpointError with the reason where it cannot be read, UsageError where safetensors is not installed.
     """
+    state, metadata = load_all(path)
+    state = {name: array for name, array in state.items() if not name.startswith(TRAINING)}
+    return state, metadata and {key: metadata[key] for key in describe("", 0, {})}
+
+
+def load_all(path: FilePath) -> tuple[State, Metadata | None]:
+    """As `load`, with all arrays and metadata of a checkpoint: see minidl/checkpoint.py."""
     path = file_of(path)
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for whoever writes to it
@@ -138,8 +210,8 @@ def load(path: FilePath) -> tuple[State, Metadata | None]:
 
 
 def file_of(path: FilePath) -> Path:
-    """The weights of a run, if `path` is its folder, or else the path itself."""
-    return Path(path) / "weights.npz" if os.path.isdir(path) else Path(path)
+    """The last checkpoint of a run, if `path` is its folder, or else the path itself."""
+    return Path(path) / "last.npz" if os.path.isdir(path) else Path(path)
 
 
 def _read(file: BinaryIO, path: Path) -> tuple[State, str | None]:
@@ -189,7 +261,7 @@ def _parse(text: str) -> Metadata:
         raise ValueError("its metadata are not JSON") from None
     match metadata:
         case {"format": str(form), "arch": str(), "options": dict(), "classes": int(classes), "dataset": str() | None,
-              "mean": list() | None, "std": list() | None} if form == FORMAT and classes > 0:
+              "mean": list() | None, "std": list() | None, "class_names": list() | None} if form == FORMAT and classes > 0:
             return metadata
     raise ValueError(f"its metadata are not of the form {FORMAT!r}")
 
@@ -197,6 +269,7 @@ def _parse(text: str) -> Metadata:
 def _read_npz(archive: zipfile.ZipFile) -> tuple[State, str | None]:
     state: State = {}
     text = None
+    checksums = {}
     for member in archive.infolist():
         name = member.filename.removesuffix(".npy")
         if name == member.filename or name in state:
@@ -209,9 +282,25 @@ def _read_npz(archive: zipfile.ZipFile) -> tuple[State, str | None]:
                 text = str(array)
             else:
                 state[name] = _plain(array)
+                checksums[name] = _checksum(array)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
+    if text is not None:
+        _check_seal(_parse(text), checksums)
     return state, text
+
+
+def _check_seal(metadata: Metadata, checksums: dict[str, int]) -> None:
+    seal = metadata.pop("sha256", None)
+    if seal is None:  # written by others
+        return
+    if seal != _digest(metadata):
+        raise ValueError("it is damaged: its metadata are not those that their hash was taken of")
+    written = metadata.get("crc32")
+    if written != checksums:
+        wrong = [name for name, checksum in checksums.items()
+                 if not isinstance(written, dict) or written.get(name) != checksum]
+        raise ValueError("it is damaged: " + (f"{min(wrong)!r} is not what was written" if wrong else "arrays are missing"))
 
 
 def _array_of_npy(raw: bytes) -> Array:

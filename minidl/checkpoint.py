@@ -1,0 +1,61 @@
+"""Checkpoints: all that a run needs to go on as if it had not stopped, bit for bit.
+
+A checkpoint is a file of weights (minidl/weights.py), those that are evaluated, so that every reader of weights reads it,
+with more arrays, whose names begin with "training/", and more metadata, the entry "training". The one before it is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minidl import weights
+from minidl.errors import CheckpointError
+
+LAST, PREVIOUS, BEST = "last.npz", "last.previous.npz", "best.npz"
+
+
+@dataclass
+class Checkpoint:
+    """state: the weights, {name: array}; arrays: the rest, {name: array}; about: see weights.describe; progress: what is
+    not an array, in JSON's types: settings, position, history."""
+
+    state: weights.State
+    arrays: weights.State
+    about: weights.Metadata
+    progress: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write last.npz, whole or not at all, and keep the one before. Raises CheckpointError where it cannot be written."""
+    arrays = {weights.TRAINING + name: array for name, array in checkpoint.arrays.items()}
+    weights.save(folder / LAST, {**checkpoint.state, **arrays}, {**checkpoint.about, "training": checkpoint.progress},
+                 folder / PREVIOUS)
+
+
+def load(path: Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint of a run's folder, or in a file -> Checkpoint, what there is to be said about it.
+
+    Of a folder it is the last that can be read. Raises CheckpointError where none can.
+    """
+    if not path.is_dir():
+        return _load(path), []
+    if not any((path / name).exists() for name in (LAST, PREVIOUS)):
+        raise CheckpointError(f"{path} holds no checkpoint, {LAST} or {PREVIOUS}")
+    try:
+        return _load(path / LAST), []
+    except CheckpointError as error:
+        if not (path / PREVIOUS).exists():
+            raise
+        return _load(path / PREVIOUS), [f"{error}; going on from {PREVIOUS}"]
+
+
+def _load(path: Path) -> Checkpoint:
+    state, metadata = weights.load_all(path)
+    match metadata:
+        case {"training": {"settings": dict(), "epoch": int(), "step": int(), "history": list()} as progress, **about}:
+            arrays = {name.removeprefix(weights.TRAINING): state.pop(name)
+                      for name in list(state) if name.startswith(weights.TRAINING)}
+            return Checkpoint(state, arrays, {key: about[key] for key in weights.describe("", 0, {})}, progress)
+    raise CheckpointError(f"{path} holds weights only: a run cannot go on from it")

@@ -1,0 +1,390 @@
+"""Train one of the architectures on CIFAR-100, CIFAR-10 or the bundled digits.
+
+    minidl train                                        a demo: digits on the CPU, under a minute
+    minidl train --arch simplenet-5m --epochs 50        CIFAR-100, downloaded where it is not there yet
+    minidl train --resume                               go on with the newest run
+
+What is given here wins over --config FILE, that over the recipe. The last line of a run names its folder, where
+metrics.csv has a row per epoch and last.npz all that it takes to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import models
+from minidl import (checkpoint, data, device, inspection, memory, plots, run_folder, settings, signals, summary, time_budget,
+                    weights)
+from minidl.commands.arguments import positive
+from minidl.device import Device
+from minidl.errors import CheckpointError, UsageError
+from minidl.progress import Progress, brief, percent
+from minidl.run import Run, subset
+from minidl.run_folder import RunFolder
+from minidl.saving import Saver
+from minidl.settings import Settings
+from minidl.training import Metrics
+from models import listing, recipes
+
+DEMO_ARCH, LARGE_ARCH = "simplenet-310k", "simplenet-5m"  # without --arch, on a CPU and on a GPU
+TRIAL_STEPS, OVERFIT_REPEATS, PROFILED_STEPS = 2, 20, 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # None: not given. Values are checked where those of files are, by Settings.
+    for name, spec in settings.fields().items():
+        flag = "--" + name.replace("_", "-")
+        if spec.kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=spec.help)
+        elif spec.kind in (list, dict):
+            parser.add_argument(flag, nargs="+" if spec.kind is dict else "*", type=int if spec.kind is list else str,
+                                metavar="N" if spec.kind is list else "NAME=VALUE", help=spec.help)
+        else:
+            parser.add_argument(*spec.flags, flag, type=spec.kind, choices=spec.choices or None, help=spec.help,
+                                metavar=None if spec.choices else {int: "N", float: "X", str: "TEXT"}[spec.kind])
+    parser.add_argument("--config", metavar="FILE", help="settings in TOML, such as the config.toml of a run")
+    parser.add_argument("--print-config", action="store_true", help="print all settings in TOML, and do nothing else")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="folder of the run; default: runs/<arch>-<dataset>-<time>")
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
+                        help="go on with a run, its folder or a checkpoint; by default the newest one of --arch")
+    parser.add_argument("--override", action="store_true", help="with --resume: other settings than those of the run are meant")
+    parser.add_argument("--runs", type=positive, metavar="N", help="train with N seeds, and give mean and standard deviation")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no bar, and of the run the last lines only")
+    trials = parser.add_mutually_exclusive_group()
+    trials.add_argument("--fast-dev-run", action="store_true",
+                        help=f"a trial of everything: {TRIAL_STEPS} steps, a batch of each evaluation, a checkpoint; nothing stays")
+    trials.add_argument("--overfit-batch", action="store_true",
+                        help="train on one batch again and again, not augmented: what can learn at all can learn that")
+    trials.add_argument("--profile", action="store_true", help="time each layer, and do nothing else")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.arch == "list":
+        print(listing.table())
+        return
+    if args.resume is not None:
+        resume(args)
+        return
+    place = device.select(args.device or "auto")
+    demo = place.name == "cpu" and not any((args.arch, args.dataset, args.data_dir, args.config))
+    chosen = chosen_settings(args, place, demo)
+    if args.print_config:
+        print(chosen.as_toml(), end="")
+    elif args.profile:
+        print_profile(new_run(chosen, place))
+    elif args.fast_dev_run:
+        with tempfile.TemporaryDirectory() as temporary:
+            try_everything(new_run(chosen, place), RunFolder(Path(temporary)))
+    elif args.runs:
+        train_with_seeds(args, chosen, place)
+    else:
+        run = new_run(chosen, place, overfit=args.overfit_batch)
+        announce(run)
+        if demo:
+            print("This is a demo on 1,797 small digits, because no GPU was found and no network or data were asked for.")
+        folder = RunFolder.new(f"{run.settings.arch}-{run.settings.dataset}", args.output)
+        train_in(run, folder, args.quiet)
+        if demo:
+            print("Next, the real thing: python train.py --arch simplenet-310k --epochs 10 --dataset cifar100")
+        print(f"run folder: {folder.path}")
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line and the file say, the command line first."""
+    from_file = settings.read_toml(args.config) if args.config else {}
+    flags = {name: getattr(args, name) for name in settings.fields() if getattr(args, name) is not None}
+    if "model_kwargs" in flags:
+        flags["model_kwargs"] = {**from_file.get("model_kwargs", {}), **models.parse_options(flags["model_kwargs"])}
+    return {**from_file, **flags}
+
+
+def chosen_settings(args: argparse.Namespace, place: Device, demo: bool) -> Settings:
+    """All settings of a new run."""
+    given = given_settings(args)
+    given["dataset"] = given.get("dataset") or ("digits" if demo else "cifar100")
+    given["arch"] = models.find(given.get("arch") or (DEMO_ARCH if place.name == "cpu" else LARGE_ARCH))[0]
+    recipe = recipes.recipe(given.get("recipe", "fast"), given["arch"], given["dataset"])
+    if not given.keys().isdisjoint({"epochs"}) and "time_budget" in given:
+        raise UsageError("epochs and time_budget exclude each other: the budget decides how many epochs there are")
+    return settings.resolve(given, recipe)
+
+
+def differences(before: Settings, given: dict[str, Any]) -> dict[str, Any]:
+    """What was given and is not what it was before: {name: value}, without settings that are free."""
+    specs = settings.fields()
+    return {name: value for name, value in given.items() if not specs[name].free and getattr(before, name) != value}
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+def new_run(chosen: Settings, place: Device, overfit: bool = False) -> Run:
+    """A run that stands before its first step."""
+    architecture = models.find(chosen.arch)[1]
+    train_set, test_set = data.load(chosen.dataset, chosen.data_dir)
+    network = architecture.create(len(train_set.classes), chosen.model_kwargs)
+    if overfit:
+        chosen = dataclasses.replace(chosen, padding=0, reflect=False, flip=False, cutout=0, mixup=0.0, val_split=0, patience=0)
+        train_set = test_set = subset(train_set, np.arange(min(chosen.batch_size, len(train_set.labels))))
+    run = Run(chosen, network, train_set, test_set, place)
+    if overfit:
+        run.repeats = OVERFIT_REPEATS
+    return run
+
+
+def announce(run: Run) -> None:
+    """The first line of a run: where, on what, which network."""
+    s = run.settings
+    held_out = f" {s.val_split:,} validation" if s.val_split else ""
+    print(f"{run.place.description} | {s.dataset}: {run.train_batches.size:,} training,{held_out} "
+          f"{run.test_batches.size:,} test images | {s.arch}: {run.network.parameters.count():,} parameters, "
+          f"{run.network.macs(run.train_set.images.shape[1:]):,} MACs an image | {s.precision}", flush=True)
+
+
+def train_in(run: Run, folder: RunFolder, quiet: bool) -> None:
+    """Train a new run to its end, in a new folder."""
+    begin = time.perf_counter()
+    if run.settings.time_budget:
+        budget = settings.duration(run.settings.time_budget)
+        with ample_memory(run):
+            epochs = time_budget.epochs_within(run, budget, time.perf_counter() - begin)
+        run.settings = run.settings.with_epochs(epochs)
+    folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
+    folder.log("start", settings=run.settings.as_dict())
+    finish(run, folder, quiet)
+    if run.settings.time_budget:
+        print(f"time budget {brief(budget)}: it took {brief(time.perf_counter() - begin)}")
+
+
+def finish(run: Run, folder: RunFolder, quiet: bool) -> None:
+    """Train from where the run stands to its end, and say what came of it.
+
+    Raises what ends it early, when all that there is is saved: Stop, DivergedError, DeviceError.
+    """
+    if run.settings.tensorboard:
+        folder.start_tensorboard()
+    progress = Progress(run.settings.epochs, run.val_batches is not None, quiet)
+    saver = Saver(run, folder)
+    run.trainer.inspects = run.settings.inspect
+    try:
+        with ample_memory(run):
+            while run.epoch < run.settings.epochs and not out_of_patience(run):
+                train_epoch(run, folder, progress, saver)
+    except signals.Stop as stop:
+        saver.save()
+        folder.log("stop", epoch=run.epoch, step=run.step, exit_code=stop.exit_code)
+        raise signals.Stop(stop.exit_code, f"interrupted, and saved after {run.epoch} epochs and {run.step} steps; go on with "
+                                           f"--resume {folder.path}") from None
+    except Exception as error:
+        folder.log("error", epoch=run.epoch, step=run.step, message=str(error))
+        raise
+    saver.save()
+    conclude(run, folder)
+
+
+def train_epoch(run: Run, folder: RunFolder, progress: Progress, saver: Saver) -> None:
+    """Train what is left of an epoch, evaluate, and record it."""
+    begin = time.perf_counter()
+    if run.step == 0:
+        run.begin_epoch()
+    batches = run.batches(run.epoch)
+    first = run.step
+    with progress.bar(run.epoch, len(batches), first) as show:
+
+        def on_step(done: int, metrics: Metrics | None) -> None:
+            run.step = done
+            show(metrics)
+            if done < len(batches):
+                saver.after_step(batches, done)
+
+        train = run.trainer.epoch(batches, on_step, first)
+    train_seconds = time.perf_counter() - begin
+    validation, test = run.validate(), run.test()
+    row = {"epoch": f"{run.epoch + 1}", "lr": f"{batches[-1].lr:.6g}",
+           "train_loss": f"{train.loss:.5f}", "train_top1": f"{train.top1:.5f}",
+           "test_loss": f"{test.loss:.5f}", "test_top1": f"{test.top1:.5f}", "test_top5": f"{test.top5:.5f}",
+           "images_per_second": f"{(len(batches) - first) * run.settings.batch_size / train_seconds:.1f}",
+           "seconds": f"{time.perf_counter() - begin:.2f}"}
+    if validation:
+        row |= {"val_loss": f"{validation.loss:.5f}", "val_top1": f"{validation.top1:.5f}"}
+    run.history.append(row)
+    run.epoch, run.step = run.epoch + 1, 0
+    if validation and (run.best is None or validation.top1 > run.best[1]):
+        run.best = run.epoch, validation.top1
+        folder.save_best(run.checkpoint())
+    saver.after_epoch()
+    folder.add_metrics(run.history)
+    folder.log("epoch", **row)
+    progress.row(row)
+    if run.trainer.statistics:
+        folder.log("inspect", epoch=run.epoch, layers=run.trainer.statistics)
+        if not progress.quiet:
+            print(statistics_table(run.trainer.statistics), flush=True)
+
+
+def out_of_patience(run: Run) -> bool:
+    """Whether the validation accuracy has not grown for as many epochs as the settings allow."""
+    return bool(run.settings.patience and run.best and run.epoch - run.best[0] >= run.settings.patience)
+
+
+def conclude(run: Run, folder: RunFolder) -> None:
+    """The result: of the last epoch, on the test set. Raises CheckpointError where the last checkpoint was not written."""
+    last = run.history[-1]
+    folder.log("end", epoch=run.epoch, test_top1=last["test_top1"], test_top5=last["test_top5"], seconds=run.seconds)
+    stopped = f" of {run.settings.epochs}, no better in {run.settings.patience}" if run.epoch < run.settings.epochs else ""
+    print(f"after epoch {last['epoch']}{stopped}: test top-1 {percent(last['test_top1'])}, top-5 {percent(last['test_top5'])}, "
+          f"loss {float(last['test_loss']):.3f}")
+    if run.best:
+        best = run.history[run.best[0] - 1]
+        print(f"best on validation ({percent(run.best[1])}), epoch {run.best[0]}: test top-1 {percent(best['test_top1'])}, "
+              f"top-5 {percent(best['test_top5'])}")
+    with contextlib.suppress(UsageError):  # without the extra there is no picture
+        plots.curves([plots.Run(folder.path.name, run.history, len(run.train_set.classes))], folder.path / "curves.png")
+    if reason := folder.troubles.get(checkpoint.LAST):
+        raise CheckpointError(f"the last checkpoint was not written: {reason}")
+
+
+@contextlib.contextmanager
+def ample_memory(run: Run) -> Iterator[None]:
+    """Where there is not enough memory, the error says what would fit."""
+    try:
+        yield
+    except MemoryError as error:  # CuPy's is one too
+        raise memory.shortage(run, error) from None
+
+
+# ---- several seeds, and going on ---------------------------------------------------------------------------------
+
+
+def train_with_seeds(args: argparse.Namespace, chosen: Settings, place: Device) -> None:
+    """Train with --runs seeds, one after another. What a former call with the same folder has finished is not done again."""
+    parent = Path(args.output) if args.output else RunFolder.new(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
+    results = []
+    for seed in range(chosen.seed, chosen.seed + args.runs):
+        path = parent / f"seed-{seed}"
+        if path.is_dir() and any(path.iterdir()):
+            run, folder = reopened(path, {**chosen.as_dict(), "seed": seed}, override=False)
+        else:
+            run, folder = new_run(dataclasses.replace(chosen, seed=seed), place), RunFolder.new("", path)
+        announce(run)
+        print(f"seed {seed}, folder {path}")
+        if not run.history:
+            train_in(run, folder, args.quiet)
+        elif not finished(run):
+            finish(run, folder, args.quiet)
+        results.append({name: float(run.history[-1][name]) for name in ("test_top1", "test_top5", "test_loss")})
+    lines = {name: (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+             for name in results[0] for values in [[result[name] for result in results]]}
+    weights.write_whole(parent / "summary.json", lambda file: file.write(json.dumps(
+        {name: dict(mean=mean, std=std, values=[result[name] for result in results])
+         for name, (mean, std) in lines.items()}, indent=2).encode() + b"\n"))
+    print(f"{args.runs} runs: test top-1 {percent(lines['test_top1'][0])} +- {100 * lines['test_top1'][1]:.2f}, "
+          f"top-5 {percent(lines['test_top5'][0])} +- {100 * lines['test_top5'][1]:.2f} (mean and standard deviation)")
+    print(f"folder: {parent}")
+
+
+def resume(args: argparse.Namespace) -> None:
+    """Go on with a run."""
+    for flag in ("output", "runs", "fast_dev_run", "overfit_batch", "profile", "print_config"):
+        if getattr(args, flag):
+            raise UsageError(f"--{flag.replace('_', '-')} does not go with --resume")
+    given = given_settings(args)
+    if "arch" in given:
+        given["arch"] = models.find(given["arch"])[0]
+    path = Path(args.resume) if args.resume else run_folder.newest(given.get("arch"))
+    run, folder = reopened(path, given, args.override)
+    announce(run)
+    if finished(run):
+        print(f"{folder.path} is finished: {run.epoch} epochs of {run.settings.epochs}, test top-1 "
+              f"{percent(run.history[-1]['test_top1'])}")
+        return
+    print(f"going on after {run.epoch} epochs and {run.step} steps of {run.steps_per_epoch}")
+    folder.log("resume", epoch=run.epoch, step=run.step)
+    finish(run, folder, args.quiet)
+    print(f"run folder: {folder.path}")
+
+
+def reopened(path: Path, given: dict[str, Any], override: bool) -> tuple[Run, RunFolder]:
+    """The run of a folder or a checkpoint in it, where it stands, and the folder.
+
+    Raises UsageError where settings are given that are not its own, without `override`, and CheckpointError.
+    """
+    saved, remarks = checkpoint.load(path)
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
+    try:
+        before = Settings(**saved.progress["settings"])
+    except (TypeError, UsageError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of this version: {error}") from None
+    changed = differences(before, given)
+    # Another network is no matter of choice: that it does not fit is said tensor by tensor.
+    of_run = {name: value for name, value in changed.items() if name not in ("arch", "model_kwargs", "dataset")}
+    if of_run and not override:
+        lines = [f"{name}: the run has {getattr(before, name)!r}, given is {value!r}" for name, value in of_run.items()]
+        raise UsageError("\n".join([*lines, "--override goes on with what is given; the result is then not that of either"]))
+    now = dataclasses.replace(before, **{name: value for name, value in given.items() if name in settings.fields()})
+    run = new_run(now, device.select(now.device))
+    run.load(saved)
+    folder = RunFolder(path if path.is_dir() else path.parent)
+    folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left
+    return run, folder
+
+
+def finished(run: Run) -> bool:
+    return run.epoch >= run.settings.epochs or out_of_patience(run)
+
+
+# ---- trials ------------------------------------------------------------------------------------------------------
+
+
+def try_everything(run: Run, folder: RunFolder) -> None:
+    """Two steps, a batch of each evaluation, a checkpoint written and read back, in a folder that will not be kept."""
+    announce(run)
+    run.settings = dataclasses.replace(run.settings.with_epochs(1), limit_train_batches=TRIAL_STEPS, time_budget=None)
+    run.evaluation_limit = 1
+    folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
+    finish(run, folder, quiet=False)
+    run.load(checkpoint.load(folder.path)[0])
+    print(f"trial: {TRIAL_STEPS} steps, evaluation, checkpoint and resume work; nothing was kept")
+
+
+def print_profile(run: Run) -> None:
+    """A table: milliseconds of each layer, forward and backward, and of the step."""
+    announce(run)
+    batch = run.batches(0)[0]
+    run.network.train()
+    with ample_memory(run):
+        times = inspection.profile(run.network, lambda: run.trainer.step(batch), PROFILED_STEPS)
+    step = times.pop("step")["step"]
+    layers = sum(sum(kinds.values()) for kinds in times.values())
+    rows: list[tuple[str, ...]] = [("layer", "type", "forward ms", "backward ms", "of all")]
+    types = {name: type(layer).__name__ for name, layer in run.network.named_layers()}
+    for name, kinds in times.items():
+        rows.append((name, types[name], *(f"{1000 * kinds.get(kind, 0.0):.3f}" for kind in ("forward", "backward")),
+                     f"{sum(kinds.values()) / layers:.1%}"))
+    print(summary.aligned(rows, left=2))
+    print(f"layers {1000 * layers:.1f} ms, each waited for; a step without that {1000 * step:.1f} ms, "
+          f"{run.settings.batch_size / step:,.0f} images/s; medians of {PROFILED_STEPS}")
+
+
+def statistics_table(layers: dict[str, dict[str, float]]) -> str:
+    """Of --inspect: a line per layer."""
+    head = ("layer", "mean", "std", "zeros", "gradient", "weight", "dweight", "update")
+    rows = [(name, *(f"{row[key]:.1e}" if key in row and key != "output_zeros" else percent(row[key]) if key in row else "-"
+                     for key in inspection.STATISTICS)) for name, row in layers.items()]
+    return summary.aligned([head, *rows], left=1)

@@ -1,0 +1,151 @@
+"""What happens inside a network during a step: where numbers stop being finite, statistics and times of each layer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from minidl.device import Array, Device
+from minidl.layers import Layer, Parameter
+
+# around(name of the layer, the layer, "forward" or "backward", the call, its arguments) -> what the call returns
+Around: TypeAlias = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def watch(model: Layer, around: Around) -> Iterator[None]:
+    """Call `around` in place of forward and backward of each layer that has no parts."""
+    leaves = [(name, layer) for name, layer in model.named_layers() if not layer.children()]
+    try:
+        for name, layer in leaves:
+            for kind in ("forward", "backward"):
+                setattr(layer, kind, partial(around, name, layer, kind, getattr(layer, kind)))  # hides the method
+        yield
+    finally:
+        for _, layer in leaves:
+            for kind in ("forward", "backward"):
+                vars(layer).pop(kind, None)
+
+
+def first_nonfinite(model: Layer, step: Callable[[], object]) -> str | None:
+    """Run step() -> the first tensor in it that holds a NaN or Inf, in words; None where all are finite."""
+    found: list[str] = []
+
+    def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any) -> Any:
+        result = call(*args)
+        if not found:
+            tensors = {"its output": result} if kind == "forward" else {
+                **{f"the gradient of its {key}": parameter.grad for key, parameter in parameters_of(layer).items()},
+                "the gradient of its input": result}
+            found.extend(f"layer {name}, {what}" for what, tensor in tensors.items() if not _finite(model.device, tensor))
+        return result
+
+    with watch(model, around):
+        step()
+    return found[0] if found else None
+
+
+def parameters_of(layer: Layer) -> dict[str, Parameter]:
+    """{name: Parameter} of the layer itself."""
+    return {key: value for key, value in vars(layer).items() if isinstance(value, Parameter)}
+
+
+def _finite(device: Device, tensor: Array | tuple[Array, ...] | None) -> bool:
+    tensors = tensor if isinstance(tensor, tuple) else (tensor,)
+    return all(array is None or np.isfinite(_float64(device, array)).all() for array in tensors)
+
+
+def _float64(device: Device, array: Array) -> Array:
+    return np.asarray(device.to_host(array)).astype(np.float64)
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------
+
+STATISTICS = ("output_mean", "output_std", "output_zeros", "gradient_rms", "weight_rms", "weight_gradient_rms", "update_ratio")
+
+
+def statistics(model: Layer, step: Callable[[], object]) -> dict[str, dict[str, float]]:
+    """Run step(), a training step, -> {layer: {one of STATISTICS: value}}, layers in the order of their forward.
+
+    output_zeros: share of zeros; gradient_rms: root mean square of the gradient of the output; of layers with a weight also
+    its root mean square, that of its gradient, and update_ratio, the length of its change over its own.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    weights = {name: parameters_of(layer)["weight"] for name, layer in model.named_layers() if "weight" in parameters_of(layer)}
+    before = {name: _float64(model.device, weight.master) for name, weight in weights.items()}
+
+    def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any) -> Any:
+        if kind == "backward":
+            rows[name]["gradient_rms"] = _rms(_float64(model.device, args[0]))
+        result = call(*args)
+        if kind == "forward":
+            y = _float64(model.device, result)
+            rows[name] = {"output_mean": float(y.mean()), "output_std": float(y.std()), "output_zeros": float((y == 0).mean())}
+        return result
+
+    with watch(model, around):
+        step()
+    for name, weight in weights.items():
+        size = _rms(before[name])
+        change = _rms(_float64(model.device, weight.master) - before[name])
+        rows[name] |= {"weight_rms": size, "weight_gradient_rms": _rms(_float64(model.device, weight.grad)),
+                       "update_ratio": change / size if size else float("inf") if change else 0.0}
+    return rows
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+# ---- times -------------------------------------------------------------------------------------------------------
+
+
+def profile(model: Layer, step: Callable[[], object], repeats: int) -> dict[str, dict[str, float]]:
+    """Run step() `repeats` times -> {layer: {"forward", "backward": median seconds}}, and of the whole step as "step".
+
+    The device is waited for before and after each layer, so that the sum is more than a step takes by itself, whose time is
+    taken without that. On a GPU each layer is an NVTX range.
+    """
+    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    device = model.device
+
+    def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any) -> Any:
+        with _range(device, f"{name}.{kind}"):
+            device.synchronize()
+            begin = time.perf_counter()
+            result = call(*args)
+            device.synchronize()
+        times[name][kind].append(time.perf_counter() - begin)
+        return result
+
+    step()
+    for _ in range(repeats):
+        device.synchronize()
+        begin = time.perf_counter()
+        step()
+        device.synchronize()
+        times["step"]["step"].append(time.perf_counter() - begin)
+    with watch(model, around):
+        for _ in range(repeats):
+            step()
+    return {name: {kind: float(np.median(values)) for kind, values in kinds.items()} for name, kinds in times.items()}
+
+
+@contextlib.contextmanager
+def _range(device: Device, name: str) -> Iterator[None]:
+    if device.name == "cpu":
+        yield
+        return
+    from cupy.cuda import nvtx
+
+    nvtx.RangePush(name)
+    try:
+        yield
+    finally:
+        nvtx.RangePop()

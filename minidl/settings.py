@@ -1,0 +1,284 @@
+"""The settings of a run. Each is one field here, whose name is that of its flag and of its key in config.toml.
+
+    settings = resolve({"arch": "wrn-28-4", "epochs": 20}, recipe)    # what is given wins over the recipe
+
+A recipe is {name: value}; models/recipes.py has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minidl import data, optim
+from minidl.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+STORAGE = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {  # mean and std on the 0..1 scale
+    "dataset": None,  # of its own training pixels
+    "cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),  # 125.3, 123.0, 113.9 and 63.0, 62.1, 66.7 of 255
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+LARGEST_FILE = 1_000_000  # bytes of a config.toml
+# What an optimizer knows by itself, and a recipe says for its own optimizer.
+HYPERPARAMETERS = ("lr", "momentum", "nesterov", "weight_decay", "beta1", "beta2", "rho", "eps")
+OF_MULTISTEP = ("milestones", "factor", "restart_at_milestones")
+
+
+def setting(default: Any, kind: type, help: str, *, low: float = -math.inf, high: float = math.inf,
+            choices: Sequence[str] = (), flags: Sequence[str] = (), free: bool = False) -> Any:
+    """A field. kind: int, float, str, bool, list (of numbers) or dict; free: a resumed run may have another value."""
+    metadata = dict(kind=kind, help=help, low=low, high=high, choices=tuple(choices), flags=tuple(flags), free=free)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Raises UsageError for a value of the wrong type or out of range. None: not set, or not known to the optimizer."""
+
+    arch: str = setting(None, str, "simplenet, resnext, res2net, wideresnet, or a name that `--arch list` prints", flags=["-a"])
+    model_kwargs: dict[str, Any] = setting({}, dict, "options of the network, such as dropout=0.3 for a Wide ResNet")
+    dataset: str = setting(None, str, "what to train on", choices=data.NAMES)
+    data_dir: str | None = setting(None, str, "folder with the official files of CIFAR", free=True)
+    recipe: str = setting("fast", str, "where the other settings come from: fast, 50 epochs; paper, each author's own; "
+                                       "report, the student report's", choices=("fast", "paper", "report"))
+    epochs: int = setting(1, int, "passes over the training images", low=1, flags=["-e"])
+    time_budget: str | None = setting(None, str, "such as 6h or 30m: as many epochs as fit, fixed before training", free=True)
+    batch_size: int = setting(128, int, "images per step", low=1, flags=["-b"])
+    seed: int = setting(0, int, "two runs with one seed are identical, bit for bit", low=0)
+    precision: str = setting("fp32", str, "of activations and matrix products", choices=tuple(STORAGE))
+    device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", free=True)
+
+    optimizer: str = setting("sgd", str, "method of optimization", choices=tuple(optim.OPTIMIZERS))
+    lr: float = setting(0.1, float, "peak learning rate; of sgd in proportion to the batch size, if not given", low=0)
+    momentum: float | None = setting(None, float, "of sgd", low=0, high=1)
+    nesterov: bool | None = setting(None, bool, "momentum of sgd in Nesterov's form")
+    weight_decay: float | None = setting(None, float, "on every parameter", low=0)
+    beta1: float | None = setting(None, float, "of adam and adamw", low=0, high=1)
+    beta2: float | None = setting(None, float, "of adam and adamw", low=0, high=1)
+    rho: float | None = setting(None, float, "of adadelta", low=0, high=1)
+    eps: float | None = setting(None, float, "of adam, adamw and adadelta", low=0)
+    clip_norm: float = setting(0.0, float, "longest gradient, all parameters taken together; 0: any", low=0)
+
+    sched: str = setting("cosine", str, "of the learning rate", choices=("cosine", "onecycle", "multistep", "constant"))
+    warmup_epochs: float = setting(0.0, float, "in which the rate grows, at most 0.2 of all; of onecycle always 0.35", low=0)
+    milestones: list[int] = setting([], list, "of multistep: after how many epochs the rate drops", low=0)
+    factor: float = setting(0.1, float, "of multistep: what a drop multiplies the rate with", low=0, high=1)
+    restart_at_milestones: bool = setting(False, bool, "the optimizer forgets its moments at each drop")
+
+    label_smoothing: float = setting(0.0, float, "share of the target that is spread over all classes", low=0, high=1)
+    mixup: float = setting(0.0, float, "alpha of mixup, images blended in pairs; 0: none", low=0)
+    ema: float = setting(0.0, float, "decay of the averaged weights, which are evaluated; 0: no average", low=0, high=1)
+    padding: int = setting(0, int, "pixels by which training images are shifted at most", low=0)
+    reflect: bool = setting(False, bool, "shifted images are continued by their mirror image, not by the mean colour")
+    flip: bool = setting(False, bool, "half of the training images are mirrored")
+    cutout: int = setting(0, int, "side of a square that is cut out of training images; 0: none", low=0)
+    normalize: str = setting("dataset", str, "whose mean and standard deviation pixels are normalized with",
+                             choices=tuple(NORMALIZATIONS))
+
+    val_split: int = setting(0, int, "training images that are held out for validation", low=0)
+    patience: int = setting(0, int, "stop after so many epochs without a better validation accuracy; 0: never", low=0)
+    limit_train_batches: int | None = setting(None, int, "stop each epoch after so many steps", low=1)
+    save_every: str = setting("10m", str, "longest time between two checkpoints, or a number of steps", free=True)
+    inspect: bool = setting(False, bool, "statistics of activations, gradients and updates, per layer and epoch", free=True)
+    tensorboard: bool = setting(False, bool, "also write the metrics for TensorBoard", free=True)
+
+    def __post_init__(self) -> None:
+        for name, spec in fields().items():
+            value = getattr(self, name)
+            if value is not None or spec.default is not None:
+                object.__setattr__(self, name, _checked(name, value, spec))
+        if not self.arch or not self.dataset:
+            raise UsageError("arch and dataset must be set")
+        if self.patience and not self.val_split:
+            raise UsageError("patience needs val_split: without held-out images only the test set could tell when to stop")
+        if self.restart_at_milestones and self.sched != "multistep":
+            raise UsageError("restart_at_milestones is of sched multistep")
+        save_interval(self.save_every)
+        if self.time_budget is not None:
+            duration(self.time_budget)
+
+    def as_dict(self) -> dict[str, Any]:
+        """{name: value}, without what is not set."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def as_toml(self) -> str:
+        """The text of a config.toml that gives these settings."""
+        values = self.as_dict()
+        options = values.pop("model_kwargs")
+        lines: list[str] = [f"{name} = {_toml(value)}\n" for name, value in values.items()]
+        if options:
+            lines += ["\n[model_kwargs]\n", *(f"{_key(name)} = {_toml(value)}\n" for name, value in options.items())]
+        return "".join(lines)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the class of the optimizer is given, besides clip_norm."""
+        return {name: getattr(self, name) for name in known_to(self.optimizer)}
+
+    def with_epochs(self, epochs: int) -> Settings:
+        """The same for another number of epochs; milestones keep their place in proportion."""
+        milestones = [round(milestone * epochs / self.epochs) for milestone in self.milestones]
+        return dataclasses.replace(self, epochs=epochs, milestones=milestones)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a setting besides its value."""
+
+    default: Any
+    kind: type
+    help: str
+    low: float
+    high: float
+    choices: tuple[str, ...]
+    flags: tuple[str, ...]
+    free: bool
+
+
+def fields() -> dict[str, Spec]:
+    """{name: Spec} of all settings."""
+    return _FIELDS
+
+
+def known_to(optimizer: str) -> dict[str, Any]:
+    """{name: default} of the hyperparameters of an optimizer, besides the learning rate."""
+    parameters = inspect.signature(optim.OPTIMIZERS[optimizer].__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name in HYPERPARAMETERS}
+
+
+def resolve(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
+    """The settings that were given, arch and dataset at least, what they leave open from the recipe, and the defaults.
+
+    A recipe's hyperparameters are those of its own optimizer: another one has its own. Its learning rate is that of its
+    batch size, and of SGD in proportion to it (Goyal et al., arXiv 1706.02677). Its milestones are those of its epochs.
+    Raises UsageError for a hyperparameter that the optimizer does not have, and what Settings refuses.
+    """
+    unknown = [name for name in given if name not in fields()]
+    if unknown:
+        raise UsageError(f"unknown setting {unknown[0]!r}")
+    given = {name: _checked(name, value, fields()[name]) for name, value in given.items()}
+    recipe = dict(recipe)
+    if given.get("sched", recipe["sched"]) != "multistep":
+        recipe = {name: value for name, value in recipe.items() if name not in OF_MULTISTEP}
+    optimizer = given.get("optimizer", recipe["optimizer"])
+    if optimizer != recipe["optimizer"]:
+        recipe = {name: value for name, value in recipe.items() if name not in HYPERPARAMETERS}
+    batch_size = given.get("batch_size", recipe["batch_size"])
+    rate = recipe.get("lr", optim.OPTIMIZERS[optimizer].default_lr)
+    if optimizer == "sgd":
+        rate = rate * batch_size / (recipe["batch_size"] if "lr" in recipe else 128)
+    recipe["lr"] = rate
+    own = known_to(optimizer)
+    for name in HYPERPARAMETERS[1:]:
+        if name in given and name not in own:
+            raise UsageError(f"{name} is not a setting of the optimizer {optimizer}, which has {', '.join(own)}")
+    options = {**recipe.get("model_kwargs", {}), **given.get("model_kwargs", {})}
+    names = {"arch": given["arch"], "dataset": given["dataset"], "optimizer": optimizer}
+    from_recipe = Settings(**{**own, **recipe, **names, "model_kwargs": options})
+    if "epochs" in given and "milestones" not in given:
+        from_recipe = from_recipe.with_epochs(given["epochs"])
+    return dataclasses.replace(from_recipe, **{**given, "model_kwargs": options})
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings that a file gives. Raises UsageError where it cannot be read or holds what is no setting."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_FILE + 1)
+        if len(raw) > LARGEST_FILE:
+            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
+        given = tomllib.loads(raw.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+    except RecursionError:
+        raise UsageError(f"{path} cannot be read: it is nested too deeply") from None
+    except ValueError as error:  # of the encoding, or of TOML
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    for name, value in given.items():
+        if name not in fields():
+            raise UsageError(f"{path}: unknown setting {name!r}")
+        try:
+            given[name] = _checked(name, value, fields()[name])
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+    return given
+
+
+def duration(text: str) -> float:
+    """"6h", "30m", "90s", "1h30m" -> seconds. Raises UsageError for another form, or nothing."""
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text)
+    seconds = sum(float(number or 0) * unit for number, unit in zip(match.groups(), (3600, 60, 1))) if match else 0.0
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{text!r} is not a time such as 6h, 30m, 90s or 1h30m")
+    return seconds
+
+
+def save_interval(text: str) -> tuple[float, int]:
+    """`save_every` -> (seconds, steps) between two checkpoints; of steps 0 where it is a time."""
+    if re.fullmatch(r"[1-9]\d{0,17}", text):
+        return math.inf, int(text)
+    return duration(text), 0
+
+
+def _checked(name: str, value: Any, spec: Spec) -> Any:
+    """The value, as its type. Raises UsageError."""
+    def refuse(need: str) -> UsageError:
+        return UsageError(f"{name} is {value!r}: it must be {need}")
+
+    def number(value: Any, kind: type) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+            raise refuse("a number" if kind is float else "a whole number")
+        if not spec.low <= value <= spec.high or not abs(value) < 2**63:  # which NaN is not either
+            raise refuse(f"at least {spec.low}" if spec.high == math.inf else f"within {spec.low} and {spec.high}")
+        return kind(value)
+
+    if spec.kind in (int, float):
+        return number(value, spec.kind)
+    if spec.kind is list:
+        if not isinstance(value, list):
+            raise refuse("a list of whole numbers")
+        return [number(item, int) for item in value]
+    if not isinstance(value, spec.kind):
+        raise refuse({bool: "true or false", str: "a text", dict: "a table"}[spec.kind])
+    if spec.choices and value not in spec.choices:
+        raise refuse(f"one of {', '.join(spec.choices)}")
+    if isinstance(value, dict) and not all(isinstance(item, (bool, int, float, str)) for item in value.values()):
+        raise refuse("a table of numbers, texts, true and false")
+    return value
+
+
+def _spec(item: dataclasses.Field[Any]) -> Spec:
+    default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+    return Spec(default=default, **item.metadata)
+
+
+_FIELDS = {item.name: _spec(item) for item in dataclasses.fields(Settings)}
+
+
+def _toml(value: Any) -> str:
+    """A text, number, bool or list in TOML: JSON's are TOML's too, once a path holds no bytes beyond its encoding."""
+    if isinstance(value, str):
+        value = os.fsencode(value).decode("utf-8", "replace").replace("\x7f", "\ufffd")  # which TOML does not take
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
