@@ -77,15 +77,15 @@ def _picture(path: FilePath, width: float, height: float, layout: str | None = "
 
 @dataclass(frozen=True)
 class Run:
-    """What is drawn of a run.
-
-    columns: those of metrics.csv, a number for each epoch, NaN where there is none; all but "epoch" may be absent.
-    classes: how many its data has, None where nobody knows.
-    """
+    """What is drawn of a run. history: the rows of its metrics.csv, {column: number, as text}; classes: of its data, if known."""
 
     name: str
-    columns: Mapping[str, Sequence[float]]
+    history: Sequence[Mapping[str, str]]
     classes: int | None = None
+
+    def column(self, name: str) -> list[float]:
+        """One number per epoch, NaN where there is none."""
+        return [float(row.get(name) or "nan") for row in self.history]
 
 
 def curves(runs: Sequence[Run], path: FilePath) -> Figure:
@@ -96,11 +96,12 @@ def curves(runs: Sequence[Run], path: FilePath) -> Figure:
     chances = sorted({math.log(run.classes) for run in runs if run.classes})
     with _picture(path, 10, 3 + 0.2 * legend_lines) as figure:
         loss, top1, rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-        last = []
+        last, drawn = [], set()
         for run, colour in zip(runs, colours):
             for part, style in PARTS.items():
                 _line(loss, run, f"{part}_loss", color=colour, **style)
                 values = _line(top1, run, f"{part}_top1", color=colour, **style)
+                drawn |= {part} if values else set()
                 if part == "test" and values:
                     last.append((values[-1], colour))
             _line(rate, run, "lr", color=colour)
@@ -119,7 +120,7 @@ def curves(runs: Sequence[Run], path: FilePath) -> Figure:
             top1.annotate(f"{value:.1%}", (1, y), (3, 0), xycoords=top1.get_yaxis_transform(), textcoords="offset points",
                           va="center", color=colour, fontsize=8)
         line = library("matplotlib.lines").Line2D
-        parts = [part for part in PARTS if any(f"{part}_top1" in run.columns for run in runs)]
+        parts = [part for part in PARTS if part in drawn]
         top1.legend([line([], [], color=GRAY, **PARTS[part]) for part in parts], parts, loc="lower right")
         figure.legend([line([], [], color=colour, linewidth=2.5) for colour in colours], [run.name for run in runs],
                       loc="outside lower center", ncols=legend_columns, borderaxespad=0)
@@ -134,8 +135,7 @@ def _colours(count: int) -> Sequence[Any]:
 
 def _line(axes: Axes, run: Run, column: str, **style: Any) -> list[float]:
     """Draw a column over the epochs -> its values, without those that are no numbers."""
-    points = [(epoch, value) for epoch, value in zip(run.columns["epoch"], run.columns.get(column, ()))
-              if math.isfinite(value)]
+    points = [(epoch, value) for epoch, value in zip(run.column("epoch"), run.column(column)) if math.isfinite(value)]
     marker = "o" if len(points) <= 10 else None  # few points, or a single one, are no line
     axes.plot(*zip(*points), marker=marker, markersize=3, **style) if points else None
     return [value for _, value in points]
@@ -143,7 +143,7 @@ def _line(axes: Axes, run: Run, column: str, **style: Any) -> list[float]:
 
 def _frame(axes: Axes, title: str, most: float = math.inf) -> None:
     """Title, and limits from 0 to the highest line, or to `most`."""
-    highest = max((max(line.get_ydata()) for line in axes.lines), default=0)
+    highest = max((float(np.max(line.get_ydata())) for line in axes.lines), default=0.0)
     axes.set(title=title, xlabel="epoch", ylim=(0, min(1.05 * highest, most) or 1))
     axes.xaxis.set_major_locator(library("matplotlib.ticker").MaxNLocator(6, integer=True, min_n_ticks=1))
 
@@ -161,7 +161,7 @@ def spread(positions: Sequence[float], gap: float, least: float = -math.inf, mos
     return [max(least + index * gap, min(mean + index * gap, most - (end - index) * gap)) for index, mean in enumerate(means)]
 
 
-def evaluation(matrix: Array, groups: Sequence[str], accuracies: Sequence[float], classes: Sequence[str],
+def evaluation(matrix: Array, groups: Sequence[str], accuracies: Array, classes: Sequence[str],
                path: FilePath) -> Figure:
     """What a network takes for what, and how often it is right in each class.
 
@@ -180,9 +180,9 @@ def _confusion(axes: Axes, matrix: Array, names: Sequence[str]) -> None:
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0)
     ticks = range(len(names))
-    slanted = dict(rotation=45, ha="right", rotation_mode="anchor") if max(map(len, names)) > 2 else {}
-    axes.set_xticks(ticks, map(_words, names), **slanted)
-    axes.set_yticks(ticks, map(_words, names))
+    slanted: dict[str, Any] = dict(rotation=45, ha="right", rotation_mode="anchor") if max(map(len, names)) > 2 else {}
+    axes.set_xticks(ticks, map(words, names), **slanted)
+    axes.set_yticks(ticks, map(words, names))
     axes.set(xlabel="predicted", ylabel="true", title="confusion, % of each row")
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -193,11 +193,11 @@ def _confusion(axes: Axes, matrix: Array, names: Sequence[str]) -> None:
                   color="white" if share > 0.6 * shares.max() else "black")
 
 
-def _per_class(axes: Axes, accuracies: Sequence[float], classes: Sequence[str]) -> None:
+def _per_class(axes: Axes, accuracies: Array, classes: Sequence[str]) -> None:
     named = 10
     order = [index for index in np.argsort(accuracies) if math.isfinite(accuracies[index])]
     values = [accuracies[index] for index in order]
-    names = [_words(classes[index]) for index in order]
+    names = [words(classes[index]) for index in order]
     count = len(order)
     far = [index for index in range(count) if index < named or index >= count - named]
     axes.barh(range(count), values, height=0.8, color=[COLOURS[0] if index in far else COLOURS[5] for index in range(count)])
@@ -210,7 +210,7 @@ def _per_class(axes: Axes, accuracies: Sequence[float], classes: Sequence[str]) 
         axes.text(-0.1, y, f"{names[index]}  {values[index]:.0%}", transform=beside, ha="right", va="center", fontsize=SMALL)
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
     """A class name as people write it: "aquarium_fish" -> "aquarium fish"."""
     return name.replace("_", " ")
 
@@ -218,7 +218,7 @@ def _words(name: str) -> str:
 def lr_find(rates: Sequence[float], losses: Sequence[float], suggestion: float | None, path: FilePath) -> Figure:
     """The losses of a run whose learning rate rises from step to step, and the rate suggested, None for none."""
     count = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
-    rates, losses = np.asarray(rates[:count]), np.asarray(losses[:count])
+    rates, losses = rates[:count], losses[:count]
     window = np.ones(max(1, count // 25))
     smooth = np.convolve(losses, window, "same") / np.convolve(np.ones(count), window, "same")
     with _picture(path, 5.5, 3.5) as figure:
@@ -243,7 +243,7 @@ def contact_sheet(images: Array, titles: Sequence[str], path: FilePath, columns:
     side, gap, letters, line = 0.8, 0.14, 14, 0.12  # inches, inches, letters in a line, inches
     count, _, height, width = images.shape
     columns = min(columns, count)
-    lines = [textwrap.wrap(title.replace("_", " "), letters, max_lines=2, placeholder=" …") for title in titles]
+    lines = [textwrap.wrap(words(title), letters, max_lines=2, placeholder=" …") for title in titles]
     step_x = side + gap
     step_y = side * height / width + max(map(len, lines)) * line + gap
     sheet_width, sheet_height = gap + columns * step_x, gap + -(-count // columns) * step_y

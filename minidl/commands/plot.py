@@ -1,13 +1,76 @@
-"""Draw the curves of runs."""
+"""Draw loss, accuracy and learning rate of runs, also of such that still go on.
+
+The accuracy in the table is that of the last epoch. Which epoch was the best on the test set is not said: that set selects
+nothing.
+"""
 
 import argparse
+import csv
+import io
+import re
+from pathlib import Path
 
-from minidl.errors import UsageError
+from minidl import data, plots
+from minidl.commands.arguments import new_file
+from minidl.errors import CheckpointError
+from minidl.summary import aligned
+
+PICTURE = "curves.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE",
+                        help=f".png, .svg or .pdf; default: {PICTURE}, in the folder of the run if there is one RUN, else here")
 
 
 def main(args: argparse.Namespace) -> None:
-    raise UsageError("this command is being written")
+    if args.output or len(args.runs) > 1:
+        output = new_file(args.output or Path(PICTURE))
+    else:
+        output = args.runs[0] / PICTURE  # made of its metrics, it may be made again
+    plots.check(output)
+    runs = [read(folder) for folder in args.runs]
+    plots.curves(runs, output)
+    print(aligned([("run", "epochs", "test top-1"), *(
+        (run.name, str(len(run.history)), f"{run.column('test_top1')[-1]:.2%}") for run in runs)], left=1))
+    print(f"picture: {output}")
+
+
+def read(folder: Path) -> plots.Run:
+    """What a run has recorded so far. Raises CheckpointError with the reason where that cannot be read, or is nothing."""
+    path = folder / "metrics.csv"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        complete = text[:text.rfind("\n") + 1]  # the last line may be in the making
+        history = [_checked(row) for row in csv.DictReader(io.StringIO(complete))]
+        if not history:
+            raise ValueError("no epoch is complete yet")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, csv.Error) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error)[:200]}") from None
+    return plots.Run(folder.resolve().name, history, _classes(folder))
+
+
+def _checked(row: dict[str, str]) -> dict[str, str]:
+    """The row of an epoch. Raises ValueError where it is not one."""
+    for column in ("epoch", "test_top1"):
+        if not row.get(column):
+            raise ValueError(f"there is no {column} in {','.join(map(str, row.values()))}")
+    for column, value in row.items():
+        try:
+            float(value or "nan")
+        except (ValueError, TypeError):
+            raise ValueError(f"{column} is {value!r}, not a number") from None
+    return row
+
+
+def _classes(folder: Path) -> int | None:
+    """How many classes the data of a run has, None where its config.toml does not say so."""
+    try:
+        found = re.search(r'^dataset = "(\w+)"$', (folder / "config.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    name = found[1] if found else ""
+    return data.CIFARS[name].classes if name in data.CIFARS else 10 if name == "digits" else None

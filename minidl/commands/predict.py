@@ -1,13 +1,49 @@
-"""Say what is on images."""
+"""Say what is on images: the most probable classes of each.
+
+An image may have any size: the square in its middle is scaled to 32x32, the size of what the networks were trained on.
+"""
 
 import argparse
+import json
 
-from minidl.errors import UsageError
+import numpy as np
+
+from minidl import device, images
+from minidl.commands.arguments import IMAGE_SHAPE, positive
+from minidl.commands.evaluate import load, network_on, outputs
+from minidl.data.dataset import Dataset
+from minidl.errors import CheckpointError
+from minidl.plots import words
+from minidl.summary import aligned
+
+BATCH_SIZE = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument("checkpoint", metavar="CKPT", help="folder of a run, or a file of weights that names its network")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=f"a file: {', '.join(images.FORMATS)}")
+    parser.add_argument("-k", "--topk", type=positive, default=5, metavar="K", help="how many classes of each image")
+    parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
+    parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def main(args: argparse.Namespace) -> None:
-    raise UsageError("this command is being written")
+    place = device.select(args.device)
+    state, metadata = load(args.checkpoint)
+    if not (metadata["mean"] and metadata["std"]):
+        raise CheckpointError(f"{args.checkpoint} does not say how images must be normalized: no data set is named in it")
+    classes = tuple(metadata["class_names"] or (f"class {number}" for number in range(metadata["classes"])))
+    pixels = np.stack([images.read(path, IMAGE_SHAPE[1]) for path in args.images])
+    nothing_known = np.zeros(len(pixels), np.int32)  # labels
+    dataset = Dataset("the images", pixels, nothing_known, classes, tuple(metadata["mean"]), tuple(metadata["std"]))
+    logits = outputs(network_on(place, state, metadata), dataset, BATCH_SIZE, args.checkpoint).astype(np.float64)
+    probabilities = np.exp(logits - logits.max(axis=0))
+    probabilities /= probabilities.sum(axis=0)
+    best = np.argsort(-logits, axis=0, kind="stable")[:args.topk]  # (k, M)
+    found = [[{"class": classes[index], "probability": float(column[index])} for index in order]
+             for order, column in zip(best.T, probabilities.T)]
+    if args.json:
+        print(json.dumps([{"image": path, "classes": answers} for path, answers in zip(args.images, found)]))
+    else:
+        print(aligned([(path if answer is answers[0] else "", words(str(answer["class"])), f"{answer['probability']:6.1%}")
+                       for path, answers in zip(args.images, found) for answer in answers], left=2))
