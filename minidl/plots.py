@@ -48,6 +48,7 @@ def check(path: FilePath) -> None:
     """Raises UsageError where no picture can be written to `path`: another suffix, or matplotlib is not installed."""
     if Path(path).suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: a picture is one of {', '.join(FORMATS)}")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep a cache in the user's folder
     library("matplotlib")
 
 
@@ -63,7 +64,6 @@ def library(module: str) -> Any:
 def _picture(path: FilePath, width: float, height: float, layout: str | None = "constrained") -> Iterator[Figure]:
     """A Figure of that size in inches, to be drawn in the body of the `with` and written at its end."""
     check(path)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home folder that cannot be written is no concern of a picture
     style = library("matplotlib.style")
     suffix = Path(path).suffix.lower()
     with style.context(["default", STYLE]), warnings.catch_warnings():
@@ -89,22 +89,18 @@ class Run:
 
 
 def curves(runs: Sequence[Run], path: FilePath) -> Figure:
-    """Loss, top-1 and learning rate over the epochs, a colour for each run; its last test top-1 is named."""
+    """Loss, top-1 and learning rate over the epochs, a colour for each of the runs; its last test top-1 is named."""
     legend_columns = max(1, 120 // (8 + max(len(run.name) for run in runs)))
     legend_lines = -(-len(runs) // legend_columns)
     colours = _colours(len(runs))
-    chances = sorted({math.log(run.classes) for run in runs if run.classes})
     with _picture(path, 10, 3 + 0.2 * legend_lines) as figure:
         loss, top1, rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-        last, drawn = [], set()
         for run, colour in zip(runs, colours):
             for part, style in PARTS.items():
                 _line(loss, run, f"{part}_loss", color=colour, **style)
-                values = _line(top1, run, f"{part}_top1", color=colour, **style)
-                drawn |= {part} if values else set()
-                if part == "test" and values:
-                    last.append((values[-1], colour))
+                _line(top1, run, f"{part}_top1", color=colour, **style)
             _line(rate, run, "lr", color=colour)
+        chances = sorted({math.log(run.classes) for run in runs if run.classes})
         for chance in chances:
             loss.axhline(chance, color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)))
             loss.annotate(f"chance, {math.exp(chance):.0f} classes", (1, chance), (0, 2), textcoords="offset points", ha="right",
@@ -113,14 +109,9 @@ def curves(runs: Sequence[Run], path: FilePath) -> Figure:
         _frame(loss, "loss", 1.5 * chances[-1] if chances else math.inf)
         _frame(top1, "top-1 accuracy", 1.02)
         _frame(rate, "learning rate")
-        top1.yaxis.set_major_formatter(library("matplotlib.ticker").PercentFormatter(xmax=1, decimals=0))
-        last.sort()
-        highest = top1.get_ylim()[1]
-        for (value, colour), y in zip(last, spread([value for value, _ in last], 0.06 * highest, 0.02 * highest, highest)):
-            top1.annotate(f"{value:.1%}", (1, y), (3, 0), xycoords=top1.get_yaxis_transform(), textcoords="offset points",
-                          va="center", color=colour, fontsize=8)
+        _name_last(top1, runs, colours)
         line = library("matplotlib.lines").Line2D
-        parts = [part for part in PARTS if part in drawn]
+        parts = [part for part in PARTS if any(f"{part}_top1" in run.history[0] for run in runs)]
         top1.legend([line([], [], color=GRAY, **PARTS[part]) for part in parts], parts, loc="lower right")
         figure.legend([line([], [], color=colour, linewidth=2.5) for colour in colours], [run.name for run in runs],
                       loc="outside lower center", ncols=legend_columns, borderaxespad=0)
@@ -133,12 +124,12 @@ def _colours(count: int) -> Sequence[Any]:
     return list(library("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, count)))
 
 
-def _line(axes: Axes, run: Run, column: str, **style: Any) -> list[float]:
-    """Draw a column over the epochs -> its values, without those that are no numbers."""
+def _line(axes: Axes, run: Run, column: str, **style: Any) -> None:
+    """Draw a column over the epochs, where it has finite numbers."""
     points = [(epoch, value) for epoch, value in zip(run.column("epoch"), run.column(column)) if math.isfinite(value)]
-    marker = "o" if len(points) <= 10 else None  # few points, or a single one, are no line
-    axes.plot(*zip(*points), marker=marker, markersize=3, **style) if points else None
-    return [value for _, value in points]
+    if points:
+        marker = "o" if len(points) <= 10 else None  # a single point is no line
+        axes.plot(*zip(*points), marker=marker, markersize=3, **style)
 
 
 def _frame(axes: Axes, title: str, most: float = math.inf) -> None:
@@ -146,6 +137,16 @@ def _frame(axes: Axes, title: str, most: float = math.inf) -> None:
     highest = max((float(np.max(line.get_ydata())) for line in axes.lines), default=0.0)
     axes.set(title=title, xlabel="epoch", ylim=(0, min(1.05 * highest, most) or 1))
     axes.xaxis.set_major_locator(library("matplotlib.ticker").MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+def _name_last(axes: Axes, runs: Sequence[Run], colours: Sequence[Any]) -> None:
+    """Write the last test top-1 of each run beside the axes, as near to its height as the others allow."""
+    highest = axes.get_ylim()[1]
+    last = sorted((value, index) for index, run in enumerate(runs) if math.isfinite(value := run.column("test_top1")[-1]))
+    for (value, index), y in zip(last, spread([value for value, _ in last], 0.06 * highest, 0.02 * highest, highest)):
+        axes.annotate(f"{value:.1%}", (1, y), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+                      va="center", color=colours[index], fontsize=8)
+    axes.yaxis.set_major_formatter(library("matplotlib.ticker").PercentFormatter(xmax=1, decimals=0))
 
 
 def spread(positions: Sequence[float], gap: float, least: float = -math.inf, most: float = math.inf) -> list[float]:
@@ -161,8 +162,7 @@ def spread(positions: Sequence[float], gap: float, least: float = -math.inf, mos
     return [max(least + index * gap, min(mean + index * gap, most - (end - index) * gap)) for index, mean in enumerate(means)]
 
 
-def evaluation(matrix: Array, groups: Sequence[str], accuracies: Array, classes: Sequence[str],
-               path: FilePath) -> Figure:
+def evaluation(matrix: Array, groups: Sequence[str], accuracies: Array, classes: Sequence[str], path: FilePath) -> Figure:
     """What a network takes for what, and how often it is right in each class.
 
     matrix (G, G): how many images of the group in a row were taken for the group in a column; accuracies (K): share of
@@ -216,7 +216,10 @@ def words(name: str) -> str:
 
 
 def lr_find(rates: Sequence[float], losses: Sequence[float], suggestion: float | None, path: FilePath) -> Figure:
-    """The losses of a run whose learning rate rises from step to step, and the rate suggested, None for none."""
+    """The losses of a run whose learning rate rises from step to step, and the rate suggested, None for none.
+
+    The first loss must be finite; from the first that is not, nothing is drawn.
+    """
     count = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
     rates, losses = rates[:count], losses[:count]
     window = np.ones(max(1, count // 25))

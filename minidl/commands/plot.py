@@ -57,12 +57,14 @@ def _checked(row: dict[str, str]) -> dict[str, str]:
     """The row of an epoch. Raises ValueError where it is not one."""
     for column in ("epoch", "test_top1"):
         if not row.get(column):
-            raise ValueError(f"there is no {column} in {','.join(map(str, row.values()))}")
+            raise ValueError(f"{column} is missing in {','.join(map(str, row.values()))}")
     for column, value in row.items():
         try:
             float(value or "nan")
         except (ValueError, TypeError):
             raise ValueError(f"{column} is {value!r}, not a number") from None
+    if not row["epoch"].isdecimal():
+        raise ValueError(f"epoch is {row['epoch']!r}, not a whole number")
     return row
 
 
