@@ -9,6 +9,7 @@ from minidl import command
 # {command: its module}. Only the one that was asked for is imported: what it needs may be heavy, or an extra.
 COMMANDS = {
     "train": "train",
+    "lr-find": "lr_find",
     "summary": "summary",
     "export": "export_weights",
     "import": "import_weights",

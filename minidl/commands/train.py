@@ -42,7 +42,8 @@ DEMO_ARCH, LARGE_ARCH = "simplenet-310k", "simplenet-5m"  # without --arch, on a
 TRIAL_STEPS, OVERFIT_REPEATS, PROFILED_STEPS = 2, 20, 5
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting of a run, and --config."""
     # None: not given. Values are checked where those of files are, by Settings.
     for name, spec in settings.fields().items():
         flag = "--" + name.replace("_", "-")
@@ -55,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*spec.flags, flag, type=spec.kind, choices=spec.choices or None, help=spec.help,
                                 metavar=None if spec.choices else {int: "N", float: "X", str: "TEXT"}[spec.kind])
     parser.add_argument("--config", metavar="FILE", help="settings in TOML, such as the config.toml of a run")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
     parser.add_argument("--print-config", action="store_true", help="print all settings in TOML, and do nothing else")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="folder of the run; default: runs/<arch>-<dataset>-<time>")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
@@ -78,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
         resume(args)
         return
     place = device.select(args.device or "auto")
-    demo = place.name == "cpu" and not any((args.arch, args.dataset, args.data_dir, args.config))
+    demo = is_demo(args, place)
     chosen = chosen_settings(args, place, demo)
     if args.print_config:
         print(chosen.as_toml(), end="")
@@ -102,6 +107,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 # ---- settings ----------------------------------------------------------------------------------------------------
+
+
+def is_demo(args: argparse.Namespace, place: Device) -> bool:
+    """Whether digits are trained on: there is no GPU, and neither network nor data were asked for."""
+    return place.name == "cpu" and not any((args.arch, args.dataset, args.data_dir, args.config))
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
