@@ -69,11 +69,13 @@ def linear(x, weight, bias):
     return weight @ x + bias[:, None]
 
 
-def cross_entropies(logits, labels, smoothing):
-    """logits (K, N), labels (N) -> loss of each column (N)."""
+def cross_entropies(logits, labels, smoothing, other_labels=None, share=1.0):
+    """logits (K, N), labels (N) -> loss of each column (N). After `mix`: its share, and other labels (N)."""
     classes, batch = logits.shape
     target = np.full((classes, batch), smoothing / classes)
-    target[labels, np.arange(batch)] += 1 - smoothing
+    target[labels, np.arange(batch)] += (1 - smoothing) * share
+    if other_labels is not None:
+        target[other_labels, np.arange(batch)] += (1 - smoothing) * (1 - share)
     shifted = logits - logits.max(axis=0)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=0))
     return -(target * log_p).sum(axis=0)
@@ -97,6 +99,11 @@ def augment(image, shift_y, shift_x, flip, cut_y, cut_x, mean, std, padding, ref
     x = x.copy()
     x[:, max(cut_y, 0):max(cut_y + cutout, 0), max(cut_x, 0):max(cut_x + cutout, 0)] = 0
     return x
+
+
+def mix(x, share):
+    """Mixup of x (C, H, W, N): each image with the one as far from the end of the batch as itself from its beginning."""
+    return share * x + (1 - share) * x[..., ::-1]
 
 
 def sgd(w, grads, lr, momentum, weight_decay, nesterov):

@@ -39,6 +39,16 @@ def test_batch_equals_the_definition(target, rng, padding, reflect, flips, cutou
     assert_close(target.host(x), expected, tolerance(dtype), "x")
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("batch", [1, 2, 7, 140])
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.0])
+def test_mixup_equals_the_definition(target, rng, batch, share, dtype):
+    x = target.array(rng.normal(size=(3, 2, 5, batch)), dtype)
+    expected = reference.mix(target.host(x), share)
+    augment.mix(x, target.acc([share], dtype))
+    assert_close(target.host(x), expected, tolerance(dtype), "x")
+
+
 def test_labels_are_those_of_the_images(target, rng):
     labels, indices = rng.integers(0, 100, 50), rng.integers(0, 50, 33)
     assert np.array_equal(draw(target, indices, labels)[1], labels[indices])

@@ -8,16 +8,18 @@ from minidl.ops import loss
 from reference import assert_close, numerical_vjp, tolerance
 
 
-def run(target, logits, labels, dtype="float64", valid=None, smoothing=0.0, scale=1.0):
+def run(target, logits, labels, dtype="float64", valid=None, smoothing=0.0, scale=1.0, other_labels=None, share=None):
     """-> dlogits, totals (sum of losses, top-1, top-5, images) on the host."""
     totals = target.place.array(np.array([0.5, 0, 0, 0]))  # added to, not overwritten
+    mixup = {} if other_labels is None else {"other_labels": target.place.array(other_labels.astype(np.int32))}
+    mixup |= {} if share is None else {"share": target.acc([share], dtype)}
     dlogits = loss.forward_backward(target.array(logits, dtype), target.place.array(labels.astype(np.int32)), totals,
-                                    target.acc([scale], dtype), valid=valid, smoothing=smoothing)
+                                    target.acc([scale], dtype), valid=valid, smoothing=smoothing, **mixup)
     return target.host(dlogits), target.host(totals) - [0.5, 0, 0, 0]
 
 
-def mean_loss(logits, labels, smoothing):
-    return reference.cross_entropies(logits, labels, smoothing).mean()
+def mean_loss(*arguments):
+    return reference.cross_entropies(*arguments).mean()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -33,6 +35,28 @@ def test_loss_and_gradient(target, rng, classes, batch, dtype, smoothing):
     if classes * batch <= 300:
         expected = numerical_vjp(mean_loss, [logits, labels, smoothing], 0, 1.0)
         assert_close(dlogits, expected, tolerance(dtype, classes), "dlogits")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_mixup(target, rng, share, smoothing, dtype):
+    logits = target.host(target.array(rng.normal(size=(6, 9)), dtype))
+    labels = np.array([0, 5, 5, 1, 2, 3, 5, 4, 4])  # some partners share a label
+    others = labels[::-1]
+    dlogits, totals = run(target, logits, labels, dtype, smoothing=smoothing, other_labels=others, share=share)
+    losses = reference.cross_entropies(logits, labels, smoothing, others, share)
+    assert_close(totals[0], losses.sum(), 1e-10 if dtype == "float64" else 1e-5, "loss")
+    expected = numerical_vjp(mean_loss, [logits, labels, smoothing, others, share], 0, 1.0)
+    assert_close(dlogits, expected, tolerance(dtype, 6), "dlogits")
+    assert totals[1] == (reference.ranks(logits, labels) < 1).sum(), "hits of the image itself"
+
+
+def test_mixup_with_all_of_itself_is_none_bit_for_bit(target, rng):
+    logits, labels = rng.normal(size=(100, 33)), rng.integers(0, 100, 33)
+    plain = run(target, logits, labels, "float32", smoothing=0.1)
+    mixed = run(target, logits, labels, "float32", smoothing=0.1, other_labels=labels[::-1], share=1.0)
+    assert all(np.array_equal(*pair) for pair in zip(plain, mixed))
 
 
 @pytest.mark.parametrize("classes", [3, 10, 100])
@@ -72,6 +96,8 @@ def test_scale_multiplies_the_gradient_only(target, rng):
 def test_a_label_out_of_range_makes_the_loss_nan_and_is_never_right(target, rng, label):
     dlogits, totals = run(target, rng.normal(size=(5, 3)), np.array([0, label, 2]))
     assert np.isnan(totals[0]) and totals[2] == 2
+    _, totals = run(target, rng.normal(size=(5, 3)), np.array([0, 1, 2]), other_labels=np.array([2, label, 0]), share=0.5)
+    assert np.isnan(totals[0]) and totals[2] == 2
 
 
 def test_a_network_of_nans_is_never_right(target):
@@ -84,6 +110,9 @@ def test_a_network_of_nans_is_never_right(target):
     ((5, 3), (3,), dict(smoothing=1.5), "label smoothing 1.5 is not in 0..1"),
     ((5, 3), (3,), dict(valid=4), "4 valid columns in a batch of 3"),
     ((5, 3), (3,), dict(valid=0), "0 valid columns"),
+    ((5, 3), (3,), dict(share=0.5), r"loss: mixup needs a share, and other labels \(N,\), not None"),
+    ((5, 3), (3,), dict(other_labels=np.zeros(3)), r"loss: mixup needs a share"),
+    ((5, 3), (3,), dict(share=0.5, other_labels=np.zeros(4)), r"other labels \(N,\), not \(4,\)"),
 ])
 def test_refused(target, logits, labels, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -15,6 +15,7 @@ from typing import Any, Callable
 import numpy as np
 import pytest
 
+import test_augment
 import test_batchnorm
 import test_conv
 import test_dropout
@@ -120,6 +121,14 @@ def cross_entropy(smoothing):
 
 def cross_entropy_of_a_padded_batch(target, rng):
     test_loss.test_padding_columns_do_not_count(target, rng, 3)
+
+
+def cross_entropy_of_mixup(target, rng):
+    test_loss.test_mixup(target, rng, 0.3, 0.1, "float64")
+
+
+def mixup(target, rng):
+    test_augment.test_mixup_equals_the_definition(target, rng, 7, 0.3, "float64")
 
 
 def dropout_values(target, rng):
@@ -257,8 +266,18 @@ BUGS = [
     Bug("cross-entropy: dlogits without the one-hot label", "loss.cu", " - (k == label ? on : acc(0))", "", cross_entropy(0.0)),
     Bug("cross-entropy: dlogits without 1/N", "loss.cu", "*scale / valid", "*scale", cross_entropy(0.0)),
     Bug("cross-entropy: 1/N counts the padding", "loss.cu", "*scale / valid", "*scale / batch", cross_entropy_of_a_padded_batch),
-    Bug("cross-entropy: sign of the smoothing", "loss.cu", "(p - off -", "(p + off -", cross_entropy(0.1)),
-    Bug("cross-entropy: smoothing not taken from the label", "loss.cu", "on = 1 - smoothing", "on = 1", cross_entropy(0.1)),
+    Bug("cross-entropy: sign of the smoothing", "loss.cu", "= p - off -", "= p + off -", cross_entropy(0.1)),
+    Bug("cross-entropy: smoothing not taken from the label", "loss.cu", "on = (1 - smoothing) * of_self", "on = of_self", cross_entropy(0.1)),
+
+    Bug("cross-entropy of mixup: the partner's label lost", "loss.cu", " - (k == other ? on_other : acc(0))", "",
+        cross_entropy_of_mixup),
+    Bug("cross-entropy of mixup: the loss has one label only", "loss.cu", " - of_pair", "", cross_entropy_of_mixup),
+    Bug("cross-entropy of mixup: smoothing takes from one label only", "loss.cu", "on_other = (1 - smoothing) * (1 - of_self)",
+        "on_other = 1 - of_self", cross_entropy_of_mixup),
+    Bug("mixup: share of the partner lost", "augment.cu", "of_self * one + of_partner * other", "of_self * one", mixup),
+    Bug("mixup: the second of a pair gets the share of the first", "augment.cu", "of_self * other + of_partner * one",
+        "of_partner * other + of_self * one", mixup),
+    Bug("mixup: only the first pixel of a row", "augment.cu", "pixel = x_row + (long long)i * batch", "pixel = x_row", mixup),
 
     Bug("dropout: kept values not scaled", "dropout.cu", "? acc(x[i]) * scale", "? acc(x[i])", dropout_values),
     Bug("dropout: dx not scaled", layers.Dropout.backward, "self._index, step)", "self._index, step) * (1 - self.rate)",

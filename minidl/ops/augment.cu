@@ -7,6 +7,9 @@
 //
 // A draw is five numbers per image, draws (5, N): dy, dx in -padding..padding, flip, and the upper left corner of the
 // cutout square (a square that lies outside the image cuts nothing).
+//
+// Mixup: Zhang et al., arXiv 1710.09412. The partner of image n is N-1-n: batches are in random order anyway.
+//   x[..., n] = share * x[..., n] + (1 - share) * x[..., N-1-n]
 #include "common.cuh"
 
 enum Draw { SHIFT_Y, SHIFT_X, FLIP, CUT_Y, CUT_X, DRAWS };
@@ -53,6 +56,21 @@ extern "C" __global__ void augment_apply(const unsigned char* __restrict__ image
             if (!inside) from_x = !reflect ? 0 : from_x < 0 ? -from_x : 2 * (width - 1) - from_x;
             inside = row_inside && (inside || reflect) && !(cut_row && i >= cut_x && i < cut_x + cutout);
             x_row[(long long)i * batch + n] = real(inside ? acc(image_row[from_x]) * factor + offset : acc(0));
+        }
+    }
+}
+
+// In place: each thread takes both of a pair. With an odd batch, the one in the middle has itself as partner, and stays.
+// Grid: one block per row of pixels, of all channels; threads run along half the batch.
+extern "C" __global__ void augment_mix(real* __restrict__ x, const acc* __restrict__ share, int width, int batch) {
+    const acc of_self = *share, of_partner = 1 - of_self;
+    real* x_row = x + (long long)blockIdx.x * width * batch;
+    BLOCK_LOOP(n, 0, batch / 2) {
+        for (int i = 0; i < width; ++i) {
+            real* pixel = x_row + (long long)i * batch;
+            const acc one = acc(pixel[n]), other = acc(pixel[batch - 1 - n]);
+            pixel[n] = real(of_self * one + of_partner * other);
+            pixel[batch - 1 - n] = real(of_self * other + of_partner * one);
         }
     }
 }

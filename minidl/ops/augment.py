@@ -38,3 +38,12 @@ def apply(images: Array, indices: Array, draws: Array, scale: Array, shift: Arra
     KERNELS.augment_apply[channels * height, threads_along(batch)](
         images, indices, draws, scale, shift, x, channels, height, width, batch, int(reflect), cutout)
     return x
+
+
+def mix(x: Array, share: Array) -> None:
+    """Mixup, in place: image n of x (C, H, W, N) becomes share * itself + (1 - share) * image N-1-n.
+
+    share: an array of one element of the accumulation type.
+    """
+    channels, height, width, batch = x.shape
+    KERNELS.augment_mix[channels * height, threads_along(batch)](x, share, width, batch)

@@ -10,16 +10,19 @@ THREADS = 128
 
 
 def forward_backward(logits: Array, labels: Array, totals: Array, scale: Array, *, valid: int | None = None,
-                     smoothing: float = 0.0) -> Array:
+                     smoothing: float = 0.0, other_labels: Array | None = None, share: Array | None = None) -> Array:
     """logits (K, N), labels int32 (N) -> dlogits (K, N), the gradient of the mean loss times `scale`.
 
     Adds to totals, float64 (4): the sum of losses, the top-1 hits, the top-5 hits, and the images of this batch.
     Only the first `valid` columns count; the rest pad the batch. A label outside 0..K-1 gives a NaN loss.
     scale: an array of one element of the accumulation type, 1 except for the loss scaling of float16.
+    After augment.mix: its `share`, and as other_labels those of the partners; hits count against `labels`.
     Raises ValueError for shapes that do not fit, or a smoothing outside 0..1.
     """
     if logits.ndim != 2 or labels.shape != (logits.shape[1],):
         raise ValueError(f"loss: logits {logits.shape} and labels {labels.shape} do not fit (K, N) and (N,)")
+    if (other_labels is None) != (share is None) or (other_labels is not None and other_labels.shape != labels.shape):
+        raise ValueError(f"loss: mixup needs a share, and other labels (N,), not {getattr(other_labels, 'shape', None)}")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"loss: label smoothing {smoothing} is not in 0..1")
     classes, batch = logits.shape
@@ -30,6 +33,7 @@ def forward_backward(logits: Array, labels: Array, totals: Array, scale: Array, 
     losses = empty((batch,), acc_dtype(logits.dtype), like=logits)
     ranks = empty((batch,), np.int32, like=logits)
     KERNELS.softmax_cross_entropy[blocks_for(batch, THREADS), THREADS](
-        logits, labels, scale, dlogits, losses, ranks, classes, batch, valid, smoothing)
+        logits, labels, labels if other_labels is None else other_labels, scale if share is None else share, scale, dlogits,
+        losses, ranks, classes, batch, valid, smoothing, int(share is not None))
     KERNELS.loss_totals[1, THREADS](losses, ranks, totals, batch, valid)
     return dlogits
