@@ -77,7 +77,7 @@ def _picture(path: FilePath, width: float, height: float, layout: str | None = "
 
 @dataclass(frozen=True)
 class Run:
-    """What is drawn of a run. history: the rows of its metrics.csv, {column: number, as text}; classes: of its data, if known."""
+    """What is drawn of a run. history: rows of its metrics.csv, {column: number as text}; classes: of its data, if known."""
 
     name: str
     history: Sequence[Mapping[str, str]]
@@ -103,8 +103,8 @@ def curves(runs: Sequence[Run], path: FilePath) -> Figure:
         chances = sorted({math.log(run.classes) for run in runs if run.classes})
         for chance in chances:
             loss.axhline(chance, color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)))
-            loss.annotate(f"chance, {math.exp(chance):.0f} classes", (1, chance), (0, 2), textcoords="offset points", ha="right",
-                          xycoords=loss.get_yaxis_transform(), color=GRAY, fontsize=SMALL)
+            loss.annotate(f"chance, {math.exp(chance):.0f} classes", (1, chance), (0, 2), textcoords="offset points",
+                          xycoords=loss.get_yaxis_transform(), ha="right", color=GRAY, fontsize=SMALL)
         # A loss beyond all reason would press the others into one line.
         _frame(loss, "loss", 1.5 * chances[-1] if chances else math.inf)
         _frame(top1, "top-1 accuracy", 1.02)

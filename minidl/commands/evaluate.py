@@ -54,7 +54,8 @@ def main(args: argparse.Namespace) -> None:
     test_set = data.load(name, args.data_dir)[1]
     classes = metadata["class_names"] or test_set.classes
     if len(test_set.classes) != metadata["classes"] or tuple(classes) != test_set.classes:
-        raise UsageError(f"the {metadata['classes']} classes of {args.checkpoint} are not the {len(test_set.classes)} of {name}")
+        raise UsageError(f"the {metadata['classes']} classes that {args.checkpoint} knows are not the {len(test_set.classes)} "
+                         f"of {name}")
     if metadata["mean"] and metadata["std"]:
         test_set = dataclasses.replace(test_set, mean=tuple(metadata["mean"]), std=tuple(metadata["std"]))
     logits = outputs(network_on(place, state, metadata), test_set, args.batch_size, args.checkpoint)
@@ -74,7 +75,8 @@ def load(path: str) -> tuple[weights.State, weights.Metadata]:
     """As weights.load, for a file that says enough to run its network. Raises CheckpointError otherwise."""
     state, metadata = weights.load(path)
     if metadata is None:
-        raise CheckpointError(f"{path} does not say whose weights it holds: `minidl import {path} --arch NAME` makes a file that does")
+        raise CheckpointError(f"{path} does not say whose weights it holds: `minidl import FILE --arch NAME` writes a file "
+                              "that does")
     mean, std, names = (metadata[key] for key in ("mean", "std", "class_names"))
     if not (_may_be_numbers(mean) and _may_be_numbers(std) and (std is None or min(std) > 0) and
             (names is None or len(names) == metadata["classes"] and all(isinstance(name, str) for name in names))):
