@@ -11,10 +11,10 @@ from minidl import command
 from minidl.commands import train
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=train.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_arguments(parser)
-    train.main(parser.parse_args())
+    return train.main(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ COMMANDS = {
 }
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(prog="minidl", description="Train convolutional networks, and look into them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     asked = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
@@ -35,7 +35,7 @@ def main() -> None:
         module.add_arguments(subparser)
         subparser.set_defaults(act=module.main)
     args = parser.parse_args()
-    args.act(args)
+    return args.act(args)
 
 
 def script() -> int:

@@ -11,20 +11,28 @@ from minidl.errors import CheckpointError, DeviceError, UserError
 READER_LEFT = 141  # as shells report a process that SIGPIPE ended
 
 
-def run(main: Callable[[], object]) -> int:
-    """Call main() and return the exit code of the process. No traceback for anything that a user can cause or mend."""
+def run(main: Callable[[], int | None], may_speak: Callable[[], bool] = lambda: True) -> int:
+    """Call main() -> the exit code of the process, that of main or of the error that it raised.
+
+    No traceback for anything that a user can cause or mend. may_speak() is asked before an error is printed.
+    """
+    def fail(message: object, code: int) -> int:
+        if may_speak():
+            print(f"error: {message}", file=sys.stderr)
+        return code
+
     _open_streams()
     signals.install()
     try:
-        main()
+        code = main()
         sys.stdout.flush()
-        return 0
+        return code or 0
     except UserError as error:
-        return _fail(error, error.exit_code)
+        return fail(error, error.exit_code)
     except MemoryError as error:
-        return _fail(f"not enough memory: {error}; try a smaller --batch-size", DeviceError.exit_code)
+        return fail(f"not enough memory: {error}; try a smaller --batch-size", DeviceError.exit_code)
     except signals.Stop as stop:
-        return _fail(stop, stop.exit_code)
+        return fail(stop, stop.exit_code)
     except BrokenPipeError:
         _give_up_stdout()  # whoever read the output has left
         return READER_LEFT
@@ -32,7 +40,7 @@ def run(main: Callable[[], object]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         _give_up_stdout()
-        return _fail(error, CheckpointError.exit_code)
+        return fail(error, CheckpointError.exit_code)
 
 
 def _open_streams() -> None:
@@ -48,8 +56,3 @@ def _open_streams() -> None:
 def _give_up_stdout() -> None:
     """What is still in its buffer cannot be written; Python would say so once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code

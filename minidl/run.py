@@ -17,6 +17,7 @@ from minidl.device import Array, Device
 from minidl.errors import CheckpointError, UsageError
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.layers import Layer
+from minidl.parallel import ALONE, Team
 from minidl.settings import NORMALIZATIONS, STORAGE, Settings
 from minidl.training import Batch, Metrics, Trainer, evaluate
 
@@ -35,8 +36,9 @@ class Run:
     repeats = 1
     evaluation_limit: int | None = None
 
-    def __init__(self, settings: Settings, network: Layer, train_set: Dataset, test_set: Dataset, place: Device) -> None:
-        self.settings, self.network, self.place = settings, network, place
+    def __init__(self, settings: Settings, network: Layer, train_set: Dataset, test_set: Dataset, place: Device,
+                 team: Team = ALONE) -> None:
+        self.settings, self.network, self.place, self.team = settings, network, place, team
         self.epoch = self.step = 0
         self.history: list[dict[str, str]] = []
         self.best: tuple[int, float] | None = None
@@ -62,7 +64,7 @@ class Run:
                                                          **settings.hyperparameters())
         self.average = optim.Average(optimizer, settings.ema) if settings.ema else None
         augmentation = Augmentation(settings.padding, settings.reflect, settings.flip, settings.cutout)
-        self.trainer = Trainer(network, optimizer, self.train_batches, augmentation, settings.label_smoothing, self.average)
+        self.trainer = Trainer(network, optimizer, self.train_batches, augmentation, settings.label_smoothing, self.average, team)
 
     # ---- the plan
 
@@ -112,14 +114,14 @@ class Run:
     def test(self) -> Metrics:
         """Metrics on the test set."""
         with self.evaluated() as network:
-            return evaluate(network, self.test_batches, self.evaluation_limit)
+            return evaluate(network, self.test_batches, self.evaluation_limit, self.team)
 
     def validate(self) -> Metrics | None:
         """Metrics on the images held out from training, None without them."""
         if self.val_batches is None:
             return None
         with self.evaluated() as network:
-            return evaluate(network, self.val_batches, self.evaluation_limit)
+            return evaluate(network, self.val_batches, self.evaluation_limit, self.team)
 
     # ---- where it stands
 

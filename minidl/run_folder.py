@@ -112,6 +112,18 @@ class RunFolder:
             self.troubles.pop(file, None)
 
 
+class NoFolder(RunFolder):
+    """What ranks write to that leave writing to another."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull))
+
+    def _nothing(self, *values: Any, **named: Any) -> None:
+        pass
+
+    write_settings = add_metrics = write_metrics = log = save = save_best = start_tensorboard = _nothing
+
+
 def _csv(rows: Sequence[Mapping[str, str]], header: bool) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else COLUMNS, lineterminator="\n")

@@ -44,7 +44,7 @@ class Saver:
     def save(self) -> None:
         """Write a checkpoint now, unless there is one of this very step. Raises DivergedError, and writes nothing, where a number in it is not finite."""
         position = self.run.epoch, self.run.step
-        if position == self._saved and checkpoint.LAST not in self.folder.troubles:
+        if self.run.team.rank > 0 or position == self._saved and checkpoint.LAST not in self.folder.troubles:
             return
         begin = time.perf_counter()
         self.run.seconds = self._before + begin - self._begin

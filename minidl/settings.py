@@ -64,6 +64,7 @@ class Settings:
     batch_size: int = setting(128, int, "images per step", low=1, flags=["-b"])
     seed: int = setting(0, int, "two runs with one seed are identical, bit for bit", low=0)
     precision: str = setting("fp32", str, "of activations and matrix products", choices=tuple(STORAGE))
+    ranks: int = setting(1, int, "processes that share each batch, on GPUs one each", low=1)
     device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", free=True)
 
     optimizer: str = setting("sgd", str, "method of optimization", choices=tuple(optim.OPTIMIZERS))

@@ -25,10 +25,15 @@ def install() -> None:
         signal.signal(number, _remember)
 
 
+def asked() -> int:
+    """The exit code that a signal has asked for, 0 if none has."""
+    return _EXIT_CODES[signal.Signals(_asked[0])] if _asked else 0
+
+
 def obey() -> None:
     """Raise Stop if a signal has asked for it."""
-    if _asked:
-        raise Stop(_EXIT_CODES[signal.Signals(_asked[0])])
+    if code := asked():
+        raise Stop(code)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

@@ -30,9 +30,9 @@ def measure(run: Run, budget: float) -> tuple[float, float]:
             for done in range(1, most + 1):
                 run.trainer.step(batches[done % len(batches)])
                 run.place.synchronize()
-                if done >= 2 and time.perf_counter() > end:
+                if done >= 2 and run.team.of_first(time.perf_counter() > end):
                     break
-            return (time.perf_counter() - begin) / done
+            return run.team.of_first((time.perf_counter() - begin) / done)
 
         steps(WARMUP_STEPS)
         step_seconds = steps(STEPS)
@@ -41,9 +41,9 @@ def measure(run: Run, budget: float) -> tuple[float, float]:
             count = len(held_out.all())
             # A batch costs less than half of a training step.
             limit = max(1, min(count, int(LARGEST_SHARE / 2 * budget / step_seconds)))
-            evaluate(run.network, held_out, 1)
+            evaluate(run.network, held_out, 1, run.team)
             begin = time.perf_counter()
-            evaluate(run.network, held_out, limit)
+            evaluate(run.network, held_out, limit, run.team)
             evaluation_seconds += (time.perf_counter() - begin) * count / limit
     return step_seconds, evaluation_seconds
 
@@ -57,7 +57,7 @@ def epochs_within(run: Run, budget: float, spent: float) -> int:
     step, evaluation = measure(run, budget - spent)
     spent += time.perf_counter() - begin
     epoch = run.steps_per_epoch * step + evaluation
-    epochs = int((budget - spent) / epoch)
+    epochs = int(run.team.of_first((budget - spent) / epoch))
     if epochs < 1:
         raise UsageError(f"time_budget {brief(budget)}: one epoch takes {brief(epoch)}, and {brief(spent)} have passed")
     print(f"time budget {brief(budget)}: {epochs} epochs of {brief(epoch)}, {run.steps_per_epoch} steps of {1000 * step:.1f} ms "

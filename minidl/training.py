@@ -13,6 +13,7 @@ from minidl.errors import DivergedError
 from minidl.layers import Layer
 from minidl.ops import augment, loss, optimizer as optimizer_op
 from minidl.optim import Average, Optimizer
+from minidl.parallel import ALONE, Team
 
 READ_EVERY = 50         # steps between two looks at the loss: each waits for the device
 MOST_SKIPPED_STEPS = 20  # in a row, by the loss scaling of float16
@@ -40,36 +41,56 @@ class Batch:
 class Trainer:
     """Trains a network: its step is  batch -> forward -> loss -> backward -> optimizer,  all on the device.
 
-    average: of the weights, or None. inspects: whether the last step of each epoch leaves `statistics`, of the layers.
+    average: of the weights, or None; team: those with whom it shares each batch. inspects: whether the last step of each
+    epoch leaves `statistics`, of the layers.
     """
 
     inspects = False
     statistics: dict[str, dict[str, float]] | None = None
 
     def __init__(self, model: Layer, optimizer: Optimizer, batches: Batches, augmentation: Augmentation = NO_AUGMENTATION,
-                 label_smoothing: float = 0.0, average: Average | None = None) -> None:
+                 label_smoothing: float = 0.0, average: Average | None = None, team: Team = ALONE) -> None:
         self.model, self.optimizer, self.batches, self.average = model, optimizer, batches, average
-        self.augmentation, self.label_smoothing = augmentation, label_smoothing
-        self._totals: Array = model.device.xp.zeros(4)  # of loss.cu
+        self.augmentation, self.label_smoothing, self.team = augmentation, label_smoothing, team
+        self._totals: Array = model.device.xp.zeros(4)  # of loss.cu, over the epoch
+        self._totals_of_part: Array = model.device.xp.zeros(5)  # of this rank in one step; and the exit code it was asked for
+        self._stop = 0
         model.skip_input_gradient()
 
     def step(self, batch: Batch) -> None:
         """One step of training."""
-        self._gradients(batch)
+        if self.team.size == 1:
+            self._gradients(batch, self._totals)
+        else:
+            self._gradients_of_all(batch)
         self.optimizer.step(batch.lr)
         if self.average:
             self.average.update()
         self.model.step += 1
 
-    def _gradients(self, batch: Batch) -> None:
-        x, labels = self.batches.load(batch.indices, self.model.step, self.augmentation)
-        mixup: dict[str, Array] = {}
+    def _gradients(self, batch: Batch, totals: Array) -> None:
+        """Forward and backward on this rank's part of the batch; adds to totals (4)."""
+        x, labels = self.batches.load(batch.indices, self.model.step, self.augmentation, self.team.part(len(batch.indices)))
+        others = None
         if batch.share is not None:
             augment.mix(x, batch.share)
-            mixup = {"other_labels": self.model.device.array(labels[::-1]), "share": batch.share}
-        dlogits = loss.forward_backward(self.model.forward(x), labels, self._totals, self.optimizer.scale,
-                                        smoothing=self.label_smoothing, **mixup)
+            others = self.model.device.array(labels[::-1])
+        dlogits = loss.forward_backward(self.model.forward(x), labels, totals, self.optimizer.scale,
+                                        smoothing=self.label_smoothing, other_labels=others, share=batch.share)
         self.model.backward(dlogits)
+
+    def _gradients_of_all(self, batch: Batch) -> None:
+        """The same, and then the gradient, running statistics and totals are those of the whole batch, on all ranks."""
+        team, place, parameters = self.team, self.model.device, self.model.parameters
+        self._totals_of_part[...] = 0
+        self._gradients(batch, self._totals_of_part[:4])
+        self._totals_of_part[4] = signals.asked() if team.rank == 0 else 0
+        part = team.part(len(batch.indices))
+        share = (part.stop - part.start) / len(batch.indices)
+        for array, weight in ((parameters.grad, share), (parameters.buffers, share), (self._totals_of_part, 1.0)):
+            team.add(array, weight, place)
+        self._totals += self._totals_of_part[:4]
+        self._stop = int(self._totals_of_part[4])
 
     def epoch(self, batches: Sequence[Batch], on_step: Callable[[int, Metrics | None], object] = lambda done, metrics: None,
               first: int = 0) -> Metrics:
@@ -88,7 +109,10 @@ class Trainer:
             if done % READ_EVERY == 0 or done == len(batches):
                 metrics = self.read(batches, done)
             on_step(done, metrics)
-            signals.obey()
+            if self.team.size == 1:
+                signals.obey()
+            elif self._stop:  # after the same step on all ranks
+                raise signals.Stop(self._stop)
         return metrics or self.read(batches, len(batches))
 
     def _step_of_epoch(self, batches: Sequence[Batch], done: int) -> None:
@@ -116,7 +140,9 @@ class Trainer:
         """What went wrong in the step `number` of the run, `ago` steps before the last. Nothing has changed the weights since,
         so that its forward and backward can be looked at again."""
         self.model.step -= ago + 1
-        what = inspection.first_nonfinite(self.model, lambda: self._gradients(batch)) or "the loss"
+        totals = self.model.device.xp.zeros(4)
+        what = inspection.first_nonfinite(self.model, lambda: self._gradients(batch, totals)) or (
+            "the loss" if self.team.size == 1 else "the gradient of another rank")
         return f"step {number}: {what} is not finite"
 
     def arrays(self) -> dict[str, Array]:
@@ -125,15 +151,20 @@ class Trainer:
         return {"step": self.model.step, "totals": self._totals, **self.optimizer.arrays(), **average}
 
 
-def evaluate(model: Layer, batches: Batches, limit: int | None = None) -> Metrics:
-    """The network in evaluation mode on all images of `batches`, or those of the first `limit` batches -> Metrics."""
+def evaluate(model: Layer, batches: Batches, limit: int | None = None, team: Team = ALONE) -> Metrics:
+    """The network in evaluation mode on all images of `batches`, or those of the first `limit` batches -> Metrics.
+
+    team: who share the batches.
+    """
     model.eval()
     totals = model.device.xp.zeros(4)
     one = model.device.xp.ones(1, model.parameters.master.dtype)
-    for indices, valid in batches.all()[:limit]:
+    for indices, valid in batches.all()[:limit][team.rank::team.size]:
         x, labels = batches.load(indices, model.step)
         loss.forward_backward(model.forward(x), labels, totals, one, valid=valid)
-        signals.obey()
+        if team.size == 1:  # of several, all end after the same step of training
+            signals.obey()
+    team.add(totals, 1.0, model.device)
     return _metrics(model.device.to_host(totals))
 
 

@@ -25,14 +25,16 @@ from typing import Any
 import numpy as np
 
 import models
-from minidl import (checkpoint, data, device, inspection, memory, plots, run_folder, settings, signals, summary, time_budget,
-                    weights)
+from minidl import (checkpoint, data, device, inspection, memory, parallel, plots, run_folder, settings, signals, summary,
+                    time_budget, weights)
+from minidl.checkpoint import Checkpoint
 from minidl.commands.arguments import positive
 from minidl.device import Device
 from minidl.errors import CheckpointError, UsageError
+from minidl.parallel import ALONE, Team
 from minidl.progress import Progress, brief, percent
 from minidl.run import Run, subset
-from minidl.run_folder import RunFolder
+from minidl.run_folder import NoFolder, RunFolder
 from minidl.saving import Saver
 from minidl.settings import Settings
 from minidl.training import Metrics
@@ -75,35 +77,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trials.add_argument("--profile", action="store_true", help="time each layer, and do nothing else")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int | None:
     if args.arch == "list":
         print(listing.table())
-        return
+        return None
+    if args.resume is None:
+        chosen = chosen_settings(args)
+        if args.print_config:
+            print(chosen.as_toml(), end="")
+            return None
+    else:
+        path, saved, chosen = to_resume(args)
+    if chosen.ranks > 1:
+        for flag in ("runs", "fast_dev_run", "overfit_batch", "profile"):
+            if getattr(args, flag):
+                raise UsageError(f"--{flag.replace('_', '-')} is for one rank, not {chosen.ranks}")
+        return parallel.launch(chosen.ranks, one_of_ranks, args)
     if args.resume is not None:
-        resume(args)
-        return
-    place = device.select(args.device or "auto")
-    demo = is_demo(args, place)
-    chosen = chosen_settings(args, place, demo)
-    if args.print_config:
-        print(chosen.as_toml(), end="")
+        resume(path, saved, chosen, args.quiet)
     elif args.profile:
-        print_profile(new_run(chosen, place))
+        print_profile(new_run(chosen))
     elif args.fast_dev_run:
         with tempfile.TemporaryDirectory() as temporary:
-            try_everything(new_run(chosen, place), RunFolder(Path(temporary)))
+            try_everything(new_run(chosen), RunFolder(Path(temporary)))
     elif args.runs:
-        train_with_seeds(args, chosen, place)
+        train_with_seeds(args, chosen)
     else:
-        run = new_run(chosen, place, overfit=args.overfit_batch)
-        announce(run)
-        if demo:
-            print("This is a demo on 1,797 small digits, because no GPU was found and no network or data were asked for.")
-        folder = RunFolder.new(f"{run.settings.arch}-{run.settings.dataset}", args.output)
-        train_in(run, folder, args.quiet)
-        if demo:
-            print("Next, the real thing: python train.py --arch simplenet-310k --epochs 10 --dataset cifar100")
-        print(f"run folder: {folder.path}")
+        train(args, chosen)
+    return None
+
+
+def one_of_ranks(args: argparse.Namespace, team: Team) -> None:
+    """What a rank of several does."""
+    if args.resume is None:
+        train(args, chosen_settings(args), team)
+    else:
+        resume(*to_resume(args), args.quiet or team.rank > 0, team)
+
+
+def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> None:
+    """A new run, from its first line to its last."""
+    run = new_run(chosen, team, overfit=args.overfit_batch)
+    announce(run)
+    demo = is_demo(args, run.place)
+    if demo:
+        print("This is a demo on 1,797 small digits, because no GPU was found and no network or data were asked for.")
+    name = f"{chosen.arch}-{chosen.dataset}"
+    folder = RunFolder.new(name, args.output) if team.rank == 0 else NoFolder()
+    train_in(run, folder, args.quiet or team.rank > 0)
+    if demo:
+        print("Next, the real thing: python train.py --arch simplenet-310k --epochs 10 --dataset cifar100")
+    print(f"run folder: {folder.path}")
+
+
+def place_of(chosen: Settings, team: Team = ALONE) -> Device:
+    """The device of a rank: of several on GPUs, each has its own."""
+    place = device.select(chosen.device)
+    return place if team.size == 1 or place.name == "cpu" else device.select(f"cuda:{team.rank}")
 
 
 # ---- settings ----------------------------------------------------------------------------------------------------
@@ -123,9 +153,11 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**from_file, **flags}
 
 
-def chosen_settings(args: argparse.Namespace, place: Device, demo: bool) -> Settings:
+def chosen_settings(args: argparse.Namespace) -> Settings:
     """All settings of a new run."""
     given = given_settings(args)
+    place = device.select(given.get("device", "auto"))
+    demo = is_demo(args, place)
     given["dataset"] = given.get("dataset") or ("digits" if demo else "cifar100")
     given["arch"] = models.find(given.get("arch") or (DEMO_ARCH if place.name == "cpu" else LARGE_ARCH))[0]
     recipe = recipes.recipe(given.get("recipe", "fast"), given["arch"], given["dataset"])
@@ -143,15 +175,17 @@ def differences(before: Settings, given: dict[str, Any]) -> dict[str, Any]:
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 
-def new_run(chosen: Settings, place: Device, overfit: bool = False) -> Run:
-    """A run that stands before its first step."""
+def new_run(chosen: Settings, team: Team = ALONE, overfit: bool = False) -> Run:
+    """A run that stands before its first step. Raises UsageError where it is one of several ranks and has no team."""
+    if chosen.ranks != team.size:
+        raise UsageError(f"ranks {chosen.ranks}: only training itself is shared by several processes")
     architecture = models.find(chosen.arch)[1]
     train_set, test_set = data.load(chosen.dataset, chosen.data_dir)
     network = architecture.create(len(train_set.classes), chosen.model_kwargs)
     if overfit:
         chosen = dataclasses.replace(chosen, padding=0, reflect=False, flip=False, cutout=0, mixup=0.0, val_split=0, patience=0)
         train_set = test_set = subset(train_set, np.arange(min(chosen.batch_size, len(train_set.labels))))
-    run = Run(chosen, network, train_set, test_set, place)
+    run = Run(chosen, network, train_set, test_set, place_of(chosen, team), team)
     if overfit:
         run.repeats = OVERFIT_REPEATS
     return run
@@ -264,7 +298,8 @@ def conclude(run: Run, folder: RunFolder) -> None:
         print(f"best on validation ({percent(run.best[1])}), epoch {run.best[0]}: test top-1 {percent(best['test_top1'])}, "
               f"top-5 {percent(best['test_top5'])}")
     with contextlib.suppress(UsageError):  # without the extra there is no picture
-        plots.curves([plots.Run(folder.path.name, run.history, len(run.train_set.classes))], folder.path / "curves.png")
+        if run.team.rank == 0:
+            plots.curves([plots.Run(folder.path.name, run.history, len(run.train_set.classes))], folder.path / "curves.png")
     if reason := folder.troubles.get(checkpoint.LAST):
         raise CheckpointError(f"the last checkpoint was not written: {reason}")
 
@@ -281,16 +316,16 @@ def ample_memory(run: Run) -> Iterator[None]:
 # ---- several seeds, and going on ---------------------------------------------------------------------------------
 
 
-def train_with_seeds(args: argparse.Namespace, chosen: Settings, place: Device) -> None:
+def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     """Train with --runs seeds, one after another. What a former call with the same folder has finished is not done again."""
     parent = Path(args.output) if args.output else RunFolder.new(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
     results = []
     for seed in range(chosen.seed, chosen.seed + args.runs):
         path = parent / f"seed-{seed}"
         if path.is_dir() and any(path.iterdir()):
-            run, folder = reopened(path, {**chosen.as_dict(), "seed": seed}, override=False)
+            run, folder = reopened(path, *saved_run(path, {**chosen.as_dict(), "seed": seed}, override=False))
         else:
-            run, folder = new_run(dataclasses.replace(chosen, seed=seed), place), RunFolder.new("", path)
+            run, folder = new_run(dataclasses.replace(chosen, seed=seed)), RunFolder.new("", path)
         announce(run)
         print(f"seed {seed}, folder {path}")
         if not run.history:
@@ -308,8 +343,8 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings, place: Device) 
     print(f"folder: {parent}")
 
 
-def resume(args: argparse.Namespace) -> None:
-    """Go on with a run."""
+def to_resume(args: argparse.Namespace) -> tuple[Path, Checkpoint, Settings]:
+    """The run that --resume names: its path, where it stands, and the settings that it goes on with."""
     for flag in ("output", "runs", "fast_dev_run", "overfit_batch", "profile", "print_config"):
         if getattr(args, flag):
             raise UsageError(f"--{flag.replace('_', '-')} does not go with --resume")
@@ -317,20 +352,11 @@ def resume(args: argparse.Namespace) -> None:
     if "arch" in given:
         given["arch"] = models.find(given["arch"])[0]
     path = Path(args.resume) if args.resume else run_folder.newest(given.get("arch"))
-    run, folder = reopened(path, given, args.override)
-    announce(run)
-    if finished(run):
-        print(f"{folder.path} is finished: {run.epoch} epochs of {run.settings.epochs}, test top-1 "
-              f"{percent(run.history[-1]['test_top1'])}")
-        return
-    print(f"going on after {run.epoch} epochs and {run.step} steps of {run.steps_per_epoch}")
-    folder.log("resume", epoch=run.epoch, step=run.step)
-    finish(run, folder, args.quiet)
-    print(f"run folder: {folder.path}")
+    return path, *saved_run(path, given, args.override)
 
 
-def reopened(path: Path, given: dict[str, Any], override: bool) -> tuple[Run, RunFolder]:
-    """The run of a folder or a checkpoint in it, where it stands, and the folder.
+def saved_run(path: Path, given: dict[str, Any], override: bool) -> tuple[Checkpoint, Settings]:
+    """The checkpoint of a folder, or in a file, and its settings with those that are given.
 
     Raises UsageError where settings are given that are not its own, without `override`, and CheckpointError.
     """
@@ -341,16 +367,34 @@ def reopened(path: Path, given: dict[str, Any], override: bool) -> tuple[Run, Ru
         before = Settings(**saved.progress["settings"])
     except (TypeError, UsageError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this version: {error}") from None
-    changed = differences(before, given)
     # Another network is no matter of choice: that it does not fit is said tensor by tensor.
-    of_run = {name: value for name, value in changed.items() if name not in ("arch", "model_kwargs", "dataset")}
-    if of_run and not override:
-        lines = [f"{name}: the run has {getattr(before, name)!r}, given is {value!r}" for name, value in of_run.items()]
+    changed = {name: value for name, value in differences(before, given).items()
+               if name not in ("arch", "model_kwargs", "dataset")}
+    if changed and not override:
+        lines = [f"{name}: the run has {getattr(before, name)!r}, given is {value!r}" for name, value in changed.items()]
         raise UsageError("\n".join([*lines, "--override goes on with what is given; the result is then not that of either"]))
-    now = dataclasses.replace(before, **{name: value for name, value in given.items() if name in settings.fields()})
-    run = new_run(now, device.select(now.device))
+    return saved, dataclasses.replace(before, **given)
+
+
+def resume(path: Path, saved: Checkpoint, chosen: Settings, quiet: bool, team: Team = ALONE) -> None:
+    """Go on with a run."""
+    run, folder = reopened(path, saved, chosen, team)
+    announce(run)
+    if finished(run):
+        print(f"{folder.path} is finished: {run.epoch} epochs of {run.settings.epochs}, test top-1 "
+              f"{percent(run.history[-1]['test_top1'])}")
+        return
+    print(f"going on after {run.epoch} epochs and {run.step} steps of {run.steps_per_epoch}")
+    folder.log("resume", epoch=run.epoch, step=run.step)
+    finish(run, folder, quiet)
+    print(f"run folder: {folder.path}")
+
+
+def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE) -> tuple[Run, RunFolder]:
+    """A run where its checkpoint was taken, and its folder."""
+    run = new_run(chosen, team)
     run.load(saved)
-    folder = RunFolder(path if path.is_dir() else path.parent)
+    folder = RunFolder(path if path.is_dir() else path.parent) if team.rank == 0 else NoFolder()
     folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left
     return run, folder
 

@@ -66,10 +66,11 @@ class Batches:
         return [(order[begin:begin + self.batch_size], min(self.batch_size, self.size - begin))
                 for begin in range(0, count * self.batch_size, self.batch_size)]
 
-    def load(self, indices: Array, step: Array, augmentation: Augmentation = NO_AUGMENTATION) -> tuple[Array, Array]:
+    def load(self, indices: Array, step: Array, augmentation: Augmentation = NO_AUGMENTATION,
+             part: slice = slice(None)) -> tuple[Array, Array]:
         """indices int32 (N) -> x (C, H, W, N), labels int32 (N). step: int64 (1), on which the variation depends.
 
-        Raises ValueError where mirrored padding reaches beyond the image.
+        part: only these images of the batch, varied as they are in the whole. Raises ValueError where mirrored padding reaches beyond the image.
         """
         height, width = self.images.shape[2:]
         a = augmentation
@@ -77,6 +78,8 @@ class Batches:
             raise ValueError(f"augmentation: mirrored padding {a.padding} reaches beyond images of {height}x{width}")
         draws, labels = augment.draw(indices, self.labels, step, (height, width), key=self._key, padding=a.padding,
                                      flips=a.flips, cutout=a.cutout)
+        if (part.start, part.stop) not in ((None, None), (0, len(indices))):
+            indices, draws, labels = (self.device.array(array[..., part]) for array in (indices, draws, labels))
         x = augment.apply(self.images, indices, draws, self._scale, self._shift, dtype=self.dtype, reflect=a.reflect,
                           cutout=a.cutout)
         return x, labels
