@@ -180,13 +180,13 @@ class Schedule:
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.name not in _AFTER_WARMUP:
-            raise UsageError(f"schedule {self.name!r} is not one of {', '.join(_AFTER_WARMUP)}")
+        if self.name not in SCHEDULES:
+            raise UsageError(f"schedule {self.name!r} is not one of {', '.join(SCHEDULES)}")
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return self.peak * (0.1 + 0.9 * step / self.warmup)
-        return self.peak * _AFTER_WARMUP[self.name](self, step)
+        return self.peak * SCHEDULES[self.name](self, step)
 
 
 def _cosine(schedule: Schedule, step: int) -> float:
@@ -203,13 +203,5 @@ def _onecycle(schedule: Schedule, step: int) -> float:
     return 1 - 0.999 * progress
 
 
-_AFTER_WARMUP: dict[str, Callable[[Schedule, int], float]] = {  # name: share of the peak
+SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {  # name: share of the peak, after the warm-up
     "cosine": _cosine, "multistep": _multistep, "onecycle": _onecycle, "constant": lambda schedule, step: 1.0}
-
-
-def _rate(name: str, step: int, *settings: Any, **more: Any) -> float:
-    return Schedule(name, *settings, **more)(step)
-
-
-# The same as functions: SCHEDULES[name](step, steps, peak, ...).
-SCHEDULES = {name: partial(_rate, name) for name in _AFTER_WARMUP}

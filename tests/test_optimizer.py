@@ -322,7 +322,6 @@ def test_schedules_start_low_reach_the_peak_and_only_fall_from_there(name, warmu
     if warmup:
         assert rates[0] == pytest.approx(0.04) and rates[5] == pytest.approx(0.22)
     assert rates == [schedule(step) for step in range(100)]
-    assert rates == [optim.SCHEDULES[name](step, 100, 0.4, warmup, drops=[30, 60]) for step in range(100)]
 
 
 @pytest.mark.parametrize("name, rates", [  # of the steps 0, 49, 50, 99

@@ -17,7 +17,7 @@ from minidl.data.dataset import Dataset
 from minidl.layers import (BatchNorm2d, Conv2d, GlobalAvgPool2d, GlobalMaxPool2d, Linear, MaxPool2d,
                            Residual, Sequential)
 from minidl.ops import dropout, loss
-from minidl.training import Trainer
+from minidl.training import Batch, Trainer
 from reference import assert_close
 from test_batchnorm import EPS, MOMENTUM, VARIANTS, Case
 
@@ -364,7 +364,7 @@ def ten_steps(machine, dtype, networks, optimizer, peak, side, batch, seed=7, wi
     for step, chosen in enumerate(steps):
         lr = optim.Schedule("cosine", 10, peak, warmup=2)(step)
         distances.append(kinks.distance_to_kinks(copy.deepcopy(module), pixels[chosen]))
-        metrics = trainer.epoch([machine.place.array(chosen)], [lr])
+        metrics = trainer.epoch([Batch(machine.place.array(chosen), lr)])
         torch_optimizer.param_groups[0]["lr"] = lr
         torch_optimizer.zero_grad()
         torch_loss = F.cross_entropy(module(pixels[chosen]), torch.from_numpy(labels[chosen]).long())
