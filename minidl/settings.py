@@ -247,8 +247,10 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
     def number(value: Any, kind: type) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
             raise refuse("a number" if kind is float else "a whole number")
-        if not spec.low <= value <= spec.high or not abs(value) < 2**63:  # which NaN is not either
+        if not spec.low <= value <= spec.high:  # which NaN is not
             raise refuse(f"at least {spec.low}" if spec.high == math.inf else f"within {spec.low} and {spec.high}")
+        if abs(value) >= (2**63 if kind is int else math.inf):
+            raise refuse("a finite number" if kind is float else "less than 2**63")
         return kind(value)
 
     if spec.kind in (int, float):

@@ -1,0 +1,220 @@
+"""Several processes that share each batch: all have the same bits, those of one process but for rounding; none outlives another.
+
+What the ranks do in these tests is in functions of this module, which they import: see `parallel.launch`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minidl import data, device, optim, parallel
+from minidl.data.batches import Augmentation, Batches
+from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Sequential
+from minidl.parallel import ALONE, Team
+from minidl.training import Batch, Trainer, evaluate
+from test_train import DIGITS, SECONDS, environment, rows, start, train
+
+TESTS = Path(__file__).parent
+BATCH_SIZE = 7  # which neither 2 nor 3 divide
+
+
+def network(norm):
+    layers = {"conv": Conv2d(3, 5, 3, stride=2, padding=1), "norm": BatchNorm2d(5, relu=True), "relu": ReLU(),
+              "pool": GlobalAvgPool2d(), "classifier": Linear(5, 10)}
+    return Sequential(**{name: layer for name, layer in layers.items() if norm or name != "norm"})
+
+
+def trainer_of(team, norm):
+    model = network(norm).initialize(device.select("cpu"), "float64", seed=1)
+    train_set, _ = data.load("digits")
+    batches = Batches(train_set, model.device, model.dtype, BATCH_SIZE, seed=1)
+    return Trainer(model, optim.SGD(model.parameters, weight_decay=1e-3), batches, Augmentation(3, flips=True, cutout=8), team=team)
+
+
+def train_steps(folder, team, norm, steps=4):
+    """Train, and write what the rank has at the end."""
+    trainer = trainer_of(team, norm)
+    metrics = trainer.epoch([Batch(indices, 0.05) for indices in trainer.batches.epoch(0)[:steps]])
+    test = evaluate(trainer.model, trainer.batches, 20, team)
+    np.savez(Path(folder) / f"{norm}-{team.size}-{team.rank}.npz", metrics=[metrics.loss, metrics.top1, metrics.top5],
+             test=[test.loss, test.top1, test.top5], gradient=trainer.model.parameters.grad, **trainer.model.state_dict())
+
+
+def train_without_norm(folder, team):
+    train_steps(folder, team, norm=False)
+
+
+def one_step_with_norm(folder, team):
+    train_steps(folder, team, norm=True, steps=1)
+
+
+def fail_in_rank_1(folder, team):
+    trainer = trainer_of(team, norm=False)
+    for number, indices in enumerate(trainer.batches.epoch(0)):
+        if number == 3 and team.rank == 1:
+            raise RuntimeError("a fault of one rank")
+        trainer.step(Batch(indices, 0.05))
+
+
+def wait_for_ever(folder, team):
+    (Path(folder) / f"{os.getpid()}.rank").touch()
+    trainer = trainer_of(team, norm=False)
+    while True:
+        trainer.step(Batch(trainer.batches.epoch(0)[0], 0.05))
+
+
+def launch(work, size, folder, **settings):
+    """Start a process that launches ranks, each of which calls work(folder, team)."""
+    code = (f"import sys; sys.path.insert(0, {str(TESTS)!r})\nfrom minidl import parallel\nimport test_parallel\n"
+            f"if __name__ == '__main__':\n    sys.exit(parallel.launch({size}, test_parallel.{work.__name__}, {str(folder)!r}))\n")
+    script = folder / f"launch_{work.__name__}_{size}.py"
+    script.write_text(code)
+    return subprocess.Popen([sys.executable, script], env=environment(), stderr=subprocess.PIPE, encoding="utf-8", **settings)
+
+
+def results(work, size, norm, folder):
+    with launch(work, size, folder) as process:
+        _, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (0, "")
+    return [dict(np.load(folder / f"{norm}-{size}-{rank}.npz")) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_have_the_same_bits_and_those_of_one_but_for_rounding(tmp_path, size):
+    train_steps(tmp_path, ALONE, norm=False)
+    expected = dict(np.load(tmp_path / "False-1-0.npz"))
+    first, *others = results(train_without_norm, size, False, tmp_path)
+    for other in others:
+        assert all(np.array_equal(first[name], other[name]) for name in expected)
+    for name in expected:
+        np.testing.assert_allclose(first[name], expected[name], rtol=1e-6, atol=1e-12, err_msg=name)
+
+
+class Part(Team):
+    """A rank whose exchange with others is left out."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+
+def test_batch_norm_takes_the_statistics_of_the_part_and_keeps_the_average(tmp_path):
+    first, other = results(one_step_with_norm, 2, True, tmp_path)
+    assert all(np.array_equal(first[name], other[name]) for name in first)
+    parts = []
+    for rank in range(2):
+        trainer = trainer_of(Part(rank, 2), norm=True)
+        trainer.model.train()
+        trainer.step(Batch(trainer.batches.epoch(0)[0], 0.0))
+        parts.append((trainer.model.parameters.grad, trainer.model.state_dict()["norm.running_var"]))
+    shares = (4 / 7, 3 / 7)
+    for index, name in enumerate(("gradient", "norm.running_var")):
+        np.testing.assert_allclose(first[name], sum(s * part[index] for s, part in zip(shares, parts)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("count, size, lengths", [(7, 2, [4, 3]), (8, 3, [3, 3, 2]), (2, 3, [1, 1, 0]), (5, 1, [5])])
+def test_parts(count, size, lengths):
+    parts = [range(count)[Part(rank, size).part(count)] for rank in range(size)]
+    assert [len(part) for part in parts] == lengths
+    assert [i for part in parts for i in part] == list(range(count))
+
+
+def add_a_large_array(folder, team):
+    array = np.arange(100_000.0) * (team.rank + 1)
+    parallel.CAPACITY = 300_000  # bytes: several pieces, the last of another size
+    team.add(array, 0.5, device.select("cpu"))
+    numbers = np.full(3, team.rank, np.float32)
+    team.add(numbers, 1.0, device.select("cpu"))
+    first = team.of_first(team.rank + 40)
+    np.savez(Path(folder) / f"None-3-{team.rank}.npz", array=array, numbers=numbers, first=first)
+
+
+def test_large_arrays_are_added_piece_by_piece(tmp_path):
+    for result in results(add_a_large_array, 3, None, tmp_path):
+        np.testing.assert_allclose(result["array"], 3.0 * np.arange(100_000), rtol=1e-15)
+        assert result["numbers"].tolist() == [3, 3, 3] and result["first"] == 40
+
+
+# ---- failures ----------------------------------------------------------------------------------------------------
+
+
+def test_where_one_rank_raises_all_end_within_ten_seconds(tmp_path):
+    with launch(fail_in_rank_1, 2, tmp_path) as process:
+        errors = process.stderr.read()
+        process.wait(SECONDS)
+    assert process.returncode == 1
+    assert errors.count("Traceback") == 1 and "RuntimeError: a fault of one rank" in errors
+
+
+def alive(folder):
+    """The ranks of `wait_for_ever` that still run."""
+    found = []
+    for file in folder.glob("*.rank"):
+        stat = Path(f"/proc/{file.stem}/stat")
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(file.stem))
+        except FileNotFoundError:
+            pass
+    return found
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("victim", ["a rank", "the launcher"])
+def test_where_one_process_is_killed_all_end_within_ten_seconds(tmp_path, victim):
+    with launch(wait_for_ever, 2, tmp_path) as process:
+        wait_until(lambda: len(alive(tmp_path)) == 2, SECONDS)
+        os.kill(alive(tmp_path)[1] if victim == "a rank" else process.pid, signal.SIGKILL)
+        wait_until(lambda: not alive(tmp_path), 10)
+        process.communicate(timeout=10)
+    assert process.returncode == (128 + 9 if victim == "a rank" else -9)
+
+
+# ---- train.py ----------------------------------------------------------------------------------------------------
+
+RANKS = ("--device", "cpu", "--dataset", "digits", "--arch", "report-resnext3", "--limit-train-batches", "4", "--ranks", "2",
+         "--batch-size", "9", "--epochs", "3")
+
+
+def arrays(folder):
+    with np.load(folder / "last.npz") as file:
+        return {name: array for name, array in file.items() if name != "metadata"}
+
+
+def test_train_with_ranks_and_resume_where_it_was_interrupted(tmp_path):
+    result = train(tmp_path, *RANKS, "-o", "whole")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("test top-1") == 1, "one rank speaks"
+    with start(tmp_path, *RANKS, "-o", "it", stderr=subprocess.PIPE) as process:
+        while not (line := process.stdout.readline()).lstrip().startswith("1/3 "):
+            assert line
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130 and errors.count("error: interrupted, and saved after 1 epochs and ") == 1, errors
+    resumed = train(tmp_path, "--resume", "it")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    whole, it = arrays(tmp_path / "whole"), arrays(tmp_path / "it")
+    assert whole.keys() == it.keys() and all(np.array_equal(whole[name], it[name]) for name in whole)
+    assert [row["test_loss"] for row in rows(tmp_path / "whole")] == [row["test_loss"] for row in rows(tmp_path / "it")]
+
+
+def test_what_is_not_shared_is_refused(tmp_path):
+    result = train(tmp_path, *DIGITS, "--ranks", "2", "--profile")
+    assert result.returncode == 2 and "--profile is for one rank, not 2" in result.stderr
+
+
+def test_an_error_of_all_ranks_is_said_once(tmp_path):
+    result = train(tmp_path, *RANKS, "--lr", "1e30", "-o", "it")
+    assert result.returncode == 6 and result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr, result.stderr
