@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from minidl import host_build
+from minidl import host_build, nvidia_driver
 from minidl.errors import DeviceError, UsageError
 
 # A numpy or a cupy array: CuPy's have NumPy's interface, and no type stubs of their own.
@@ -95,23 +95,36 @@ def _gpu(index: int) -> Device:
 
 def _missing_for_gpu() -> str | None:
     """What keeps this process from using a GPU, as a phrase with its remedy, or None."""
-    install = "`pip install 'minidl[cuda13]'` (driver 580 or newer; older ones: minidl[cuda12])"
+    try:
+        driver = nvidia_driver.find()
+    except DeviceError as error:
+        return f"{error}: see that `nvidia-smi` works, or use --device cpu"
+    if driver is None or not driver.gpus:
+        return "no NVIDIA GPU or driver found: see that `nvidia-smi` lists one, or use --device cpu"
+    install = f"`pip install 'minidl[{driver.extra}]'`"
     try:
         import cupy
-    except ModuleNotFoundError:
-        return f"CuPy is not installed: {install}"
     except ImportError as error:
-        return f"CuPy cannot be imported ({error}): {install}"
+        if error.name == "cupy":
+            return f"CuPy is not installed: {install}"
+        return f"CuPy cannot be imported ({first_line(error)}): {install}"
     except OSError as error:  # no home folder to keep its compiled kernels in
         return f"CuPy cannot be imported: {error}; set CUPY_CACHE_DIR to a folder that can be written"
     if not cupy.cuda.is_available():
-        return "no NVIDIA GPU or driver found: see that `nvidia-smi` lists one, or use --device cpu"
+        return f"CuPy finds none of the driver's {len(driver.gpus)} GPUs: `python -m minidl doctor` looks for the reason"
     try:
         cupy.cuda.nvrtc.getVersion()
         from cupy_backends.cuda.libs import cublas  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        return f"a CUDA library is missing ({error}): {install}"
+        return f"a CUDA library is missing ({first_line(error)}): {install}"
     return None
+
+
+def first_line(error: Exception) -> str:
+    """What an error of CuPy says, in one line. Its text may be a page that ends with the original error."""
+    text = str(error)
+    lines = (text.partition("Original error:")[2] or text).splitlines()
+    return next((line.strip() for line in lines if line.strip(" =")), type(error).__name__)
 
 
 def cpu_threads() -> int:

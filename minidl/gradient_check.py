@@ -76,7 +76,7 @@ def check(layer: Layer, shape: tuple[int, ...], *, device: Device | None = None,
 def check_directions(network: Layer, shape: tuple[int, ...], *, device: Device | None = None, seed: int = 0) -> list[Result]:
     """As `check`, along random directions: of x, and of all parameters at once. If those are wrong, also of each parameter.
 
-    For whole networks, whose elements are too many to take one by one: at most a few dozen forwards.
+    For whole networks, whose elements are too many to take one by one: at most 126 forwards, more if some are wrong.
     """
     return _Trial(network, shape, device, seed).directions()
 

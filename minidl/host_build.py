@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,10 +27,11 @@ FLAGS = {
     "emulate": [*_COMMON, "-O1"],
     "sanitize": [*_COMMON, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
+_UNFINISHED, _ABANDONED_SECONDS = "unfinished-", 3600
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-class CompileError(Exception):
+class CompileError(DeviceError):
     """A kernel source that a compiler refuses. The text holds file, line and the compiler's first error."""
 
 
@@ -68,27 +70,26 @@ def _machine() -> str:
     return version + platform.machine() + cpu
 
 
+def lasting_cache_folders() -> list[Path]:
+    """Where built libraries may be kept for the next process: below $MINIDL_CACHE, or the user's cache."""
+    places = (("MINIDL_CACHE", ""), ("XDG_CACHE_HOME", "minidl"), ("HOME", ".cache/minidl"))
+    return [Path(os.environ[name], below, "kernels") for name, below in places if os.environ.get(name)]
+
+
 @functools.cache
 def cache_folder() -> Path:
-    """A folder for built libraries that can be written: $MINIDL_CACHE, the user's cache, or a temporary one."""
-    folder: Path | str
-    candidates = [os.environ.get("MINIDL_CACHE")]
-    if os.environ.get("XDG_CACHE_HOME"):
-        candidates.append(os.path.join(os.environ["XDG_CACHE_HOME"], "minidl"))
-    if os.environ.get("HOME"):
-        candidates.append(os.path.join(os.environ["HOME"], ".cache", "minidl"))
-    for candidate in filter(None, candidates):
+    """A folder for built libraries: the first of `lasting_cache_folders` that can be written, or a temporary one."""
+    for folder in lasting_cache_folders():
         try:
-            folder = Path(candidate) / "kernels"
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError:
             continue
     # Private to this process: a predictable name in a folder that all users write could be planted.
-    folder = tempfile.mkdtemp(prefix="minidl-kernels-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    temporary = tempfile.mkdtemp(prefix="minidl-kernels-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary)
 
 
 @functools.cache
@@ -130,21 +131,34 @@ def _is_whole(path: Path) -> bool:
 
 
 def _compile(command: list[str], source: Path, epilogue: str, path: Path) -> None:
+    _sweep(path.parent)
     with tempfile.TemporaryDirectory(prefix="minidl-") as folder:
         unit = Path(folder) / f"{source.stem}.cpp"
         unit.write_text(f'#include "{source}"\n{epilogue}')
-        fd, built = tempfile.mkstemp(suffix=".so", dir=path.parent)  # each process its own, renamed when whole
+        # Each process its own, renamed when whole.
+        fd, built = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".so", dir=path.parent)
         os.close(fd)
         try:
             # zig keeps its C++ library, built at the first call, in a cache of its own: where ours is, it can write.
             environment = {"ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig"), **os.environ}
             result = subprocess.run([*command, str(unit), "-o", built], capture_output=True, text=True, env=environment)
             if result.returncode:
-                errors = [line for line in result.stderr.splitlines() if "error:" in line] or [result.stderr.strip()]
-                raise CompileError(errors[0])
+                lines = result.stderr.splitlines()
+                first = next((line for line in lines if "error:" in line), lines[-1] if lines else f"code {result.returncode}")
+                raise CompileError(first if source.name in first else f"{source.name}: {command[0]}: {first}")
             content = Path(built).read_bytes()
             Path(built).write_bytes(content + hashlib.sha256(content).digest())  # loaders ignore what follows a library
             os.chmod(built, 0o755)
             os.replace(built, path)
         finally:
             Path(built).unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what compilations that were killed have left. Those that still run are younger."""
+    for path in folder.glob(f"{_UNFINISHED}*.so"):
+        try:
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
+        except OSError:  # another process was faster, or may and we may not
+            continue

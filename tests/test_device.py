@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from minidl import nvidia_driver
 from minidl.device import HostPool, array_module, cpu_threads, empty, on_one_core, run_tasks, select, workers
 from minidl.errors import DeviceError, UsageError
+from minidl.nvidia_driver import Driver, Gpu
 
 # ---- choice --------------------------------------------------------------------------------------------------------
 
-INSTALL = r"`pip install 'minidl\[cuda13\]'` \(driver 580 or newer; older ones: minidl\[cuda12\]\)"
+INSTALL = r"`pip install 'minidl\[cuda13\]'`"
 
 
 def fake_cupy(gpus=1, nvrtc_version=lambda: (13, 0)):
@@ -28,9 +30,17 @@ def fake_cupy(gpus=1, nvrtc_version=lambda: (13, 0)):
         Device=lambda index: SimpleNamespace(use=lambda: used.append(index))))
 
 
+def has_driver(monkeypatch, cuda, gpus):
+    """NVIDIA's driver is there, for that version of CUDA, and so many GPUs; cuda None: it is not."""
+    driver = cuda and Driver(cuda, [Gpu("NVIDIA Test", 24 * 2**30, (9, 0))] * gpus)
+    monkeypatch.setattr(nvidia_driver, "find", lambda: driver)
+
+
 @pytest.fixture
 def install(monkeypatch):
-    """A function that makes `import cupy` give what it is given; None: not installed."""
+    """A function that makes `import cupy` give what it is given; None: not installed. The driver has two GPUs."""
+    has_driver(monkeypatch, (13, 0), 2)
+
     def put(cupy):
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", SimpleNamespace(cublas=None))
@@ -52,15 +62,34 @@ def test_cpu_is_always_there(install, cupy):
 
 @pytest.mark.parametrize("cupy, message", [
     (None, f"CuPy is not installed: {INSTALL}"),
-    (fake_cupy(gpus=0), "no NVIDIA GPU or driver found: see that `nvidia-smi` lists one, or use --device cpu"),
+    (fake_cupy(gpus=0), "CuPy finds none of the driver's 2 GPUs: `python -m minidl doctor` looks for the reason"),
     (fake_cupy(nvrtc_version=missing_library), rf"a CUDA library is missing \(libnvrtc.so.13: .*\): {INSTALL}"),
-], ids=["no CuPy", "no GPU", "no NVRTC"])
-def test_no_gpu(install, cupy, message):
+], ids=["no CuPy", "no GPU for CuPy", "no NVRTC"])
+def test_gpu_that_cannot_be_used(install, cupy, message):
     install(cupy)
     assert select("auto").name == "cpu"
     for name in ("cuda", "cuda:1"):
         with pytest.raises(DeviceError, match=f"^--device {name}: {message}$"):
             select(name)
+
+
+@pytest.mark.parametrize("cuda, gpus", [(None, 0), ((13, 0), 0)], ids=["no driver", "no GPU"])
+@pytest.mark.parametrize("cupy", [None, fake_cupy()], ids=["no CuPy", "CuPy"])
+def test_no_gpu(install, monkeypatch, cuda, gpus, cupy):
+    """CuPy could not help: it is not asked for."""
+    install(cupy)
+    has_driver(monkeypatch, cuda, gpus)
+    assert select("auto").name == "cpu"
+    with pytest.raises(DeviceError, match="^--device cuda: no NVIDIA GPU or driver found: see that `nvidia-smi` lists one, or use "
+                                          "--device cpu$"):
+        select("cuda")
+
+
+def test_older_driver(install, monkeypatch):
+    install(None)
+    has_driver(monkeypatch, (12, 4), 1)
+    with pytest.raises(DeviceError, match=r"CuPy is not installed: `pip install 'minidl\[cuda12\]'`$"):
+        select("cuda")
 
 
 def test_no_cublas(install, monkeypatch):
@@ -72,10 +101,14 @@ def test_no_cublas(install, monkeypatch):
 
 @pytest.mark.parametrize("error, message", [
     ("ImportError('libcuda.so.1 is broken')", rf"CuPy cannot be imported \(libcuda.so.1 is broken\): {INSTALL}"),
+    ("ModuleNotFoundError('No module named fastrlock', name='fastrlock')",
+     rf"CuPy cannot be imported \(No module named fastrlock\): {INSTALL}"),
+    ("ImportError('\\n=====\\nFailed to import CuPy.\\n\\nOriginal error:\\n  ImportError: libx.so is broken\\n=====\\n')",
+     rf"CuPy cannot be imported \(ImportError: libx.so is broken\): {INSTALL}"),
     ("OSError('/root is read-only')",
      "CuPy cannot be imported: /root is read-only; set CUPY_CACHE_DIR to a folder that can be written"),
 ])
-def test_import_of_cupy_fails(monkeypatch, tmp_path, error, message):
+def test_import_of_cupy_fails(install, monkeypatch, tmp_path, error, message):
     (tmp_path / "cupy.py").write_text(f"raise {error}")
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
