@@ -35,15 +35,20 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = 
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 LARGEST_FILE = 1_000_000  # bytes of a config.toml
+LONGEST_SHOWN = 100  # letters of a value in a message
+TOO_LARGE = 2**63  # a number, for the kernels' integers
+SIDE = 32  # pixels, of the images of all data sets
 # What an optimizer knows by itself, and a recipe says for its own optimizer.
 HYPERPARAMETERS = ("lr", "momentum", "nesterov", "weight_decay", "beta1", "beta2", "rho", "eps")
 OF_MULTISTEP = ("milestones", "factor", "restart_at_milestones")
 
 
 def setting(default: Any, kind: type, help: str, *, low: float = -math.inf, high: float = math.inf,
-            choices: Sequence[str] = (), flags: Sequence[str] = (), free: bool = False) -> Any:
-    """A field. kind: int, float, str, bool, list (of numbers) or dict; free: a resumed run may have another value."""
-    metadata = dict(kind=kind, help=help, low=low, high=high, choices=tuple(choices), flags=tuple(flags), free=free)
+            choices: Sequence[str] = (), flags: Sequence[str] = (), free: bool = False, begins: str = "") -> Any:
+    """A field. kind: int, float, str, bool, list (of numbers) or dict; free: a resumed run may have another value; begins:
+    the title of a group of settings, of which it is the first."""
+    metadata = dict(kind=kind, help=help, low=low, high=high, choices=tuple(choices), flags=tuple(flags), free=free,
+                    begins=begins)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -53,51 +58,58 @@ def setting(default: Any, kind: type, help: str, *, low: float = -math.inf, high
 class Settings:
     """Raises UsageError for a value of the wrong type or out of range. None: not set, or not known to the optimizer."""
 
-    arch: str = setting(None, str, "simplenet, resnext, res2net, wideresnet, or a name that `--arch list` prints", flags=["-a"])
+    arch: str = setting(None, str, "simplenet, resnext, res2net, wideresnet, or a name that `--arch list` prints", flags=["-a"],
+                        begins="what is trained, and on what")
     model_kwargs: dict[str, Any] = setting({}, dict, "options of the network, such as dropout=0.3 for a Wide ResNet")
-    dataset: str = setting(None, str, "what to train on", choices=data.NAMES)
+    dataset: str = setting(None, str, "digits need no download", choices=data.NAMES)
     data_dir: str | None = setting(None, str, "folder with the official files of CIFAR", free=True)
-    recipe: str = setting("fast", str, "where the other settings come from: fast, 50 epochs; paper, each author's own; "
-                                       "report, the student report's", choices=("fast", "paper", "report"))
+    normalize: str = setting("dataset", str, "whose mean and standard deviation the pixels are normalized with",
+                             choices=tuple(NORMALIZATIONS))
+    val_split: int = setting(0, int, "training images that are held out for validation", low=0)
+
+    recipe: str = setting("fast", str, "what is not given: fast, 50 epochs; paper, each author's own; report, the student "
+                                       "report's", choices=("fast", "paper", "report"), begins="recipe and length")
     epochs: int = setting(1, int, "passes over the training images", low=1, flags=["-e"])
-    time_budget: str | None = setting(None, str, "such as 6h or 30m: as many epochs as fit, fixed before training", free=True)
+    time_budget: str | None = setting(None, str, "instead of epochs, such as 6h or 30m: as many as fit, fixed before training",
+                                      free=True)
+    patience: int = setting(0, int, "stop after so many epochs without a better validation accuracy; 0: never", low=0)
+    limit_train_batches: int | None = setting(None, int, "stop each epoch after so many steps", low=1)
     batch_size: int = setting(128, int, "images per step", low=1, flags=["-b"])
     seed: int = setting(0, int, "two runs with one seed are identical, bit for bit", low=0)
+
+    device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", free=True, begins="machine")
     precision: str = setting("fp32", str, "of activations and matrix products", choices=tuple(STORAGE))
     ranks: int = setting(1, int, "processes that share each batch, on GPUs one each", low=1)
-    device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", free=True)
 
-    optimizer: str = setting("sgd", str, "method of optimization", choices=tuple(optim.OPTIMIZERS))
+    optimizer: str = setting("sgd", str, "its own settings are below", choices=tuple(optim.OPTIMIZERS), begins="optimizer")
     lr: float = setting(0.1, float, "peak learning rate; of sgd in proportion to the batch size, if not given", low=0)
     momentum: float | None = setting(None, float, "of sgd", low=0, high=1)
     nesterov: bool | None = setting(None, bool, "momentum of sgd in Nesterov's form")
-    weight_decay: float | None = setting(None, float, "on every parameter", low=0)
     beta1: float | None = setting(None, float, "of adam and adamw", low=0, high=1)
     beta2: float | None = setting(None, float, "of adam and adamw", low=0, high=1)
     rho: float | None = setting(None, float, "of adadelta", low=0, high=1)
     eps: float | None = setting(None, float, "of adam, adamw and adadelta", low=0)
+    weight_decay: float | None = setting(None, float, "on every parameter", low=0)
     clip_norm: float = setting(0.0, float, "longest gradient, all parameters taken together; 0: any", low=0)
 
-    sched: str = setting("cosine", str, "of the learning rate", choices=("cosine", "onecycle", "multistep", "constant"))
+    sched: str = setting("cosine", str, "course of the learning rate", choices=("cosine", "onecycle", "multistep", "constant"),
+                         begins="schedule")
     warmup_epochs: float = setting(0.0, float, "in which the rate grows, at most 0.2 of all; of onecycle always 0.35", low=0)
-    milestones: list[int] = setting([], list, "of multistep: after how many epochs the rate drops", low=0)
+    milestones: list[int] = setting([], list, "of multistep: after how many epochs the rate drops", low=1)
     factor: float = setting(0.1, float, "of multistep: what a drop multiplies the rate with", low=0, high=1)
     restart_at_milestones: bool = setting(False, bool, "the optimizer forgets its moments at each drop")
 
-    label_smoothing: float = setting(0.0, float, "share of the target that is spread over all classes", low=0, high=1)
-    mixup: float = setting(0.0, float, "alpha of mixup, images blended in pairs; 0: none", low=0)
+    label_smoothing: float = setting(0.0, float, "share of the target that is spread over all classes", low=0, high=1,
+                                     begins="regularization and augmentation")
     ema: float = setting(0.0, float, "decay of the averaged weights, which are evaluated; 0: no average", low=0, high=1)
-    padding: int = setting(0, int, "pixels by which training images are shifted at most", low=0)
+    padding: int = setting(0, int, "pixels by which training images are shifted at most", low=0, high=SIDE - 1)
     reflect: bool = setting(False, bool, "shifted images are continued by their mirror image, not by the mean colour")
     flip: bool = setting(False, bool, "half of the training images are mirrored")
-    cutout: int = setting(0, int, "side of a square that is cut out of training images; 0: none", low=0)
-    normalize: str = setting("dataset", str, "whose mean and standard deviation pixels are normalized with",
-                             choices=tuple(NORMALIZATIONS))
+    cutout: int = setting(0, int, "side of a square that is cut out of training images; 0: none", low=0, high=SIDE)
+    mixup: float = setting(0.0, float, "alpha of mixup, images blended in pairs; 0: none", low=0)
 
-    val_split: int = setting(0, int, "training images that are held out for validation", low=0)
-    patience: int = setting(0, int, "stop after so many epochs without a better validation accuracy; 0: never", low=0)
-    limit_train_batches: int | None = setting(None, int, "stop each epoch after so many steps", low=1)
-    save_every: str = setting("10m", str, "longest time between two checkpoints, or a number of steps", free=True)
+    save_every: str = setting("10m", str, "longest time between two checkpoints, or a number of steps", free=True,
+                              begins="what is written")
     inspect: bool = setting(False, bool, "statistics of activations, gradients and updates, per layer and epoch", free=True)
     tensorboard: bool = setting(False, bool, "also write the metrics for TensorBoard", free=True)
 
@@ -110,11 +122,17 @@ class Settings:
             raise UsageError("arch and dataset must be set")
         if self.patience and not self.val_split:
             raise UsageError("patience needs val_split: without held-out images only the test set could tell when to stop")
-        if self.restart_at_milestones and self.sched != "multistep":
-            raise UsageError("restart_at_milestones is of sched multistep")
-        save_interval(self.save_every)
-        if self.time_budget is not None:
-            duration(self.time_budget)
+        if self.sched == "multistep" and not self.milestones:
+            raise UsageError("sched multistep needs milestones: after how many epochs the rate drops")
+        for name in ("milestones", "restart_at_milestones"):
+            if getattr(self, name) and self.sched != "multistep":
+                raise UsageError(f"{name} is of sched multistep, not {self.sched}")
+        for name, seconds_of in (("save_every", save_interval), ("time_budget", duration)):
+            try:
+                if getattr(self, name) is not None:
+                    seconds_of(getattr(self, name))
+            except UsageError as error:
+                raise UsageError(f"{name}: {error}") from None
 
     def as_dict(self) -> dict[str, Any]:
         """{name: value}, without what is not set."""
@@ -135,8 +153,7 @@ class Settings:
 
     def with_epochs(self, epochs: int) -> Settings:
         """The same for another number of epochs; milestones keep their place in proportion."""
-        milestones = [round(milestone * epochs / self.epochs) for milestone in self.milestones]
-        return dataclasses.replace(self, epochs=epochs, milestones=milestones)
+        return dataclasses.replace(self, epochs=epochs, milestones=scaled(self.milestones, epochs / self.epochs))
 
 
 @dataclass(frozen=True)
@@ -151,11 +168,17 @@ class Spec:
     choices: tuple[str, ...]
     flags: tuple[str, ...]
     free: bool
+    begins: str
 
 
 def fields() -> dict[str, Spec]:
     """{name: Spec} of all settings."""
     return _FIELDS
+
+
+def scaled(milestones: Sequence[int], factor: float) -> list[int]:
+    """The milestones of a run that is `factor` times as long; none comes before the first epoch is done."""
+    return [max(1, round(milestone * factor)) for milestone in milestones]
 
 
 def known_to(optimizer: str) -> dict[str, Any]:
@@ -173,7 +196,7 @@ def resolve(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
     """
     unknown = [name for name in given if name not in fields()]
     if unknown:
-        raise UsageError(f"unknown setting {unknown[0]!r}")
+        raise UsageError(f"unknown setting {_shown(unknown[0])}")
     given = {name: _checked(name, value, fields()[name]) for name, value in given.items()}
     recipe = dict(recipe)
     if given.get("sched", recipe["sched"]) != "multistep":
@@ -215,7 +238,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {error}") from None
     for name, value in given.items():
         if name not in fields():
-            raise UsageError(f"{path}: unknown setting {name!r}")
+            raise UsageError(f"{path}: unknown setting {_shown(name)}")
         try:
             given[name] = _checked(name, value, fields()[name])
         except UsageError as error:
@@ -228,29 +251,33 @@ def duration(text: str) -> float:
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text)
     seconds = sum(float(number or 0) * unit for number, unit in zip(match.groups(), (3600, 60, 1))) if match else 0.0
     if not 0 < seconds < math.inf:
-        raise UsageError(f"{text!r} is not a time such as 6h, 30m, 90s or 1h30m")
+        raise UsageError(f"{_shown(text)} is not a time such as 6h, 30m, 90s or 1h30m")
     return seconds
 
 
 def save_interval(text: str) -> tuple[float, int]:
     """`save_every` -> (seconds, steps) between two checkpoints; of steps 0 where it is a time."""
-    if re.fullmatch(r"[1-9]\d{0,17}", text):
+    if re.fullmatch(r"[1-9][0-9]{0,17}", text):
         return math.inf, int(text)
-    return duration(text), 0
+    try:
+        return duration(text), 0
+    except UsageError as error:
+        raise UsageError(f"{error}, nor a number of steps") from None
 
 
 def _checked(name: str, value: Any, spec: Spec) -> Any:
     """The value, as its type. Raises UsageError."""
     def refuse(need: str) -> UsageError:
-        return UsageError(f"{name} is {value!r}: it must be {need}")
+        return UsageError(f"{name} is {_shown(value)}: it must be {need}")
 
     def number(value: Any, kind: type) -> Any:
+        words = "a number" if kind is float else "a whole number"
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-            raise refuse("a number" if kind is float else "a whole number")
-        if not spec.low <= value <= spec.high:  # which NaN is not
-            raise refuse(f"at least {spec.low}" if spec.high == math.inf else f"within {spec.low} and {spec.high}")
-        if abs(value) >= (2**63 if kind is int else math.inf):
-            raise refuse("a finite number" if kind is float else "less than 2**63")
+            raise refuse(words)
+        if not abs(value) < TOO_LARGE:  # nor is NaN
+            raise refuse(f"{words} below 2**63")
+        if not spec.low <= value <= spec.high:
+            raise refuse(f"at least {spec.low}" if spec.high == math.inf else f"from {spec.low} to {spec.high}")
         return kind(value)
 
     if spec.kind in (int, float):
@@ -263,9 +290,20 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
         raise refuse({bool: "true or false", str: "a text", dict: "a table"}[spec.kind])
     if spec.choices and value not in spec.choices:
         raise refuse(f"one of {', '.join(spec.choices)}")
-    if isinstance(value, dict) and not all(isinstance(item, (bool, int, float, str)) for item in value.values()):
-        raise refuse("a table of numbers, texts, true and false")
+    if isinstance(value, dict) and not all(
+            isinstance(item, (bool, str)) or isinstance(item, (int, float)) and abs(item) < TOO_LARGE
+            for item in value.values()):
+        raise refuse("a table of texts, true, false and numbers below 2**63")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: the file that it is from may hold a million digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
 
 
 def _spec(item: dataclasses.Field[Any]) -> Spec:
@@ -277,10 +315,11 @@ _FIELDS = {item.name: _spec(item) for item in dataclasses.fields(Settings)}
 
 
 def _toml(value: Any) -> str:
-    """A text, number, bool or list in TOML: JSON's are TOML's too, once a path holds no bytes beyond its encoding."""
+    """A text, number, bool or list in TOML: JSON's are TOML's too, but for one letter and for what has no letter, bytes of
+    a path that are not UTF-8."""
     if isinstance(value, str):
-        value = os.fsencode(value).decode("utf-8", "replace").replace("\x7f", "\ufffd")  # which TOML does not take
-    return json.dumps(value, ensure_ascii=False)
+        value = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _key(name: str) -> str:

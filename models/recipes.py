@@ -35,8 +35,9 @@ PAPER_OF: dict[str, Recipe] = {
     "simplenet": dict(CROP_AND_FLIP, epochs=550, batch_size=100, optimizer="adadelta", lr=0.1, rho=0.9, eps=1e-3,
                       weight_decay=0.002, sched="multistep", milestones=[100, 190, 306, 390, 440, 540], factor=0.1),
     "resnext": RESNEXT,
-    # The author in issues 13 and 36 of github.com/Res2Net/Res2Net-PretrainedModels; the rest as ResNeXt.
-    "res2net": dict(RESNEXT, batch_size=64, lr=0.05, normalize="imagenet"),
+    # The author in issues 13 and 36 of github.com/Res2Net/Res2Net-PretrainedModels; the rest as ResNeXt. The drops are those
+    # of github.com/prlz77/ResNeXt.pytorch, on which the author's code seems to rest: issue 14 has its names of layers.
+    "res2net": dict(RESNEXT, batch_size=64, lr=0.05, milestones=[150, 225], normalize="imagenet"),
     # github.com/szagoruyko/wide-residual-networks: train.lua and scripts/train_cifar.sh.
     "wideresnet": dict(SGD, **CROP_AND_FLIP, reflect=True, normalize="cifar10", epochs=200, batch_size=128, lr=0.1,
                        sched="multistep", milestones=[59, 119, 159], factor=0.2, restart_at_milestones=True),
@@ -47,11 +48,10 @@ PAPER_OF_MEMBER: dict[str, Recipe] = {
     for name in ("simplenet-310k", "simplenet-460k")}
 
 REPORT: Recipe = dict(epochs=50, batch_size=128, optimizer="adam", lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-7, weight_decay=0.0,
-                      sched="constant")
+                      sched="constant", normalize="none")
 REPORT_OF: dict[str, Recipe] = {
     "simplenet": dict(model_kwargs=dict(dropout="elements", rate=0.2, initializer="he")),
-    "resnext": dict(normalize="none"), "res2net": dict(normalize="none"), "report-resnext": dict(normalize="none"),
-    "wideresnet": dict(normalize="none", val_split=5000, patience=10)}
+    "wideresnet": dict(model_kwargs=dict(classifier="he"), val_split=5000, patience=10)}
 
 # Digits lie alike in all images, and a mirrored one is none; there are few.
 DIGITS: Recipe = dict(padding=0, reflect=False, flip=False)
@@ -68,10 +68,9 @@ def recipe(name: str, arch: str, dataset: str) -> Recipe:
         # Who trains a network of the report as the paper would takes the paper of its family.
         chosen = dict(PAPER_OF_MEMBER.get(arch) or PAPER_OF[family.removeprefix("report-")])
     else:
-        chosen = dict(REPORT, **REPORT_OF[family])
-        settled = architecture.settings.keys() & chosen.get("model_kwargs", {}).keys()
-        if settled:  # by the architecture's own name
-            chosen["model_kwargs"] = {}
+        chosen = dict(REPORT, **REPORT_OF.get(family, {}))
+        chosen["model_kwargs"] = {option: value for option, value in chosen.get("model_kwargs", {}).items()
+                                  if option not in architecture.settings}  # which its name has settled
     if dataset == "digits":
         chosen.update(DIGITS, **FAST_DIGITS if name == "fast" else {})
         if "val_split" in chosen:
