@@ -21,7 +21,8 @@ import pytest
 
 from minidl import data
 from minidl.data import cifar, digits, plain_pickle
-from minidl.data.cifar import CIFAR10, CIFAR100, BinaryEdition, File
+from minidl.data.checked_file import File
+from minidl.data.cifar import CIFAR10, CIFAR100, BinaryEdition, Records
 from minidl.data.dataset import Dataset
 from minidl.errors import DataError, UsageError
 
@@ -68,57 +69,73 @@ def padded_pickle(contents, size):
     return python2_pickle({**contents, "padding": "." * (256 + missing)})
 
 
+TRAIN, TEST = 100, 10  # images of a copy
+
+
 class Copy:
     """A small data set with the names and formats of `original`, and its files as {folder: {name: bytes}}.
 
-    30 images, 20 of them for training. The table of sizes follows the files, so that a test can change them.
+    Each class is in the training set. The tables of sizes and md5s follow the files, so that a test can change them.
     """
 
     def __init__(self, original):
         self.original = original
         rng = np.random.default_rng(0)
-        self.pixels = rng.integers(0, 8, (30, 3072), np.uint8) * 32  # few values: gzip has something to compress
-        self.labels = rng.integers(0, original.classes, 30)
+        self.pixels = rng.integers(0, 256, (TRAIN + TEST, 96), np.uint8).repeat(32, axis=1)  # gzip has something to compress
+        self.labels = np.r_[rng.permutation(TRAIN), rng.integers(0, TRAIN, TEST)] % original.classes
         self.names = [f"class_{i}" for i in range(original.classes)]
+        self.superclass_names = [f"group_{i}" for i in range(original.superclasses)]
+        self.archives = {}  # {name: bytes}, of those that were packed
         self.write()
 
     def write(self):
         """Makes the files anew."""
         self.files = {edition.folder: dict(self._files(edition)) for edition in self.original.editions}
 
+    def superclass_of(self, label):
+        return label * self.original.superclasses // self.original.classes
+
     def _files(self, edition):
         start = 0
         for file in (*edition.train, edition.test):
-            chosen = slice(start, start + self._records(edition, file))
+            chosen = slice(start, start + self._count(edition, file))
             yield file.name, self.encode(edition, self.pixels[chosen], self.labels[chosen].tolist())
             start = chosen.stop
+        names = self.names, self.superclass_names
         if isinstance(edition, BinaryEdition):
-            yield edition.names.name, "".join(f"{name}\n" for name in self.names).encode()
+            for file, level in zip(edition.names, names):
+                yield file.name, "".join(f"{name}\n" for name in level).encode()
         else:
-            yield edition.names.name, python2_pickle({edition.names_key: self.names})
+            levels = {f"{prefix}label_names": level for prefix, level in zip(edition.prefixes, names)}
+            yield edition.names[0].name, python2_pickle(levels)
 
     @staticmethod
-    def _records(edition, file):
-        return 10 if file is edition.test else 20 // len(edition.train)
+    def _count(edition, file):
+        return TEST if file is edition.test else TRAIN // len(edition.train)
 
-    @staticmethod
-    def encode(edition, pixels, labels):
+    def encode(self, edition, pixels, labels, superclasses=None):
+        """The bytes of a file of images; superclasses: those of the labels, unless others are given."""
+        if superclasses is None:
+            superclasses = [self.superclass_of(label) for label in labels]
         if isinstance(edition, BinaryEdition):
-            coarse = [7] * (edition.label_bytes - 1)
-            return b"".join(bytes([*coarse, label, *row]) for label, row in zip(labels, pixels, strict=True))
-        return python2_pickle({"batch_label": "a batch", edition.labels_key: labels, "data": pixels})
+            levels = zip(superclasses, labels) if edition.label_bytes == 2 else zip(labels)
+            return b"".join(bytes([*level, *row]) for level, row in zip(levels, pixels, strict=True))
+        levels = {f"{prefix}labels": level for prefix, level in zip(edition.prefixes, (labels, superclasses))}
+        return python2_pickle({"batch_label": "a batch", **levels, "data": pixels})
 
     @property
     def cifar(self):
-        def sized(edition):
-            def resized(file):
-                records = self._records(edition, file) if file.records else 0
-                return File(file.name, len(self.files[edition.folder][file.name]), records)
+        def changed(edition):
+            def of(file):
+                raw = self.files[edition.folder][file.name]
+                size_and_md5 = file.name, len(raw), md5(raw)
+                return Records(*size_and_md5, self._count(edition, file)) if isinstance(file, Records) else File(*size_and_md5)
 
-            train = tuple(map(resized, edition.train))
-            return replace(edition, train=train, test=resized(edition.test), names=resized(edition.names))
+            packed = self.archives.get(edition.archive.name, b"")
+            return replace(edition, archive=File(edition.archive.name, len(packed), md5(packed)), test=of(edition.test),
+                           train=tuple(map(of, edition.train)), names=tuple(map(of, edition.names)))
 
-        return replace(self.original, editions=tuple(map(sized, self.original.editions)))
+        return replace(self.original, editions=tuple(map(changed, self.original.editions)))
 
     def unpack(self, folder, edition):
         place = folder / edition.folder
@@ -134,10 +151,16 @@ class Copy:
             for name, raw in self.files[edition.folder].items()
             if name != but
         ]
-        path = folder / edition.archive
         top = member(edition.folder, type=tarfile.DIRTYPE), b""
-        path.write_bytes(gzip.compress(tar_bytes([top, *before, *files, *after]), compresslevel=1))
+        packed = gzip.compress(tar_bytes([top, *before, *files, *after]), compresslevel=1, mtime=0)
+        self.archives[edition.archive.name] = packed
+        path = folder / edition.archive.name
+        path.write_bytes(packed)
         return path
+
+
+def md5(raw):
+    return hashlib.md5(raw).hexdigest()
 
 
 def member(name, size=0, type=tarfile.REGTYPE, linkname=""):
@@ -159,16 +182,23 @@ def tree(folder):
 
 def assert_holds(copy, datasets):
     train, test = datasets
-    assert train.classes == test.classes == tuple(copy.names)
-    for dataset, chosen in (train, slice(20)), (test, slice(20, 30)):
+    for dataset, chosen in (train, slice(TRAIN)), (test, slice(TRAIN, TRAIN + TEST)):
+        assert dataset.classes == tuple(copy.names) and dataset.superclasses == tuple(copy.superclass_names)
+        assert dataset.superclass_of == tuple(map(copy.superclass_of, range(len(copy.names))) if copy.superclass_names else ())
         assert np.array_equal(dataset.images, copy.pixels[chosen].reshape(-1, 3, 32, 32))
         assert np.array_equal(dataset.labels, copy.labels[chosen])
 
 
+def read(copy, *folders):
+    """What lies in `folders`, with no md5 compared: how the files are read, when somebody has made the md5s right."""
+    it = copy.cifar
+    return cifar.read(it, cifar.find(it, folders))
+
+
 def refusal(copy, folder):
-    """The one-line message with which `copy`, lying in `folder`, is refused."""
+    """The one-line message with which `copy`, lying in `folder`, is refused when it is read."""
     with pytest.raises(DataError) as caught:
-        cifar.load(copy.cifar, [folder])
+        read(copy, folder)
     text = str(caught.value)
     assert "\n" not in text and len(text) < 400
     return text
@@ -196,6 +226,11 @@ def copy100():
     return Copy(CIFAR100)
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("MINIDL_OFFLINE", "1")
+
+
 # Finding and reading
 
 
@@ -209,31 +244,32 @@ def test_reads_each_edition_from_each_place(copy, number, form, tmp_path):
     else:
         place = copy.unpack(tmp_path, edition)
     before = tree(tmp_path)
-    assert_holds(copy, cifar.load(copy.cifar, [tmp_path if form == "parent" else place]))
+    assert_holds(copy, read(copy, tmp_path if form == "parent" else place))
     assert tree(tmp_path) == before
 
 
 def test_editions_agree_at_official_size(tmp_path):
     """Files of 155 MB with the official names and sizes, through the public entry."""
-    names = [f"c{i:05}" for i in range(100)]
+    names = [f"c{i}" for i in range(100)]
     digests = []
     for edition in CIFAR100.editions:
         place = tmp_path / edition.folder
         place.mkdir()
         for file in edition.train[0], edition.test:
-            pixels = np.resize(np.arange(251, dtype=np.uint8), (file.records, 3072))
-            labels = np.arange(file.records) * 7 % 100
+            pixels = np.resize(np.arange(251, dtype=np.uint8), (file.count, 3072))
+            labels = np.arange(file.count) * 7 % 100
             if edition is BINARY:
                 raw = np.column_stack([*np.uint8([labels // 5, labels]), pixels]).tobytes()
             else:
-                raw = padded_pickle({"fine_labels": labels.tolist(), "data": pixels}, file.size)
+                raw = padded_pickle({"fine_labels": labels.tolist(), "coarse_labels": (labels // 5).tolist(), "data": pixels},
+                                    file.size)
             (place / file.name).write_bytes(raw)
             del raw, pixels
-        (place / edition.names.name).write_bytes(
-            "\n".join(names).encode().ljust(edition.names.size, b"\n")
-            if edition is BINARY
-            else padded_pickle({"fine_label_names": names}, edition.names.size)
-        )
+        levels = {"fine_label_names": names, "coarse_label_names": [f"g{i}" for i in range(20)]}
+        for file in edition.names:
+            lines = "\n".join(levels[file.name.removesuffix(".txt")]) if edition is BINARY else ""
+            raw = lines.encode().ljust(file.size, b"\n") if edition is BINARY else padded_pickle(levels, file.size)
+            (place / file.name).write_bytes(raw)
         train, test = data.load("cifar100", tmp_path)
         assert len(train.images) == 50_000 and len(test.images) == 10_000
         assert train.classes == test.classes == tuple(names)
@@ -256,42 +292,45 @@ def test_unpacked_is_preferred_to_packed_and_binary_to_python(copy100, tmp_path)
         copy100.labels = (copy100.labels + 1) % 100
         copy100.write()
         pack_or_unpack(tmp_path, edition)
-        assert_holds(copy100, cifar.load(copy100.cifar, [tmp_path / "nothing", tmp_path]))
+        assert_holds(copy100, read(copy100, tmp_path / "nothing", tmp_path))
 
 
 def test_half_unpacked_folder_gives_way_to_the_archive(copy100, tmp_path):
     copy100.pack(tmp_path, BINARY)
     (copy100.unpack(tmp_path, BINARY) / "test.bin").unlink()
-    assert_holds(copy100, cifar.load(copy100.cifar, [tmp_path]))
+    assert_holds(copy100, read(copy100, tmp_path))
 
 
 def test_array_stored_by_columns(copy100, tmp_path):
-    contents = {"fine_labels": copy100.labels[:20].tolist(), "data": np.asfortranarray(copy100.pixels[:20])}
+    superclasses = [copy100.superclass_of(label) for label in copy100.labels[:TRAIN].tolist()]
+    by_columns = np.asfortranarray(copy100.pixels[:TRAIN])
+    contents = {"fine_labels": copy100.labels[:TRAIN].tolist(), "coarse_labels": superclasses, "data": by_columns}
     copy100.files[PYTHON.folder]["train"] = python2_pickle(contents)
     copy100.unpack(tmp_path, PYTHON)
-    assert_holds(copy100, cifar.load(copy100.cifar, [tmp_path]))
+    assert_holds(copy100, read(copy100, tmp_path))
 
 
 def test_default_folders(monkeypatch):
     for variable in "MINIDL_DATA", "XDG_CACHE_HOME", "HOME":
         monkeypatch.delenv(variable, raising=False)
-    assert data._default_folders() == [os.path.expanduser("~/.cache/minidl/data")]
+    assert data.folders() == [Path("~/.cache/minidl/data").expanduser()]
     monkeypatch.setenv("HOME", "/somebody")
-    assert data._default_folders() == ["/somebody/.cache/minidl/data"]
+    assert data.folders() == [Path("/somebody/.cache/minidl/data")]
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     monkeypatch.setenv("MINIDL_DATA", "/named")
-    assert data._default_folders() == ["/named", "/cache/minidl/data"]
+    assert data.folders() == [Path("/named"), Path("/cache/minidl/data")]
     monkeypatch.setenv("MINIDL_DATA", "")
-    assert data._default_folders() == ["/cache/minidl/data"]
+    assert data.folders() == [Path("/cache/minidl/data")]
+    assert data.folders("/asked/for") == [Path("/asked/for")]
 
 
 def test_official_sizes():
     for edition in CIFAR100.editions[0], CIFAR10.editions[0]:
         for file in (*edition.train, edition.test):
-            assert file.size == file.records * (edition.label_bytes + 3072)
+            assert file.size == file.count * (edition.label_bytes + 3072)
     for dataset in CIFAR100, CIFAR10:
         for edition in dataset.editions:
-            assert sum(file.records for file in edition.train) == 50_000 and edition.test.records == 10_000
+            assert sum(file.count for file in edition.train) == 50_000 and edition.test.count == 10_000
 
 
 def test_unknown_name():
@@ -312,21 +351,23 @@ def test_import_opens_no_data():
 
 
 def test_missing_data_message(tmp_path):
-    """Fault 1."""
+    """Fault 1, where the network is forbidden."""
     start = time.perf_counter()
     with pytest.raises(DataError) as caught:
         data.load("cifar100", tmp_path)
     assert time.perf_counter() - start < 1 and caught.value.exit_code == 3
     text = str(caught.value)
     assert text == f"""\
-CIFAR-100 was not found in {tmp_path}.
-It was looked for as one of
-  cifar-100-binary/ with train.bin, test.bin, fine_label_names.txt
-  cifar-100-python/ with train, test, meta
+CIFAR-100 was not found in {tmp_path},
+nor could it be downloaded into {tmp_path}:
+  MINIDL_OFFLINE is set, which forbids the network
+Put one of these into {tmp_path}, or name another folder with --data-dir; they are at {cifar.HOMEPAGE}:
   cifar-100-binary.tar.gz, md5 03b5dce01913d631647c71ecec9e9cb8
   cifar-100-python.tar.gz, md5 eb9058c3a382ffc7106e4002c42a8d85
-Download an archive from https://www.cs.toronto.edu/~kriz/cifar.html and pass its folder with --data-dir,
-or choose the small data set that comes with minidl: --dataset digits"""
+  cifar-100-binary/ with train.bin, test.bin, fine_label_names.txt, coarse_label_names.txt
+  cifar-100-python/ with train, test, meta
+Or choose the small data set that comes with minidl: --dataset digits"""
+    assert not tree(tmp_path)
 
 
 def test_missing_data_message_names_every_folder(monkeypatch, tmp_path):
@@ -336,7 +377,7 @@ def test_missing_data_message_names_every_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(DataError) as caught:
         data.load("cifar10")
-    first = f"CIFAR-10 was not found in {file} (not a folder) or {tmp_path}/minidl/data (does not exist)."
+    first = f"CIFAR-10 was not found in {file} (not a folder) or {tmp_path}/minidl/data (does not exist),"
     assert str(caught.value).splitlines()[0] == first
 
 
@@ -376,18 +417,18 @@ def test_no_permission(copy100, locked):
         folder.chmod(0o755)
         path = copy100.pack(folder, BINARY) if locked == "archive" else copy100.unpack(folder, BINARY)
         (path / "train.bin" if locked == "file" else path).chmod(0)
-        with stranger():
-            assert "Permission denied" in refusal(copy100, folder)
+        with stranger(), pytest.raises(DataError, match="CIFAR-100: .*Permission denied"):
+            cifar.load(copy100.cifar, [folder])
 
 
 @needs_posix
-def test_read_only_folder(copy100, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    copy100.pack(folder, BINARY)
-    folder.chmod(0o555)
-    assert_holds(copy100, cifar.load(copy100.cifar, [folder]))
-    folder.chmod(0o755)
+def test_read_only_folder(copy100):
+    with tempfile.TemporaryDirectory() as name:  # as above
+        folder = Path(name)
+        copy100.pack(folder, BINARY)
+        folder.chmod(0o555)
+        with stranger():
+            assert_holds(copy100, cifar.load(copy100.cifar, [folder]))
 
 
 # Fault 6: pickles
@@ -492,11 +533,11 @@ def test_pickle_of_too_many_objects(copy100, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        (b"u1", b"i4", "does not hold a uint8 array (20, 3072)"),
+        (b"u1", b"i4", "does not hold a uint8 array (100, 3072)"),
         (b"u1", b"O8", "does not hold a uint8 array"),
-        (b"K\x14J\x00\x0c\x00\x00\x86", b"K\x15J\x00\x0c\x00\x00\x86", "does not hold a uint8 array"),
-        (b"K\x14J\x00\x0c\x00\x00\x86", b"J\xff\xff\xff\x7fK\xff\x86", "does not hold a uint8 array"),
-        (b"T\x00\xf0\x00\x00", b"T\xff\xff\x00\x00", "bytes in a string4"),
+        (b"KdJ\x00\x0c\x00\x00\x86", b"KeJ\x00\x0c\x00\x00\x86", "does not hold a uint8 array"),
+        (b"KdJ\x00\x0c\x00\x00\x86", b"J\xff\xff\xff\x7fK\xff\x86", "does not hold a uint8 array"),
+        (b"T\x00\xb0\x04\x00", b"T\xff\xff\x7f\x00", "bytes in a string4"),
         (b"numpy\nndarray", b"numpy\nmemmap", "calls for 'numpy.memmap'"),
         (b"numpy.core.multiarray\n_reconstruct", b"numpy\ndtype", "does not hold a uint8 array"),
         (b"numpy\ndtype", b"numpy\nndarray", "does not hold a uint8 array"),
@@ -518,15 +559,15 @@ def test_python_file_of_wrong_content(copy100, old, new, message, tmp_path):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ([*range(19)], "19 labels, expected 20"),
-        (["cat"] * 20, "holds no list 'fine_labels' of int"),
-        ([[1]] * 20, "holds no list 'fine_labels' of int"),
-        ([*range(19), -1], "record 19: label -1 is not in 0..99"),
-        ([*range(19), 2**31 - 1], "record 19: label 2147483647 is not in 0..99"),
+        ([*range(99)], "99 labels, expected 100"),
+        (["cat"] * 100, "holds no list 'fine_labels' of int"),
+        ([[1]] * 100, "holds no list 'fine_labels' of int"),
+        ([*range(99), -1], "record 99: label -1 is not in 0..99"),
+        ([*range(99), 2**31 - 1], "record 99: label 2147483647 is not in 0..99"),
     ],
 )
 def test_python_file_of_wrong_labels(copy100, labels, message, tmp_path):
-    copy100.files[PYTHON.folder]["train"] = copy100.encode(PYTHON, copy100.pixels[:20], labels)
+    copy100.files[PYTHON.folder]["train"] = copy100.encode(PYTHON, copy100.pixels[:TRAIN], labels, superclasses=[0] * TRAIN)
     copy100.unpack(tmp_path, PYTHON)
     assert message in refusal(copy100, tmp_path)
 
@@ -535,14 +576,14 @@ def test_names_of_numpy_2(copy100, tmp_path):
     good = copy100.files[PYTHON.folder]["train"]
     copy100.files[PYTHON.folder]["train"] = good.replace(b"numpy.core", b"numpy._core")
     copy100.unpack(tmp_path, PYTHON)
-    assert_holds(copy100, cifar.load(copy100.cifar, [tmp_path]))
+    assert_holds(copy100, read(copy100, tmp_path))
 
 
 def test_describe_agrees_with_pickle(copy100):
     """What the own writer and reader make of the format is what `pickle` makes of it."""
     raw = copy100.files[PYTHON.folder]["train"]
     expected, described = pickle.loads(raw, encoding="latin-1"), plain_pickle.describe(raw)
-    assert np.array_equal(plain_pickle.uint8_array(described.pop("data"), (20, 3072)), expected.pop("data"))
+    assert np.array_equal(plain_pickle.uint8_array(described.pop("data"), (TRAIN, 3072)), expected.pop("data"))
     assert described == expected
     twice = (1, 2, 3)
     plain = {"a": [1, -2, 70_000, True, False, None, "b"], "c": [(1,), (1, 2), twice, twice, (1, 2, 3, 4)], "d": {}}
@@ -570,7 +611,7 @@ def test_loose_members_are_passed_over(copy100, tmp_path):
     ]
     copy100.pack(folder, BINARY, before=evil, after=[*evil, (member("cifar-100-binary/train.bin", 4), b"evil")])
     before = tree(tmp_path)
-    assert_holds(copy100, cifar.load(copy100.cifar, [folder]))
+    assert_holds(copy100, read(copy100, folder))
     assert tree(tmp_path) == before
 
 
@@ -625,8 +666,8 @@ def test_archive_without_a_member(copy100, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", gzip.compress(b""), gzip.compress(b"<html>404</html>")])
 def test_archive_that_is_none(copy100, content, tmp_path):
-    (tmp_path / BINARY.archive).write_bytes(content)
-    assert refusal(copy100, tmp_path).startswith(str(tmp_path / BINARY.archive))
+    (tmp_path / BINARY.archive.name).write_bytes(content)
+    assert refusal(copy100, tmp_path).startswith(str(tmp_path / BINARY.archive.name))
 
 
 def test_archive_cut_anywhere(copy100, tmp_path):
@@ -642,13 +683,14 @@ def test_archive_with_damage_inside(copy100, length, tmp_path):
     """Bits flipped, bytes overwritten: refused, unless it makes no difference (a time stamp, a repetition of zeros)."""
     path = copy100.pack(tmp_path, BINARY)
     whole = path.read_bytes()
+    it = copy100.cifar
     rng = random.Random(0)
-    for position in [*range(10), *range(10, len(whole), 397), *range(len(whole) - 8, len(whole))]:
+    for position in [*range(10), *range(10, len(whole), len(whole) // 200), *range(len(whole) - 8, len(whole))]:
         damaged = bytearray(whole)
         damaged[position : position + length] = (byte ^ 1 << rng.randrange(8) for byte in whole[position:][:length])
         path.write_bytes(damaged)
         try:
-            datasets = cifar.load(copy100.cifar, [tmp_path])
+            datasets = cifar.read(it, cifar.find(it, [tmp_path]))
         except DataError as error:
             assert "\n" not in str(error)
         else:
@@ -666,17 +708,21 @@ def scatter(raw, start, stop, rng):
 def test_random_damage_of_a_pickle_ends_in_a_message(copy100, tmp_path):
     good = copy100.files[PYTHON.folder]["train"]
     place = copy100.unpack(tmp_path, PYTHON)
+    it = copy100.cifar
+    found = cifar.find(it, [tmp_path])
     rng = random.Random(0)
     for _ in range(300):
-        (place / "train").write_bytes(scatter(good, 0, len(good) - 20 * 3072, rng))
+        (place / "train").write_bytes(scatter(good, 0, len(good) - TRAIN * 3072, rng))
         with contextlib.suppress(DataError):
-            cifar.load(copy100.cifar, [tmp_path])
+            cifar.read(it, found)
 
 
 def test_random_damage_of_a_tar_ends_in_a_message(copy100, tmp_path):
     """In the headers of members, with the checksums of the header and of the gzip file made right again."""
     path = copy100.pack(tmp_path, BINARY)
     good = gzip.decompress(path.read_bytes())
+    it = copy100.cifar
+    found = cifar.find(it, [tmp_path])
     rng = random.Random(0)
     for _ in range(300):
         start = good.index(rng.choice([b"cifar-100-binary/train.bin", b"cifar-100-binary/test.bin"]))
@@ -685,7 +731,7 @@ def test_random_damage_of_a_tar_ends_in_a_message(copy100, tmp_path):
         damaged[start + 148 : start + 156] = b"%06o\0 " % sum(damaged[start : start + 512])
         path.write_bytes(gzip.compress(damaged, 1))
         with contextlib.suppress(DataError):
-            cifar.load(copy100.cifar, [tmp_path])
+            cifar.read(it, found)
 
 
 # Fault 8: right size, wrong content
@@ -737,17 +783,54 @@ def test_size_that_is_not_official(edition, size, message, tmp_path):
     [
         (BINARY, b"apple\n" * 99, "99 class names, expected 100"),
         (BINARY, b"\xff\n" * 100, "'ascii' codec can't decode byte 0xff"),
-        (PYTHON, python2_pickle({"fine_label_names": ["apple"] * 101}), "101 class names, expected 100"),
+        (
+            PYTHON,
+            python2_pickle({"fine_label_names": ["apple"] * 101, "coarse_label_names": []}),
+            "101 class names, expected 100",
+        ),
         (PYTHON, python2_pickle({"fine_label_names": [1] * 100}), "holds no list 'fine_label_names' of str"),
         (PYTHON, python2_pickle({"coarse_label_names": [1] * 100}), "holds no list 'fine_label_names' of str"),
         (PYTHON, b"\x80\x02].", "holds no list 'fine_label_names' of str"),
+        (PYTHON, python2_pickle({"fine_label_names": ["apple"] * 100}), "holds no list 'coarse_label_names' of str"),
+        (
+            PYTHON,
+            python2_pickle({"fine_label_names": ["apple"] * 100, "coarse_label_names": ["fruit"] * 19}),
+            "19 superclass names, expected 20",
+        ),
     ],
 )
 def test_class_names_of_wrong_content(copy100, edition, raw, message, tmp_path):
-    copy100.files[edition.folder][edition.names.name] = raw
+    copy100.files[edition.folder][edition.names[0].name] = raw
     place = copy100.unpack(tmp_path, edition)
-    assert refusal(copy100, tmp_path).startswith(f"{place / edition.names.name}: ")
+    assert refusal(copy100, tmp_path).startswith(f"{place / edition.names[0].name}: ")
     assert message in refusal(copy100, tmp_path)
+
+
+# Superclasses
+
+
+@pytest.mark.parametrize("edition", [BINARY, PYTHON], ids=["binary", "python"])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [(250, "record 0: superclass 250 is not in 0..19"), (7, "record 0: class 11 in superclass 7, elsewhere in 2")],
+)
+def test_superclass_of_wrong_content(edition, wrong, message, copy100, tmp_path):
+    copy100.labels[TRAIN] = 11
+    copy100.write()
+    labels = copy100.labels[TRAIN:].tolist()
+    superclasses = [wrong, *map(copy100.superclass_of, labels[1:])]
+    raw = copy100.encode(edition, copy100.pixels[TRAIN:], labels, superclasses)
+    copy100.files[edition.folder][edition.test.name] = raw
+    place = copy100.unpack(tmp_path, edition)
+    assert refusal(copy100, tmp_path) == f"{place / edition.test.name}: {message}"
+
+
+def test_class_without_images(copy100, tmp_path):
+    copy100.labels[copy100.labels == 7] = 8
+    copy100.write()
+    place = copy100.unpack(tmp_path, BINARY)
+    message = f"{place}: no image of class 7, class_7, says what its superclass is"
+    assert refusal(copy100, tmp_path) == message
 
 
 # Dataset
@@ -767,6 +850,9 @@ def test_class_names_of_wrong_content(copy100, edition, raw, message, tmp_path):
         ({"mean": (0.5, 0.5)}, "mean is (0.5, 0.5), need 3 numbers"),
         ({"std": (0.5, 0.5)}, "std is (0.5, 0.5), need 3 numbers above 0"),
         ({"std": (0.5, 0.5, 0.0)}, "std is (0.5, 0.5, 0.0), need 3 numbers above 0"),
+        ({"superclasses": ("c", "d")}, "superclass_of has 0 numbers, need 2"),
+        ({"superclass_of": (0, 0)}, "superclass_of has 2 numbers, need 0"),
+        ({"superclasses": ("c",), "superclass_of": (0, 1)}, "class 1: superclass 1 is not in 0..0"),
     ],
 )
 def test_dataset_refuses(change, message):

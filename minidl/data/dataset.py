@@ -16,6 +16,7 @@ class Dataset:
     labels: int32 (M,), each an index into `classes`.
     classes: the class names.
     mean, std: one float per channel, of pixels scaled to 0..1 (a byte divided by 255).
+    superclasses: names of groups of classes, and superclass_of: for each class the index of its group; else both empty.
 
     Raises DataError where an argument is not as described.
     """
@@ -26,6 +27,8 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    superclasses: tuple[str, ...] = ()
+    superclass_of: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -35,8 +38,12 @@ class Dataset:
             raise DataError(f"{self.name}: images have strides {images.strides}, need a C-contiguous array")
         if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
             raise DataError(f"{self.name}: labels are {labels.dtype} {labels.shape}, need int32 ({len(images)},)")
+        needed = len(self.classes) if self.superclasses else 0
+        if len(self.superclass_of) != needed:
+            raise DataError(f"{self.name}: superclass_of has {len(self.superclass_of)} numbers, need {needed}")
         try:
             check_labels(labels, len(self.classes))
+            check_labels(np.array(self.superclass_of, np.int32), len(self.superclasses), "class {}: superclass {}")
         except ValueError as error:
             raise DataError(f"{self.name}: {error}") from error
         if len(self.mean) != 3:
@@ -45,9 +52,8 @@ class Dataset:
             raise DataError(f"{self.name}: std is {self.std}, need 3 numbers above 0")
 
 
-def check_labels(labels: Array, classes: int) -> None:
-    """Raises ValueError that names the first of labels (M,) outside 0..classes-1, if any is."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+def check_labels(labels: Array, count: int, words: str = "record {}: label {}") -> None:
+    """Raises ValueError that names the first of labels (M,) outside 0..count-1, if any is, and its index, by `words`."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= count))
     if wrong.size:
-        record = wrong[0]
-        raise ValueError(f"record {record}: label {labels[record]} is not in 0..{classes - 1}")
+        raise ValueError(f"{words.format(wrong[0], labels[wrong[0]])} is not in 0..{count - 1}")

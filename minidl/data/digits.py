@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from minidl.data.checked_file import File
 from minidl.data.dataset import Dataset
 from minidl.device import Array
 
-FILE = Path(__file__).with_name("digits.csv.gz")
+FILE = File("digits.csv.gz", 57_523, "9b335364a7bfd63947c7480a5bd51f2d")
+PATH = Path(__file__).with_name(FILE.name)
 ENLARGE = 4  # 8x8 to the 32x32 of CIFAR, each pixel a square
 TEST_EVERY = 5  # images 0, 5, 10, ... are the test set
 MEAN = (0.3053, 0.3053, 0.3053)  # of the training pixels, on the 0..1 scale
@@ -21,7 +23,7 @@ STD = (0.3762, 0.3762, 0.3762)
 
 def load() -> tuple[Dataset, Dataset]:
     """The training Dataset of 1,437 and the test Dataset of 360 images, uint8 (M, 3, 32, 32), gray in all channels."""
-    table = np.loadtxt(FILE, np.uint8, delimiter=",")
+    table = np.loadtxt(PATH, np.uint8, delimiter=",")
     levels, labels = table[:, :64].reshape(-1, 1, 8, 8), table[:, 64].astype(np.int32)
     gray = np.rint(levels * (255 / 16)).astype(np.uint8)
     images = gray.repeat(3, axis=1).repeat(ENLARGE, axis=2).repeat(ENLARGE, axis=3)

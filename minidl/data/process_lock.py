@@ -1,0 +1,66 @@
+"""A lock between processes: a file that the kernel unlocks when its holder ends, in whatever way it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minidl import signals
+
+POLL_SECONDS = 0.1
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def hold(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
+    """Run the body while holding the lock. Calls `waiting` once if another process holds it, then waits.
+
+    The file at `path` is made for the lock and removed at the end. Raises OSError where it cannot be made or locked.
+    """
+    with contextlib.ExitStack() as stack:
+        _lock(path, waiting, stack)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps a file that others have open
+                os.unlink(path)
+
+
+def _lock(path: Path, waiting: Callable[[], object], stack: contextlib.ExitStack) -> None:
+    said = False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        stack.callback(os.close, descriptor)
+        while not _try_lock(descriptor):
+            if not said:
+                waiting()
+                said = True
+            signals.obey()
+            time.sleep(POLL_SECONDS)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return
+        # What was locked is the file of the one before, who has removed it: another process may have made a new one.
