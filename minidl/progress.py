@@ -25,29 +25,46 @@ class Progress:
 
             def show(metrics: Metrics | None) -> None:
                 if metrics:
-                    bar.set_postfix(loss=f"{metrics.loss:.3f}", top1=f"{metrics.top1:.1%}", refresh=False)
+                    bar.set_postfix(loss=loss(metrics.loss), top1=f"{metrics.top1:.1%}", refresh=False)
                 bar.update()
 
             yield show
             bar.refresh()  # the last step may have come too soon after the one before to be drawn
 
     def row(self, row: Mapping[str, str]) -> None:
-        """The line of an epoch, from its row in metrics.csv. All lines fit into 80 columns."""
+        """The line of an epoch, from its row in metrics.csv; before the first one the heading. Accuracies are per cent."""
         if self.quiet:
             return
         if not self._headed:
-            print(self._line("epoch", "lr", "loss", "top-1", "val", "test", "top-1", "top-5", "img/s", "time"))
+            print(self._line("", "", "train", "", "val", "test", "", "", "", ""))
+            print(self._line("epoch", "lr", "loss", "top-1", "top-1", "loss", "top-1", "top-5", "img/s", "time"))
             self._headed = True
-        print(self._line(
-            f"{row['epoch']}/{self.epochs}", f"{float(row['lr']):.3g}", f"{float(row['train_loss']):.3f}",
-            percent(row["train_top1"]), percent(row.get("val_top1", "0")), f"{float(row['test_loss']):.3f}",
-            percent(row["test_top1"]), percent(row["test_top5"]), f"{float(row['images_per_second']):,.0f}",
-            brief(float(row["seconds"]))), flush=True)
 
-    def _line(self, epoch: str, lr: str, loss: str, top1: str, val: str, test: str, test_top1: str, top5: str, speed: str,
-              time: str) -> str:
-        validation = f"  val {val:>7}" if self.validates and val != "val" else f"  {val:>11}" if self.validates else ""
-        return (f"{epoch:>7} {lr:>8} {loss:>6} {top1:>7}{validation}  {test:>6} {test_top1:>7} {top5:>7}  {speed:>6} {time:>7}")
+        def share(column: str) -> str:
+            return f"{100 * float(row[column]):.2f}"
+
+        print(self._line(
+            f"{row['epoch']}/{self.epochs}", rate(float(row["lr"])), loss(float(row["train_loss"])), share("train_top1"),
+            share("val_top1") if self.validates else "", loss(float(row["test_loss"])), share("test_top1"), share("test_top5"),
+            f"{float(row['images_per_second']):,.0f}", brief(float(row["seconds"]))), flush=True)
+
+    def _line(self, epoch: str, lr: str, train: str, train_top1: str, val: str, test: str, test_top1: str, test_top5: str,
+              speed: str, time: str) -> str:
+        """At most 80 letters, as many as the widest values take, in a run of 1,000 epochs with validation."""
+        validation = f"  {val:>6}" if self.validates else ""
+        return (f"{epoch:>{max(5, 2 * len(str(self.epochs)) + 1)}} {lr:>7}  {train:>6} {train_top1:>6}{validation}"
+                f"  {test:>6} {test_top1:>6} {test_top5:>6}  {speed:>9} {time:>6}").rstrip()
+
+
+def rate(lr: float) -> str:
+    """0.00125 -> "0.00125", 0.000125 -> "1.25e-4", 1.51e-10 -> "1.5e-10": a learning rate in at most 7 letters."""
+    texts = [format(lr, form).replace("e-0", "e-") for form in (".3g", ".2e", ".1e")]
+    return next((text for text in texts if len(text) <= 7), texts[-1])
+
+
+def loss(value: float) -> str:
+    """4.605, 1235, 2e+09: in at most 6 letters. One above 99 has other worries than decimals."""
+    return f"{value:.3f}" if value < 99 else f"{value:.0f}" if value < 999_999 else f"{value:.0e}"
 
 
 def percent(share: str | float) -> str:
