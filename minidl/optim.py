@@ -30,11 +30,11 @@ class Optimizer:
     GROWTH_INTERVAL = 2000
 
     default_lr: ClassVar[float]
-    moment_names: ClassVar[tuple[str, ...]]  # in the order in which `update` takes them
-    update: ClassVar[Callable[..., None]]    # a function of ops/optimizer.py
+    moment_names: ClassVar[tuple[str, ...]]  # in the order in which `_update` takes them
+    _update: ClassVar[Callable[..., None]]   # a function of ops/optimizer.py
 
     def __init__(self, parameters: Parameters, clip_norm: float, **settings: Any) -> None:
-        """settings: of `update`. Raises UsageError for one outside its range."""
+        """settings: of `_update`. Raises UsageError for one outside its range."""
         for name, value in {**settings, "clip_norm": clip_norm}.items():
             limit = 1 if name in ("momentum", "beta1", "beta2", "rho") else math.inf
             if not 0 <= value < limit:
@@ -52,7 +52,7 @@ class Optimizer:
         at = self.parameters
         self.state[optimizer.LR] = lr
         optimizer.norm(at.grad, self.state, self.clip_norm)
-        self.update(at.master, at.grad, *self.moments.values(), at.data, self.state, **self.settings)
+        self._update(at.master, at.grad, *self.moments.values(), at.data, self.state, **self.settings)
         optimizer.advance(self.state, self.GROWTH_INTERVAL if self.scales_loss else 0)
 
     def restart(self) -> None:
@@ -74,7 +74,7 @@ class SGD(Optimizer):
 
     default_lr = 0.1
     moment_names = ("velocity",)
-    update = staticmethod(optimizer.sgd)
+    _update = staticmethod(optimizer.sgd)
 
     def __init__(self, parameters: Parameters, momentum: float = 0.9, weight_decay: float = 0.0, nesterov: bool = True,
                  clip_norm: float = 0.0) -> None:
@@ -86,7 +86,7 @@ class Adam(Optimizer):
 
     default_lr = 1e-3
     moment_names = ("first_moment", "second_moment")
-    update = staticmethod(optimizer.adam)
+    _update = staticmethod(optimizer.adam)
 
     def __init__(self, parameters: Parameters, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
                  weight_decay: float = 0.0, clip_norm: float = 0.0) -> None:
@@ -98,7 +98,7 @@ class AdamW(Optimizer):
 
     default_lr = 1e-3
     moment_names = Adam.moment_names
-    update = staticmethod(partial(optimizer.adam, decoupled=True))
+    _update = staticmethod(partial(optimizer.adam, decoupled=True))
 
     def __init__(self, parameters: Parameters, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
                  weight_decay: float = 0.01, clip_norm: float = 0.0) -> None:
@@ -110,7 +110,7 @@ class AdaDelta(Optimizer):
 
     default_lr = 1.0
     moment_names = ("mean_g2", "mean_dx2")
-    update = staticmethod(optimizer.adadelta)
+    _update = staticmethod(optimizer.adadelta)
 
     def __init__(self, parameters: Parameters, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0.0,
                  clip_norm: float = 0.0) -> None:
