@@ -109,10 +109,10 @@ class Trainer:
             if done % READ_EVERY == 0 or done == len(batches):
                 metrics = self.read(batches, done)
             on_step(done, metrics)
-            if self.team.size == 1:
-                signals.obey()
-            elif self._stop:  # after the same step on all ranks
-                raise signals.Stop(self._stop)
+            # Of several ranks all stop after the same step: _stop came with its gradient.
+            if stop := signals.asked() if self.team.size == 1 else self._stop:
+                self.read(batches, done)  # what is saved now must not be of a step that failed
+                raise signals.Stop(stop)
         return metrics or self.read(batches, len(batches))
 
     def _step_of_epoch(self, batches: Sequence[Batch], done: int) -> None:
