@@ -66,8 +66,10 @@ class RunFolder:
         if self._tensorboard:
             with self._survives("tensorboard"):
                 row = history[-1]
-                for column, value in row.items():
-                    self._tensorboard.add_scalar(column.replace("_", "/", 1), float(value), int(row["epoch"]))
+                for column in row.keys() - {"epoch"}:
+                    part, _, metric = column.partition("_")
+                    tag = f"{part}/{metric}" if part in ("train", "val", "test") else column
+                    self._tensorboard.add_scalar(tag, float(row[column]), int(row["epoch"]))
                 self._tensorboard.flush()
 
     def write_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
@@ -93,11 +95,7 @@ class RunFolder:
 
     def start_tensorboard(self) -> None:
         """Write the metrics for TensorBoard as well, to the folder tensorboard. Raises UsageError without the extra."""
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UsageError('--tensorboard needs a package: `pip install "minidl[tensorboard]"`') from None
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        self._tensorboard = tensorboard_writer()(str(self.path / "tensorboard"))
 
     @contextlib.contextmanager
     def _survives(self, file: str) -> Iterator[None]:
@@ -122,6 +120,15 @@ class NoFolder(RunFolder):
         pass
 
     write_settings = add_metrics = write_metrics = log = save = save_best = start_tensorboard = _nothing
+
+
+def tensorboard_writer() -> Any:
+    """The class of what writes for TensorBoard. Raises UsageError without the extra."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UsageError('--tensorboard needs a package: `pip install "minidl[tensorboard]"`') from None
+    return SummaryWriter
 
 
 def _csv(rows: Sequence[Mapping[str, str]], header: bool) -> str:

@@ -44,10 +44,12 @@ OF_MULTISTEP = ("milestones", "factor", "restart_at_milestones")
 
 
 def setting(default: Any, kind: type, help: str, *, low: float = -math.inf, high: float = math.inf,
-            choices: Sequence[str] = (), flags: Sequence[str] = (), free: bool = False, begins: str = "") -> Any:
-    """A field. kind: int, float, str, bool, list (of numbers) or dict; free: a resumed run may have another value; begins:
-    the title of a group of settings, of which it is the first."""
-    metadata = dict(kind=kind, help=help, low=low, high=high, choices=tuple(choices), flags=tuple(flags), free=free,
+            choices: Sequence[str] = (), flags: Sequence[str] = (), word: str = "", free: bool = False,
+            begins: str = "") -> Any:
+    """A field. kind: int, float, str, bool, list (of whole numbers) or dict; word: what stands for its value in help; free: a
+    resumed run may have another value; begins: the title of a group of settings, of which it is the first."""
+    word = word or {int: "N", float: "X", list: "N", dict: "NAME=VALUE"}.get(kind, "")
+    metadata = dict(kind=kind, help=help, low=low, high=high, choices=tuple(choices), flags=tuple(flags), word=word, free=free,
                     begins=begins)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -59,10 +61,10 @@ class Settings:
     """Raises UsageError for a value of the wrong type or out of range. None: not set, or not known to the optimizer."""
 
     arch: str = setting(None, str, "simplenet, resnext, res2net, wideresnet, or a name that `--arch list` prints", flags=["-a"],
-                        begins="what is trained, and on what")
+                        word="NAME", begins="what is trained, and on what")
     model_kwargs: dict[str, Any] = setting({}, dict, "options of the network, such as dropout=0.3 for a Wide ResNet")
     dataset: str = setting(None, str, "digits need no download", choices=data.NAMES)
-    data_dir: str | None = setting(None, str, "folder with the official files of CIFAR", free=True)
+    data_dir: str | None = setting(None, str, "where the official files of CIFAR are", word="FOLDER", free=True)
     normalize: str = setting("dataset", str, "whose mean and standard deviation the pixels are normalized with",
                              choices=tuple(NORMALIZATIONS))
     val_split: int = setting(0, int, "training images that are held out for validation", low=0)
@@ -70,14 +72,14 @@ class Settings:
     recipe: str = setting("fast", str, "what is not given: fast, 50 epochs; paper, each author's own; report, the student "
                                        "report's", choices=("fast", "paper", "report"), begins="recipe and length")
     epochs: int = setting(1, int, "passes over the training images", low=1, flags=["-e"])
-    time_budget: str | None = setting(None, str, "instead of epochs, such as 6h or 30m: as many as fit, fixed before training",
-                                      free=True)
+    time_budget: str | None = setting(None, str, "in place of epochs, such as 6h or 30m: as many as fit, fixed before training",
+                                      word="TIME", free=True)
     patience: int = setting(0, int, "stop after so many epochs without a better validation accuracy; 0: never", low=0)
     limit_train_batches: int | None = setting(None, int, "stop each epoch after so many steps", low=1)
     batch_size: int = setting(128, int, "images per step", low=1, flags=["-b"])
     seed: int = setting(0, int, "two runs with one seed are identical, bit for bit", low=0)
 
-    device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", free=True, begins="machine")
+    device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", word="NAME", free=True, begins="machine")
     precision: str = setting("fp32", str, "of activations and matrix products", choices=tuple(STORAGE))
     ranks: int = setting(1, int, "processes that share each batch, on GPUs one each", low=1)
 
@@ -92,7 +94,7 @@ class Settings:
     weight_decay: float | None = setting(None, float, "on every parameter", low=0)
     clip_norm: float = setting(0.0, float, "longest gradient, all parameters taken together; 0: any", low=0)
 
-    sched: str = setting("cosine", str, "course of the learning rate", choices=("cosine", "onecycle", "multistep", "constant"),
+    sched: str = setting("cosine", str, "course of the learning rate", choices=tuple(optim.SCHEDULES),
                          begins="schedule")
     warmup_epochs: float = setting(0.0, float, "in which the rate grows, at most 0.2 of all; of onecycle always 0.35", low=0)
     milestones: list[int] = setting([], list, "of multistep: after how many epochs the rate drops", low=1)
@@ -108,7 +110,7 @@ class Settings:
     cutout: int = setting(0, int, "side of a square that is cut out of training images; 0: none", low=0, high=SIDE)
     mixup: float = setting(0.0, float, "alpha of mixup, images blended in pairs; 0: none", low=0)
 
-    save_every: str = setting("10m", str, "longest time between two checkpoints, or a number of steps", free=True,
+    save_every: str = setting("10m", str, "longest time between two checkpoints, or a number of steps", word="TIME", free=True,
                               begins="what is written")
     inspect: bool = setting(False, bool, "statistics of activations, gradients and updates, per layer and epoch", free=True)
     tensorboard: bool = setting(False, bool, "also write the metrics for TensorBoard", free=True)
@@ -167,6 +169,7 @@ class Spec:
     high: float
     choices: tuple[str, ...]
     flags: tuple[str, ...]
+    word: str
     free: bool
     begins: str
 
@@ -194,10 +197,7 @@ def resolve(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
     batch size, and of SGD in proportion to it (Goyal et al., arXiv 1706.02677). Its milestones are those of its epochs.
     Raises UsageError for a hyperparameter that the optimizer does not have, and what Settings refuses.
     """
-    unknown = [name for name in given if name not in fields()]
-    if unknown:
-        raise UsageError(f"unknown setting {_shown(unknown[0])}")
-    given = {name: _checked(name, value, fields()[name]) for name, value in given.items()}
+    given = checked(given)
     recipe = dict(recipe)
     if given.get("sched", recipe["sched"]) != "multistep":
         recipe = {name: value for name, value in recipe.items() if name not in OF_MULTISTEP}
@@ -221,6 +221,14 @@ def resolve(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
     return dataclasses.replace(from_recipe, **{**given, "model_kwargs": options})
 
 
+def checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, each value as the type of its setting. Raises UsageError for what is no setting, or not its value."""
+    for name in given:
+        if name not in fields():
+            raise UsageError(f"unknown setting {_shown(name)}")
+    return {name: _checked(name, value, fields()[name]) for name, value in given.items()}
+
+
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings that a file gives. Raises UsageError where it cannot be read or holds what is no setting."""
     path = Path(path)
@@ -236,14 +244,10 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: it is nested too deeply") from None
     except ValueError as error:  # of the encoding, or of TOML
         raise UsageError(f"{path} cannot be read: {error}") from None
-    for name, value in given.items():
-        if name not in fields():
-            raise UsageError(f"{path}: unknown setting {_shown(name)}")
-        try:
-            given[name] = _checked(name, value, fields()[name])
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
-    return given
+    try:
+        return checked(given)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def duration(text: str) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
+from minidl import signals
 from minidl.errors import UsageError
 from minidl.progress import brief
 from minidl.run import Run
 from minidl.training import evaluate
 
-WARMUP_STEPS, STEPS = 20, 100
-LARGEST_SHARE = 0.04  # of the budget that the measurement may take; then it is content with fewer steps
+WARMUP_STEPS, STEPS, FEWEST_STEPS = 20, 100, 2
+LARGEST_SHARE = 0.04  # of the budget, half for steps and half for evaluation; then they are fewer
 
 
 def measure(run: Run, budget: float) -> tuple[float, float]:
@@ -18,34 +19,38 @@ def measure(run: Run, budget: float) -> tuple[float, float]:
 
     budget: seconds that there are.
     """
-    sets = [batches for batches in (run.test_batches, run.val_batches) if batches]
+    share = LARGEST_SHARE / 2 * budget
     with run.rehearsal():
-        batches = run.batches(0)
         run.network.train()
-        end = time.perf_counter() + LARGEST_SHARE / 2 * budget
+        batches = run.batches(0)
 
-        def steps(most: int) -> float:
-            """Seconds of a step, of at most `most`, and at least two."""
+        def steps(count: int) -> float:
+            """Seconds of each of `count` steps."""
+            run.place.synchronize()
             begin = time.perf_counter()
-            for done in range(1, most + 1):
-                run.trainer.step(batches[done % len(batches)])
-                run.place.synchronize()
-                if done >= 2 and run.team.of_first(time.perf_counter() > end):
-                    break
-            return run.team.of_first((time.perf_counter() - begin) / done)
+            for number in range(count):
+                run.trainer.step(batches[number % len(batches)])
+                if run.team.size == 1:
+                    signals.obey()
+            run.place.synchronize()
+            return run.team.of_first((time.perf_counter() - begin) / count)
 
-        steps(WARMUP_STEPS)
-        step_seconds = steps(STEPS)
-        evaluation_seconds = 0.0
-        for held_out in sets:
-            count = len(held_out.all())
-            # A batch costs less than half of a training step.
-            limit = max(1, min(count, int(LARGEST_SHARE / 2 * budget / step_seconds)))
-            evaluate(run.network, held_out, 1, run.team)
-            begin = time.perf_counter()
-            evaluate(run.network, held_out, limit, run.team)
-            evaluation_seconds += (time.perf_counter() - begin) * count / limit
-    return step_seconds, evaluation_seconds
+        # In the first ones kernels are compiled and memory is taken.
+        begin, warm = time.perf_counter(), 0
+        while warm < FEWEST_STEPS or warm < WARMUP_STEPS and run.team.of_first(time.perf_counter() - begin) < share / 4:
+            step, warm = steps(1), warm + 1
+        step = steps(max(FEWEST_STEPS, min(STEPS, int(share / step))))
+
+        evaluation = 0.0
+        for held_out in (run.test_batches, run.val_batches):
+            if held_out:
+                count = len(held_out.all())
+                limit = max(1, min(count, int(share / step)))  # a batch costs less than half of a training step
+                evaluate(run.network, held_out, 1, run.team)
+                begin = time.perf_counter()
+                evaluate(run.network, held_out, limit, run.team)
+                evaluation += (time.perf_counter() - begin) * count / limit
+    return step, evaluation
 
 
 def epochs_within(run: Run, budget: float, spent: float) -> int:

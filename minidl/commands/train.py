@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -45,36 +46,40 @@ TRIAL_STEPS, OVERFIT_REPEATS, PROFILED_STEPS = 2, 20, 5
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting of a run, and --config."""
+    """A flag for each setting of a run, in groups, and --config."""
+    parser.usage = "%(prog)s [option ...]"  # there are too many to list
     # None: not given. Values are checked where those of files are, by Settings.
     for name, spec in settings.fields().items():
         flag = "--" + name.replace("_", "-")
+        if spec.begins:
+            group = parser.add_argument_group(spec.begins)
         if spec.kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=spec.help)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=spec.help)
         elif spec.kind in (list, dict):
-            parser.add_argument(flag, nargs="+" if spec.kind is dict else "*", type=int if spec.kind is list else str,
-                                metavar="N" if spec.kind is list else "NAME=VALUE", help=spec.help)
+            group.add_argument(flag, nargs="+" if spec.kind is dict else "*", type=int if spec.kind is list else str,
+                               metavar=spec.word, help=spec.help)
         else:
-            parser.add_argument(*spec.flags, flag, type=spec.kind, choices=spec.choices or None, help=spec.help,
-                                metavar=None if spec.choices else {int: "N", float: "X", str: "TEXT"}[spec.kind])
-    parser.add_argument("--config", metavar="FILE", help="settings in TOML, such as the config.toml of a run")
+            group.add_argument(*spec.flags, flag, type=spec.kind, choices=spec.choices or None, metavar=spec.word or None,
+                               help=spec.help)
+    parser.add_argument("--config", metavar="FILE", help="settings from a file in TOML, such as the config.toml of a run")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
-    parser.add_argument("--print-config", action="store_true", help="print all settings in TOML, and do nothing else")
-    parser.add_argument("-o", "--output", metavar="FOLDER", help="folder of the run; default: runs/<arch>-<dataset>-<time>")
-    parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
+    folder = parser.add_argument_group("the run's folder")
+    folder.add_argument("-o", "--output", metavar="FOLDER", help="a new one; default: runs/<arch>-<dataset>-<time>")
+    folder.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="go on with a run, its folder or a checkpoint; by default the newest one of --arch")
-    parser.add_argument("--override", action="store_true", help="with --resume: other settings than those of the run are meant")
-    parser.add_argument("--runs", type=positive, metavar="N", help="train with N seeds, and give mean and standard deviation")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no bar, and of the run the last lines only")
-    trials = parser.add_mutually_exclusive_group()
+    folder.add_argument("--override", action="store_true", help="with --resume: other settings than those of the run are meant")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no bar, and no line per epoch")
+    trials = parser.add_argument_group("instead of one run").add_mutually_exclusive_group()
+    trials.add_argument("--runs", type=positive, metavar="N", help="train with N seeds, and give mean and standard deviation")
+    trials.add_argument("--print-config", action="store_true", help="print all settings in TOML")
+    trials.add_argument("--profile", action="store_true", help="time each layer")
     trials.add_argument("--fast-dev-run", action="store_true",
-                        help=f"a trial of everything: {TRIAL_STEPS} steps, a batch of each evaluation, a checkpoint; nothing stays")
+                        help=f"try everything: {TRIAL_STEPS} steps, a batch of each evaluation, a checkpoint; nothing stays")
     trials.add_argument("--overfit-batch", action="store_true",
                         help="train on one batch again and again, not augmented: what can learn at all can learn that")
-    trials.add_argument("--profile", action="store_true", help="time each layer, and do nothing else")
 
 
 def main(args: argparse.Namespace) -> int | None:
@@ -84,7 +89,7 @@ def main(args: argparse.Namespace) -> int | None:
     if args.resume is None:
         chosen = chosen_settings(args)
         if args.print_config:
-            print(chosen.as_toml(), end="")
+            sys.stdout.buffer.write(chosen.as_toml().encode())  # TOML is UTF-8, whatever a terminal is
             return None
     else:
         path, saved, chosen = to_resume(args)
@@ -99,7 +104,7 @@ def main(args: argparse.Namespace) -> int | None:
         print_profile(new_run(chosen))
     elif args.fast_dev_run:
         with tempfile.TemporaryDirectory() as temporary:
-            try_everything(new_run(chosen), RunFolder(Path(temporary)))
+            try_everything(new_run(chosen), RunFolder(Path(temporary)), args.quiet)
     elif args.runs:
         train_with_seeds(args, chosen)
     else:
@@ -117,16 +122,19 @@ def one_of_ranks(args: argparse.Namespace, team: Team) -> None:
 
 def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> None:
     """A new run, from its first line to its last."""
+    begin = time.perf_counter()
     run = new_run(chosen, team, overfit=args.overfit_batch)
     announce(run)
     demo = is_demo(args, run.place)
     if demo:
         print("This is a demo on 1,797 small digits, because no GPU was found and no network or data were asked for.")
+    if args.overfit_batch:
+        print("A trial: one batch again and again, which is also the test set.")
     name = f"{chosen.arch}-{chosen.dataset}"
     folder = RunFolder.new(name, args.output) if team.rank == 0 else NoFolder()
-    train_in(run, folder, args.quiet or team.rank > 0)
+    train_in(run, folder, args.quiet or team.rank > 0, begin)
     if demo:
-        print("Next, the real thing: python train.py --arch simplenet-310k --epochs 10 --dataset cifar100")
+        print("Next, the real thing: minidl train --arch simplenet-310k --epochs 10 --dataset cifar100")
     print(f"run folder: {folder.path}")
 
 
@@ -150,6 +158,14 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     flags = {name: getattr(args, name) for name in settings.fields() if getattr(args, name) is not None}
     if "model_kwargs" in flags:
         flags["model_kwargs"] = {**from_file.get("model_kwargs", {}), **models.parse_options(flags["model_kwargs"])}
+    flags = settings.checked(flags)
+    for given in (from_file, flags):
+        if "epochs" in given and "time_budget" in given:
+            raise UsageError("epochs and time_budget exclude each other: the budget decides how many epochs there are")
+    if "epochs" in flags:
+        from_file.pop("time_budget", None)
+        if "epochs" in from_file and "milestones" in from_file:
+            from_file["milestones"] = settings.scaled(from_file["milestones"], flags["epochs"] / from_file["epochs"])
     return {**from_file, **flags}
 
 
@@ -161,8 +177,6 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
     given["dataset"] = given.get("dataset") or ("digits" if demo else "cifar100")
     given["arch"] = models.find(given.get("arch") or (DEMO_ARCH if place.name == "cpu" else LARGE_ARCH))[0]
     recipe = recipes.recipe(given.get("recipe", "fast"), given["arch"], given["dataset"])
-    if not given.keys().isdisjoint({"epochs"}) and "time_budget" in given:
-        raise UsageError("epochs and time_budget exclude each other: the budget decides how many epochs there are")
     return settings.resolve(given, recipe)
 
 
@@ -177,13 +191,16 @@ def differences(before: Settings, given: dict[str, Any]) -> dict[str, Any]:
 
 def new_run(chosen: Settings, team: Team = ALONE, overfit: bool = False) -> Run:
     """A run that stands before its first step. Raises UsageError where it is one of several ranks and has no team."""
+    if chosen.tensorboard:
+        run_folder.tensorboard_writer()  # that there is none is said now, before anything is done
     if chosen.ranks != team.size:
         raise UsageError(f"ranks {chosen.ranks}: only training itself is shared by several processes")
     architecture = models.find(chosen.arch)[1]
     train_set, test_set = data.load(chosen.dataset, chosen.data_dir)
     network = architecture.create(len(train_set.classes), chosen.model_kwargs)
     if overfit:
-        chosen = dataclasses.replace(chosen, padding=0, reflect=False, flip=False, cutout=0, mixup=0.0, val_split=0, patience=0)
+        chosen = dataclasses.replace(chosen, padding=0, reflect=False, flip=False, cutout=0, mixup=0.0, label_smoothing=0.0,
+                                     val_split=0, patience=0)
         train_set = test_set = subset(train_set, np.arange(min(chosen.batch_size, len(train_set.labels))))
     run = Run(chosen, network, train_set, test_set, place_of(chosen, team), team)
     if overfit:
@@ -200,18 +217,18 @@ def announce(run: Run) -> None:
           f"{run.network.macs(run.train_set.images.shape[1:]):,} MACs an image | {s.precision}", flush=True)
 
 
-def train_in(run: Run, folder: RunFolder, quiet: bool) -> None:
-    """Train a new run to its end, in a new folder."""
-    begin = time.perf_counter()
-    if run.settings.time_budget:
-        budget = settings.duration(run.settings.time_budget)
+def train_in(run: Run, folder: RunFolder, quiet: bool, begin: float) -> None:
+    """Train a new run to its end, in a new folder. begin: the time.perf_counter() from which a time budget counts."""
+    budget = settings.duration(run.settings.time_budget) if run.settings.time_budget else 0.0
+    if budget:
         with ample_memory(run):
             epochs = time_budget.epochs_within(run, budget, time.perf_counter() - begin)
-        run.settings = run.settings.with_epochs(epochs)
+        # The folder says how to do the same again, on whatever machine.
+        run.settings = dataclasses.replace(run.settings.with_epochs(epochs), time_budget=None)
     folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
     folder.log("start", settings=run.settings.as_dict())
     finish(run, folder, quiet)
-    if run.settings.time_budget:
+    if budget:
         print(f"time budget {brief(budget)}: it took {brief(time.perf_counter() - begin)}")
 
 
@@ -273,12 +290,19 @@ def train_epoch(run: Run, folder: RunFolder, progress: Progress, saver: Saver) -
         folder.save_best(run.checkpoint())
     saver.after_epoch()
     folder.add_metrics(run.history)
-    folder.log("epoch", **row)
+    folder.log("epoch", **numbers(row))
     progress.row(row)
     if run.trainer.statistics:
         folder.log("inspect", epoch=run.epoch, layers=run.trainer.statistics)
         if not progress.quiet:
             print(statistics_table(run.trainer.statistics), flush=True)
+
+
+def numbers(row: dict[str, str]) -> dict[str, float | None]:
+    """A row of metrics.csv as what JSON can hold: whole and other numbers, None for what is not finite."""
+    values = {column: float(text) for column, text in row.items()}
+    return {column: None if not math.isfinite(value) else int(value) if column == "epoch" else value
+            for column, value in values.items()}
 
 
 def out_of_patience(run: Run) -> bool:
@@ -289,7 +313,7 @@ def out_of_patience(run: Run) -> bool:
 def conclude(run: Run, folder: RunFolder) -> None:
     """The result: of the last epoch, on the test set. Raises CheckpointError where the last checkpoint was not written."""
     last = run.history[-1]
-    folder.log("end", epoch=run.epoch, test_top1=last["test_top1"], test_top5=last["test_top5"], seconds=run.seconds)
+    folder.log("end", **numbers(last), total_seconds=round(run.seconds, 2))
     stopped = f" of {run.settings.epochs}, no better in {run.settings.patience}" if run.epoch < run.settings.epochs else ""
     print(f"after epoch {last['epoch']}{stopped}: test top-1 {percent(last['test_top1'])}, top-5 {percent(last['test_top5'])}, "
           f"loss {float(last['test_loss']):.3f}")
@@ -318,34 +342,41 @@ def ample_memory(run: Run) -> Iterator[None]:
 
 def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     """Train with --runs seeds, one after another. What a former call with the same folder has finished is not done again."""
+    if args.runs < 2:
+        raise UsageError("--runs 1: a standard deviation needs at least 2")
     parent = Path(args.output) if args.output else RunFolder.new(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
-    results = []
+    last = []
     for seed in range(chosen.seed, chosen.seed + args.runs):
-        path = parent / f"seed-{seed}"
-        if path.is_dir() and any(path.iterdir()):
-            run, folder = reopened(path, *saved_run(path, {**chosen.as_dict(), "seed": seed}, override=False))
+        begin, path = time.perf_counter(), parent / f"seed-{seed}"
+        print(f"seed {seed}")
+        if any((path / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
+            given = {**chosen.as_dict(), "seed": seed}
+            if chosen.time_budget:  # has decided long ago
+                given = {name: value for name, value in given.items() if name not in ("epochs", "milestones", "time_budget")}
+            run, folder = reopened(path, *saved_run(path, given, override=False))
+            announce(run)
+            go_on(run, folder, args.quiet)
         else:
-            run, folder = new_run(dataclasses.replace(chosen, seed=seed)), RunFolder.new("", path)
-        announce(run)
-        print(f"seed {seed}, folder {path}")
-        if not run.history:
-            train_in(run, folder, args.quiet)
-        elif not finished(run):
-            finish(run, folder, args.quiet)
-        results.append({name: float(run.history[-1][name]) for name in ("test_top1", "test_top5", "test_loss")})
-    lines = {name: (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-             for name in results[0] for values in [[result[name] for result in results]]}
-    weights.write_whole(parent / "summary.json", lambda file: file.write(json.dumps(
-        {name: dict(mean=mean, std=std, values=[result[name] for result in results])
-         for name, (mean, std) in lines.items()}, indent=2).encode() + b"\n"))
-    print(f"{args.runs} runs: test top-1 {percent(lines['test_top1'][0])} +- {100 * lines['test_top1'][1]:.2f}, "
-          f"top-5 {percent(lines['test_top5'][0])} +- {100 * lines['test_top5'][1]:.2f} (mean and standard deviation)")
+            run = new_run(dataclasses.replace(chosen, seed=seed))
+            announce(run)
+            # A run that was killed before its first checkpoint begins anew.
+            folder = RunFolder(path) if (path / "config.toml").exists() else RunFolder.new("", path)
+            train_in(run, folder, args.quiet, begin)
+        chosen = dataclasses.replace(run.settings, seed=chosen.seed)  # what a time budget came to holds for all
+        last.append(run.history[-1])
+    results = {name: [float(row[name]) for row in last] for name in ("test_top1", "test_top5", "test_loss")}
+    found = {name: {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
+             for name, values in results.items()}
+    weights.write_whole(parent / "summary.json", lambda file: file.write(json.dumps(found, indent=2).encode() + b"\n"))
+    top1, top5 = (f"{percent(statistics.mean(results[name]))} +- {100 * statistics.stdev(results[name]):.2f}"
+                  for name in ("test_top1", "test_top5"))
+    print(f"{args.runs} seeds, mean +- standard deviation: test top-1 {top1}, top-5 {top5}")
     print(f"folder: {parent}")
 
 
 def to_resume(args: argparse.Namespace) -> tuple[Path, Checkpoint, Settings]:
     """The run that --resume names: its path, where it stands, and the settings that it goes on with."""
-    for flag in ("output", "runs", "fast_dev_run", "overfit_batch", "profile", "print_config"):
+    for flag in ("output", "time_budget", "runs", "fast_dev_run", "overfit_batch", "profile", "print_config"):
         if getattr(args, flag):
             raise UsageError(f"--{flag.replace('_', '-')} does not go with --resume")
     given = given_settings(args)
@@ -380,6 +411,12 @@ def resume(path: Path, saved: Checkpoint, chosen: Settings, quiet: bool, team: T
     """Go on with a run."""
     run, folder = reopened(path, saved, chosen, team)
     announce(run)
+    go_on(run, folder, quiet)
+    print(f"run folder: {folder.path}")
+
+
+def go_on(run: Run, folder: RunFolder, quiet: bool) -> None:
+    """Train a reopened run to its end."""
     if finished(run):
         print(f"{folder.path} is finished: {run.epoch} epochs of {run.settings.epochs}, test top-1 "
               f"{percent(run.history[-1]['test_top1'])}")
@@ -387,7 +424,6 @@ def resume(path: Path, saved: Checkpoint, chosen: Settings, quiet: bool, team: T
     print(f"going on after {run.epoch} epochs and {run.step} steps of {run.steps_per_epoch}")
     folder.log("resume", epoch=run.epoch, step=run.step)
     finish(run, folder, quiet)
-    print(f"run folder: {folder.path}")
 
 
 def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE) -> tuple[Run, RunFolder]:
@@ -406,13 +442,13 @@ def finished(run: Run) -> bool:
 # ---- trials ------------------------------------------------------------------------------------------------------
 
 
-def try_everything(run: Run, folder: RunFolder) -> None:
+def try_everything(run: Run, folder: RunFolder, quiet: bool) -> None:
     """Two steps, a batch of each evaluation, a checkpoint written and read back, in a folder that will not be kept."""
     announce(run)
     run.settings = dataclasses.replace(run.settings.with_epochs(1), limit_train_batches=TRIAL_STEPS, time_budget=None)
     run.evaluation_limit = 1
     folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
-    finish(run, folder, quiet=False)
+    finish(run, folder, quiet)
     run.load(checkpoint.load(folder.path)[0])
     print(f"trial: {TRIAL_STEPS} steps, evaluation, checkpoint and resume work; nothing was kept")
 
