@@ -103,17 +103,18 @@ def _missing_for_gpu() -> str | None:
         return "no NVIDIA GPU or driver found: see that `nvidia-smi` lists one, or use --device cpu"
     install = f"`pip install 'minidl[{driver.extra}]'`"
     try:
-        import cupy
+        from cupy import cuda
     except ImportError as error:
-        if error.name == "cupy":
+        if error.name == "cupy":  # also where an empty folder of that name was left behind
             return f"CuPy is not installed: {install}"
         return f"CuPy cannot be imported ({first_line(error)}): {install}"
     except OSError as error:  # no home folder to keep its compiled kernels in
         return f"CuPy cannot be imported: {error}; set CUPY_CACHE_DIR to a folder that can be written"
-    if not cupy.cuda.is_available():
-        return f"CuPy finds none of the driver's {len(driver.gpus)} GPUs: `python -m minidl doctor` looks for the reason"
+    if not cuda.is_available():
+        return (f"CuPy finds none of the driver's {len(driver.gpus)} GPUs: it must be the one of minidl[{driver.extra}]; "
+                "`python -m minidl doctor` shows which one it is")
     try:
-        cupy.cuda.nvrtc.getVersion()
+        cuda.nvrtc.getVersion()
         from cupy_backends.cuda.libs import cublas  # noqa: F401
     except (ImportError, RuntimeError) as error:
         return f"a CUDA library is missing ({first_line(error)}): {install}"

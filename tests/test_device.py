@@ -62,7 +62,8 @@ def test_cpu_is_always_there(install, cupy):
 
 @pytest.mark.parametrize("cupy, message", [
     (None, f"CuPy is not installed: {INSTALL}"),
-    (fake_cupy(gpus=0), "CuPy finds none of the driver's 2 GPUs: `python -m minidl doctor` looks for the reason"),
+    (fake_cupy(gpus=0), r"CuPy finds none of the driver's 2 GPUs: it must be the one of minidl\[cuda13\]; `python -m minidl doctor` shows "
+     "which one it is"),
     (fake_cupy(nvrtc_version=missing_library), rf"a CUDA library is missing \(libnvrtc.so.13: .*\): {INSTALL}"),
 ], ids=["no CuPy", "no GPU for CuPy", "no NVRTC"])
 def test_gpu_that_cannot_be_used(install, cupy, message):
