@@ -578,16 +578,17 @@ def test_process_that_waits_goes_on_where_a_killed_one_was(copy, mirrors, tmp_pa
     assert mirror.ranges == [None, "bytes=5000-"] and files(folder) == [ARCHIVE]
 
 
-def test_lock_is_held_by_one_at_a_time(tmp_path):
+def test_lock_is_held_by_one_at_a_time(tmp_path, monkeypatch):
     """Threads that open the file each by themselves are to the kernel as processes are."""
     path, inside, most, waited = tmp_path / "lock", [], [], []
+    monkeypatch.setattr(process_lock, "POLL_SECONDS", 0)
 
     def work():
-        for _ in range(5):
+        for _ in range(50):
             with process_lock.hold(path, lambda: waited.append(1)):
                 inside.append(1)
+                time.sleep(0.0005)
                 most.append(len(inside))
-                time.sleep(0.002)
                 inside.pop()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -595,7 +596,7 @@ def test_lock_is_held_by_one_at_a_time(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1] * 20 and waited and not path.exists()
+    assert most == [1] * 200 and waited and not path.exists()
 
 
 # Fault 9: awkward folders

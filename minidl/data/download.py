@@ -144,8 +144,6 @@ def _complete(url: str, file: File, path: Path, patience: float) -> None:
     """Bring the file at `path` to the size of `file`. patience: seconds to wait for an answer. Raises _Failed."""
     with open(path, "ab") as part, tqdm(total=file.size, initial=part.tell(), desc=file.name, unit="B", unit_scale=True,
                                         disable=None, leave=False, dynamic_ncols=True) as bar:
-        if part.tell() > file.size:
-            part.truncate(0)
         while (before := part.seek(0, os.SEEK_END)) < file.size:
             try:
                 _append(url, file, part, patience, show=lambda received: bar.update(received - bar.n))
