@@ -48,13 +48,18 @@ def load(path: Path) -> tuple[Checkpoint, list[str]]:
     except CheckpointError as error:
         if not (path / PREVIOUS).exists():
             raise
-        return _load(path / PREVIOUS), [f"{error}; going on from {PREVIOUS}"]
+        reason = error
+    try:
+        return _load(path / PREVIOUS), [f"{reason}; going on from {PREVIOUS}"]
+    except CheckpointError as error:
+        raise CheckpointError(f"{reason}; {error}") from None
 
 
 def _load(path: Path) -> Checkpoint:
     state, metadata = weights.load_all(path)
     match metadata:
-        case {"training": {"settings": dict(), "epoch": int(), "step": int(), "history": list()} as progress, **about}:
+        case {"training": {"settings": dict(), "epoch": int(), "step": int(), "history": list()} as progress,
+              **about} if len(progress["history"]) == progress["epoch"]:
             arrays = {name.removeprefix(weights.TRAINING): state.pop(name)
                       for name in list(state) if name.startswith(weights.TRAINING)}
             return Checkpoint(state, arrays, {key: about[key] for key in weights.describe("", 0, {})}, progress)

@@ -156,7 +156,7 @@ class Run:
         for name, array in own.items():
             array[...] = self.place.array(saved[name], array.dtype)
         progress = checkpoint.progress
-        self.epoch, self.step = progress["epoch"], progress["step"]
+        self.epoch, self.step = progress["epoch"], min(progress["step"], self.steps_per_epoch)  # larger batches are fewer
         self.history = list(progress["history"])
         self.best = tuple(progress["best"]) if progress.get("best") else None  # JSON has no tuples
         self.seconds = progress.get("seconds", 0.0)

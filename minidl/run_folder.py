@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minidl import __version__, checkpoint, weights
+from minidl import __version__, checkpoint, data, plots, weights
 from minidl.device import Device
 from minidl.errors import CheckpointError, UsageError
 
@@ -93,6 +93,11 @@ class RunFolder:
         with self._survives(checkpoint.BEST):
             weights.save(self.path / checkpoint.BEST, state.state, state.about)
 
+    def draw_curves(self, history: Sequence[Mapping[str, str]], classes: int) -> None:
+        """curves.png, where the extra that draws is installed."""
+        with self._survives("curves.png"), contextlib.suppress(UsageError):
+            plots.curves([plots.Run(self.path.name, history, classes)], self.path / "curves.png")
+
     def start_tensorboard(self) -> None:
         """Write the metrics for TensorBoard as well, to the folder tensorboard. Raises UsageError without the extra."""
         self._tensorboard = tensorboard_writer()(str(self.path / "tensorboard"))
@@ -119,7 +124,7 @@ class NoFolder(RunFolder):
     def _nothing(self, *values: Any, **named: Any) -> None:
         pass
 
-    write_settings = add_metrics = write_metrics = log = save = save_best = start_tensorboard = _nothing
+    write_settings = add_metrics = write_metrics = log = save = save_best = draw_curves = start_tensorboard = _nothing
 
 
 def tensorboard_writer() -> Any:
@@ -144,7 +149,8 @@ def newest(arch: str | None = None) -> Path:
     """The folder in runs/ that was written to last, of the architecture `arch` if one is given. Raises UsageError."""
     found = [path.parent for path in Path("runs").glob("*/" + checkpoint.LAST)]
     if arch:
-        found = [path for path in found if path.name.startswith(arch + "-")]
+        stems = tuple(f"{arch}-{dataset}-" for dataset in data.NAMES)
+        found = [path for path in found if path.name.startswith(stems)]
     if not found:
         raise UsageError(f"there is no run {'of ' + arch + ' ' if arch else ''}in the folder runs: name one, --resume FOLDER")
     return max(found, key=lambda path: (path / checkpoint.LAST).stat().st_mtime_ns)

@@ -42,19 +42,34 @@ class Saver:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint now, unless there is one of this very step. Raises DivergedError, and writes nothing, where a number in it is not finite."""
+        """Write last.npz now, unless there is one of this very step. Raises DivergedError, and writes nothing, where a number
+        in it is not finite."""
         position = self.run.epoch, self.run.step
-        if self.run.team.rank > 0 or position == self._saved and checkpoint.LAST not in self.folder.troubles:
+        if self.run.team.rank > 0 or position == self._saved and self.saved:
             return
         begin = time.perf_counter()
         self.run.seconds = self._before + begin - self._begin
+        self.folder.save(self._checkpoint())
+        self._last = time.perf_counter()
+        self._cost, self._saved = self._last - begin, position
+        if self.saved:
+            self.folder.log("save", epoch=self.run.epoch, step=self.run.step, seconds=round(self._cost, 4))
+
+    def save_best(self) -> None:
+        """Write best.npz now. Raises DivergedError as `save` does."""
+        if self.run.team.rank == 0:
+            self.folder.save_best(self._checkpoint())
+
+    @property
+    def saved(self) -> bool:
+        """Whether the last attempt to write last.npz succeeded."""
+        return checkpoint.LAST not in self.folder.troubles
+
+    def _checkpoint(self) -> checkpoint.Checkpoint:
         state = self.run.checkpoint()
         for name, array in [*state.state.items(), *state.arrays.items()]:
             # "state" has the norm of a gradient, perhaps of a step that was skipped.
             if name != "state" and not np.isfinite(array).all():
                 raise DivergedError(f"after {self.run.epoch} epochs and {self.run.step} steps {name} is not finite: "
                                     "try a lower --lr")
-        self.folder.save(state)
-        self._last = time.perf_counter()
-        self._cost, self._saved = self._last - begin, position
-        self.folder.log("save", epoch=self.run.epoch, step=self.run.step, seconds=round(self._cost, 4))
+        return state

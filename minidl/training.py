@@ -127,7 +127,7 @@ class Trainer:
         state = to_host(self.optimizer.state)
         if failed := int(state[optimizer_op.FAILED]):
             ago = int(state[optimizer_op.CALLS]) - failed
-            raise DivergedError(f"{self._failure(failed, batches[done - ago - 1], ago)}: try a lower --lr")
+            raise DivergedError(f"step {failed}: {self._failure(batches[done - ago - 1], ago)}")
         skipped = int(state[optimizer_op.SKIPPED_IN_ROW])
         if skipped >= MOST_SKIPPED_STEPS:
             raise DivergedError(f"{skipped} steps in a row had gradients beyond float16: try --precision bf16")
@@ -136,14 +136,16 @@ class Trainer:
             raise DivergedError(f"the loss became {metrics.loss} by step {done} of this epoch: try a lower --lr")
         return metrics
 
-    def _failure(self, number: int, batch: Batch, ago: int) -> str:
-        """What went wrong in the step `number` of the run, `ago` steps before the last. Nothing has changed the weights since,
-        so that its forward and backward can be looked at again."""
+    def _failure(self, batch: Batch, ago: int) -> str:
+        """What went wrong in a step, `ago` steps before the last. Nothing has changed the weights since, so that its forward
+        and backward can be looked at again."""
         self.model.step -= ago + 1
         totals = self.model.device.xp.zeros(4)
-        what = inspection.first_nonfinite(self.model, lambda: self._gradients(batch, totals)) or (
-            "the loss" if self.team.size == 1 else "the gradient of another rank")
-        return f"step {number}: {what} is not finite"
+        if what := inspection.first_nonfinite(self.model, lambda: self._gradients(batch, totals)):
+            return f"{what} is not finite: try a lower --lr"
+        if self.team.size > 1:
+            return "the gradient of another rank is not finite: try a lower --lr"
+        return "a gradient was not finite, but all are where the step is repeated: is the hardware sound?"
 
     def arrays(self) -> dict[str, Array]:
         """{name: array}, all besides weights and running statistics that training goes on from: write into them to load it."""

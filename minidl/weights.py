@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import struct
 import warnings
 import zipfile
@@ -111,22 +112,28 @@ def write_whole(path: FilePath, write: Callable[[BinaryIO], object], previous: F
     is a whole file under `path` or `previous`, if there was one before.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of two processes, one wins
+    names = [path] if previous is None else [path, Path(previous)]
+    hidden = {name: name.with_name(f".{name.name}.{os.getpid()}.tmp") for name in names}  # of two processes, one wins
     try:
-        _sweep(path)
-        with temporary.open("wb") as file:
+        for name in names:
+            _sweep(name)
+        with hidden[path].open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            _keep(path, Path(previous))
-        temporary.replace(path)
+            _give_second_name(path, hidden[Path(previous)])
+        # The new file first: should the old one be damaged, the one before it is needed until then.
+        for name in names:
+            if hidden[name].exists():
+                hidden[name].replace(name)
         _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for temporary in hidden.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def _sweep(path: Path) -> None:
@@ -139,6 +146,7 @@ def _sweep(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
+    """Whether another process of this number runs."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -148,15 +156,11 @@ def _runs(process: int) -> bool:
     return process != os.getpid()
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """Give the file `path` the name `previous`, so that it has one of the two at each moment."""
-    second_name = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+def _give_second_name(path: Path, name: Path) -> None:
     try:
-        second_name.unlink(missing_ok=True)
-        os.link(path, second_name)
-        second_name.replace(previous)
+        os.link(path, name)
     except OSError:  # a file system without second names
-        path.replace(previous)
+        shutil.copyfile(path, name)
 
 
 def _sync_folder(folder: Path) -> None:

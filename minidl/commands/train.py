@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 import models
-from minidl import (checkpoint, data, device, inspection, memory, parallel, plots, run_folder, settings, signals, summary,
-                    time_budget, weights)
+from minidl import (checkpoint, data, device, inspection, memory, parallel, run_folder, settings, signals, summary, time_budget,
+                    weights)
 from minidl.checkpoint import Checkpoint
 from minidl.commands.arguments import positive
 from minidl.device import Device
@@ -249,8 +249,9 @@ def finish(run: Run, folder: RunFolder, quiet: bool) -> None:
     except signals.Stop as stop:
         saver.save()
         folder.log("stop", epoch=run.epoch, step=run.step, exit_code=stop.exit_code)
-        raise signals.Stop(stop.exit_code, f"interrupted, and saved after {run.epoch} epochs and {run.step} steps; go on with "
-                                           f"--resume {folder.path}") from None
+        where = f"after {run.epoch} epochs and {run.step} steps"
+        raise signals.Stop(stop.exit_code, f"interrupted, and saved {where}; go on with --resume {folder.path}" if saver.saved
+                           else f"interrupted {where}, and not saved: {folder.troubles[checkpoint.LAST]}") from None
     except Exception as error:
         folder.log("error", epoch=run.epoch, step=run.step, message=str(error))
         raise
@@ -287,7 +288,7 @@ def train_epoch(run: Run, folder: RunFolder, progress: Progress, saver: Saver) -
     run.epoch, run.step = run.epoch + 1, 0
     if validation and (run.best is None or validation.top1 > run.best[1]):
         run.best = run.epoch, validation.top1
-        folder.save_best(run.checkpoint())
+        saver.save_best()
     saver.after_epoch()
     folder.add_metrics(run.history)
     folder.log("epoch", **numbers(row))
@@ -311,7 +312,7 @@ def out_of_patience(run: Run) -> bool:
 
 
 def conclude(run: Run, folder: RunFolder) -> None:
-    """The result: of the last epoch, on the test set. Raises CheckpointError where the last checkpoint was not written."""
+    """The result: of the last epoch, on the test set. Raises CheckpointError where a checkpoint is missing."""
     last = run.history[-1]
     folder.log("end", **numbers(last), total_seconds=round(run.seconds, 2))
     stopped = f" of {run.settings.epochs}, no better in {run.settings.patience}" if run.epoch < run.settings.epochs else ""
@@ -321,11 +322,10 @@ def conclude(run: Run, folder: RunFolder) -> None:
         best = run.history[run.best[0] - 1]
         print(f"best on validation ({percent(run.best[1])}), epoch {run.best[0]}: test top-1 {percent(best['test_top1'])}, "
               f"top-5 {percent(best['test_top5'])}")
-    with contextlib.suppress(UsageError):  # without the extra there is no picture
-        if run.team.rank == 0:
-            plots.curves([plots.Run(folder.path.name, run.history, len(run.train_set.classes))], folder.path / "curves.png")
-    if reason := folder.troubles.get(checkpoint.LAST):
-        raise CheckpointError(f"the last checkpoint was not written: {reason}")
+    folder.draw_curves(run.history, len(run.train_set.classes))
+    for file in (checkpoint.LAST, checkpoint.BEST):
+        if reason := folder.troubles.get(file):
+            raise CheckpointError(f"the run is at its end, but {reason}")
 
 
 @contextlib.contextmanager
@@ -398,13 +398,14 @@ def saved_run(path: Path, given: dict[str, Any], override: bool) -> tuple[Checkp
         before = Settings(**saved.progress["settings"])
     except (TypeError, UsageError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this version: {error}") from None
-    # Another network is no matter of choice: that it does not fit is said tensor by tensor.
-    changed = {name: value for name, value in differences(before, given).items()
-               if name not in ("arch", "model_kwargs", "dataset")}
+    changed = differences(before, given)
+    now = dataclasses.replace(before, **given)
+    if not changed.keys().isdisjoint({"arch", "model_kwargs", "dataset"}):  # that weights do not fit is no matter of choice
+        new_run(dataclasses.replace(now, ranks=1)).network.load_state_dict(saved.state)
     if changed and not override:
         lines = [f"{name}: the run has {getattr(before, name)!r}, given is {value!r}" for name, value in changed.items()]
         raise UsageError("\n".join([*lines, "--override goes on with what is given; the result is then not that of either"]))
-    return saved, dataclasses.replace(before, **given)
+    return saved, now
 
 
 def resume(path: Path, saved: Checkpoint, chosen: Settings, quiet: bool, team: Team = ALONE) -> None:
@@ -422,7 +423,7 @@ def go_on(run: Run, folder: RunFolder, quiet: bool) -> None:
               f"{percent(run.history[-1]['test_top1'])}")
         return
     print(f"going on after {run.epoch} epochs and {run.step} steps of {run.steps_per_epoch}")
-    folder.log("resume", epoch=run.epoch, step=run.step)
+    folder.log("resume", epoch=run.epoch, step=run.step, settings=run.settings.as_dict())
     finish(run, folder, quiet)
 
 
@@ -432,6 +433,8 @@ def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE
     run.load(saved)
     folder = RunFolder(path if path.is_dir() else path.parent) if team.rank == 0 else NoFolder()
     folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left
+    if chosen.as_dict() != saved.progress["settings"]:
+        folder.write_settings(chosen.as_toml(), run_folder.environment(run.place))
     return run, folder
 
 
