@@ -211,8 +211,8 @@ def new_run(chosen: Settings, team: Team = ALONE, overfit: bool = False) -> Run:
 def announce(run: Run) -> None:
     """The first line of a run: where, on what, which network."""
     s = run.settings
-    held_out = f" {s.val_split:,} validation" if s.val_split else ""
-    print(f"{run.place.description} | {s.dataset}: {run.train_batches.size:,} training,{held_out} "
+    held_out = f"{s.val_split:,} validation, " if s.val_split else ""
+    print(f"{run.place.description} | {s.dataset}: {run.train_batches.size:,} training, {held_out}"
           f"{run.test_batches.size:,} test images | {s.arch}: {run.network.parameters.count():,} parameters, "
           f"{run.network.macs(run.train_set.images.shape[1:]):,} MACs an image | {s.precision}", flush=True)
 
