@@ -236,7 +236,7 @@ def _read(file: BinaryIO, path: Path) -> tuple[State, str | None]:
                 if name := archive.testzip():  # PyTorch does not look at checksums
                     raise ValueError(f"it is damaged: Bad CRC-32 for file {name!r}")
         except ZIP_DAMAGE as error:
-            raise ValueError(f"it is damaged: {str(error) or type(error).__name__}") from None
+            raise ValueError(f"it is damaged: {str(error)[:200] or type(error).__name__}") from None  # it may quote the file
     elif not start.startswith(b"\x80"):  # a pickle, as PyTorch wrote before version 1.6
         raise ValueError("it is neither .npz, .safetensors nor a file of PyTorch")
     return _read_torch(file, path, size), None
