@@ -200,8 +200,8 @@ def quick(monkeypatch):
     """Online, without the proxies of this machine, and with a patience that tests can wait for."""
     for variable in "MINIDL_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY":
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(download, "ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 2.0)
 
 
 def files(folder):
@@ -290,13 +290,13 @@ def test_nobody_can_be_reached(copy, mirrors, tmp_path):
     it = replace(it, mirrors=(closed, *it.mirrors))
     start = time.monotonic()
     text = refusal(it, tmp_path)
-    assert 1.4 < time.monotonic() - start < 5
-    assert re.sub(r"0\.[78] s", "0.75 s", text).splitlines() == [
+    assert 1.9 < time.monotonic() - start < 8
+    assert re.sub(r"0\.\d s", "1.0 s", text).splitlines() == [
         f"CIFAR-100 was not found in {tmp_path},",
         f"nor could it be downloaded into {tmp_path}:",
         f"  {closed}: Connection refused",
-        f"  {it.mirrors[1]}: no answer within 0.75 s",
-        f"  {it.mirrors[2]}: no answer within 0.75 s",
+        f"  {it.mirrors[1]}: no answer within 1.0 s",
+        f"  {it.mirrors[2]}: no answer within 1.0 s",
         f"Put one of these into {tmp_path}, or name another folder with --data-dir; they are at {cifar.HOMEPAGE}:",
         f"  {ARCHIVE}, md5 {md5(copy.binary)}",
         f"  {PYTHON.archive.name}, md5 {md5(copy.python)}",
@@ -313,8 +313,8 @@ def test_name_server_that_does_not_answer(mirrors, tmp_path, monkeypatch):
     over = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(SECONDS))
     start = time.monotonic()
-    assert "no answer within 1.5 s" in refusal(it, tmp_path)
-    assert time.monotonic() - start < 5
+    assert "no answer within 2.0 s" in refusal(it, tmp_path)
+    assert time.monotonic() - start < 8
     over.set()
 
 
@@ -348,7 +348,7 @@ def test_ctrl_c_is_obeyed_while_nobody_answers(tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=SECONDS)
         assert process.returncode == 130 and err == "error: interrupted\n"
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 2.5  # of the 3 s that the first mirror has
 
 
 def test_nothing_is_asked_where_the_network_is_forbidden(copy, mirrors, tmp_path, monkeypatch):
@@ -371,9 +371,9 @@ def test_nothing_is_asked_where_the_network_is_forbidden(copy, mirrors, tmp_path
         (not_found, "HTTP 404 Not Found"),
         (page, "has a file of 33 bytes, expected {size:,}"),
         (too_much, "sends more than {size:,} bytes"),
-        (stall_after(5000), "stalled: less than 20 kB/s over 0.5 s"),
-        (trickle, "stalled: less than 20 kB/s over 0.5 s"),
-        (silent, "no answer within 0.75 s"),
+        (stall_after(5000), "stalled: less than 20 kB/s over 1 s"),
+        (trickle, "stalled: less than 20 kB/s over 1 s"),
+        (silent, "no answer within 1.0 s"),
         (cut_after(0), "ended the connection after 0 of {size:,} bytes"),
         (lambda handler, content, begin: head(handler, 206), "HTTP 206 without a Content-Range"),
         (lambda handler, content, begin: handler.wfile.write(b"what?"), "what?"),
@@ -386,7 +386,7 @@ def test_next_mirror(bad, reason, copy, mirrors, tmp_path, capsys):
     assert_holds(copy, cifar.load(it, [tmp_path]))
     assert files(tmp_path) == [ARCHIVE] and (tmp_path / ARCHIVE).read_bytes() == copy.binary
     assert len(second.ranges) == 1
-    said = re.sub(r"0\.[78] s", "0.75 s", capsys.readouterr().err).splitlines()
+    said = re.sub(r"0\.\d s", "1.0 s", capsys.readouterr().err).splitlines()
     assert said[1] == f"{first.host}: {reason.format(size=len(copy.binary))}; trying the next mirror" and len(said) == 4
 
 
