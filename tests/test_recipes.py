@@ -24,6 +24,7 @@ FAMILY_MEMBERS = ["simplenet-5m", "simplenet-310k", "resnext29-8x64d", "resnext2
                   "wrn-16-4", "report-simplenet", "report-resnext2", "report-wideresnet4"]
 UNUSED = dict(label_smoothing=0.0, mixup=0.0, ema=0.0, cutout=0, clip_norm=0.0, time_budget=None, limit_train_batches=None,
               ranks=1, seed=0, precision="fp32")
+NESTEROV = dict(optimizer="sgd", momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 def settings(name, arch, dataset="cifar100", **given) -> Settings:
@@ -48,10 +49,9 @@ def assert_has(chosen, **expected):
 @pytest.mark.parametrize("arch", FAMILY_MEMBERS)
 def test_fast(arch):
     chosen = settings("fast", arch)
-    assert_has(chosen, **UNUSED, recipe="fast", epochs=50, batch_size=128, optimizer="sgd", momentum=0.9, nesterov=True,
-               weight_decay=5e-4, lr=0.1, sched="cosine", warmup_epochs=2.0, milestones=[], restart_at_milestones=False,
-               padding=4, reflect="wrn" in arch or "wideresnet" in arch, flip=True, normalize="dataset", val_split=0, patience=0,
-               model_kwargs={})
+    assert_has(chosen, **UNUSED, recipe="fast", epochs=50, batch_size=128, **NESTEROV, lr=0.1, sched="cosine", warmup_epochs=2.0, milestones=[], restart_at_milestones=False,
+               padding=4, reflect="wrn" in arch or "wideresnet" in arch, flip=True, normalize="dataset", val_split=0,
+               patience=0, model_kwargs={})
 
 
 def test_fast_warms_up_from_a_tenth_and_ends_at_zero():
@@ -109,21 +109,21 @@ def test_paper_schedule(arch):
 
 @pytest.mark.parametrize("arch", ["wrn-28-10", "wrn-16-4", "report-wideresnet2"])
 def test_paper_wide_resnet(arch):
-    assert_has(settings("paper", arch), **UNUSED, optimizer="sgd", momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128,
+    assert_has(settings("paper", arch), **UNUSED, **NESTEROV, batch_size=128,
                padding=4, reflect=True, flip=True, normalize="cifar10", restart_at_milestones=True, warmup_epochs=0.0,
                val_split=0, patience=0, model_kwargs={})
 
 
 @pytest.mark.parametrize("arch", ["resnext29-8x64d", "resnext29-16x64d", "report-resnext1"])
 def test_paper_resnext(arch):
-    assert_has(settings("paper", arch), **UNUSED, optimizer="sgd", momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128,
+    assert_has(settings("paper", arch), **UNUSED, **NESTEROV, batch_size=128,
                padding=4, reflect=False, flip=True, normalize="dataset", restart_at_milestones=False, warmup_epochs=0.0,
                val_split=0, patience=0, model_kwargs={})
 
 
 @pytest.mark.parametrize("arch", ["res2next29-6c24w4s", "res2next29-8c25w4s"])
 def test_paper_res2net(arch):
-    assert_has(settings("paper", arch), **UNUSED, optimizer="sgd", momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=64,
+    assert_has(settings("paper", arch), **UNUSED, **NESTEROV, batch_size=64,
                padding=4, reflect=False, flip=True, normalize="imagenet", restart_at_milestones=False, warmup_epochs=0.0,
                val_split=0, patience=0, model_kwargs={})
 
@@ -226,8 +226,8 @@ def test_digits_are_few():
 
 
 SMALL = ["simplenet-310k", "resnext29-2x8d", "res2next29-2c8w4s", "wrn-10-1", "report-resnext3"]
-TRIALS = [*(("paper", arch) for arch in SMALL), ("report", "wrn-16-2"), ("report", "simplenet-310k"), ("report", "report-resnext1"),
-          ("fast", "res2next29-2c8w4s")]
+TRIALS = [*(("paper", arch) for arch in SMALL), ("report", "wrn-16-2"), ("report", "simplenet-310k"),
+          ("report", "report-resnext1"), ("fast", "res2next29-2c8w4s")]
 
 
 def trial(capsys, name, arch, *more):
