@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "evaluate",
     "predict": "predict",
     "plot": "plot",
+    "data": "data",
     "doctor": "doctor",
     "gradcheck": "gradcheck",
     "bench": "bench",
