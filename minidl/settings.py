@@ -213,12 +213,10 @@ def resolve(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
     for name in HYPERPARAMETERS[1:]:
         if name in given and name not in own:
             raise UsageError(f"{name} is not a setting of the optimizer {optimizer}, which has {', '.join(own)}")
+    if "epochs" in given and "milestones" in recipe:
+        recipe["milestones"] = scaled(recipe["milestones"], given["epochs"] / recipe["epochs"])
     options = {**recipe.get("model_kwargs", {}), **given.get("model_kwargs", {})}
-    names = {"arch": given["arch"], "dataset": given["dataset"], "optimizer": optimizer}
-    from_recipe = Settings(**{**own, **recipe, **names, "model_kwargs": options})
-    if "epochs" in given and "milestones" not in given:
-        from_recipe = from_recipe.with_epochs(given["epochs"])
-    return dataclasses.replace(from_recipe, **{**given, "model_kwargs": options})
+    return Settings(**{**own, **recipe, **given, "optimizer": optimizer, "model_kwargs": options})
 
 
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,9 +49,9 @@ def assert_has(chosen, **expected):
 @pytest.mark.parametrize("arch", FAMILY_MEMBERS)
 def test_fast(arch):
     chosen = settings("fast", arch)
-    assert_has(chosen, **UNUSED, recipe="fast", epochs=50, batch_size=128, **NESTEROV, lr=0.1, sched="cosine", warmup_epochs=2.0, milestones=[], restart_at_milestones=False,
-               padding=4, reflect="wrn" in arch or "wideresnet" in arch, flip=True, normalize="dataset", val_split=0,
-               patience=0, model_kwargs={})
+    assert_has(chosen, **UNUSED, recipe="fast", epochs=50, batch_size=128, **NESTEROV, lr=0.1, sched="cosine",
+               warmup_epochs=2.0, milestones=[], restart_at_milestones=False, padding=4, flip=True, normalize="dataset",
+               reflect="wrn" in arch or "wideresnet" in arch, val_split=0, patience=0, model_kwargs={})
 
 
 def test_fast_warms_up_from_a_tenth_and_ends_at_zero():
