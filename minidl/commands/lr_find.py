@@ -54,15 +54,15 @@ def main(args: argparse.Namespace) -> None:
         train.announce(run)
     with train.ample_memory(run):
         curve = search(run, args.steps)
-    if picture:
-        plots.lr_find(curve.rates, curve.losses, curve.suggestion, picture)
     if args.json:
         s = run.settings
         print(json.dumps({"arch": s.arch, "dataset": s.dataset, "optimizer": s.optimizer, "batch_size": s.batch_size,
                           **dataclasses.asdict(curve), "suggestion": curve.suggestion, "picture": picture and str(picture)}))
     else:
         print(curve.as_text())
-        if picture:
+    if picture:
+        plots.lr_find(curve.rates, curve.losses, curve.suggestion, picture)
+        if not args.json:
             print(f"picture: {picture}")
 
 
@@ -91,9 +91,13 @@ class Curve:
 
     @property
     def suggestion(self) -> float | None:
-        """A tenth of the rate at which the smoothed loss is lowest; None if that is the first one: nothing was learned."""
-        lowest = int(np.argmin(self.smoothed))
-        return self.rates[lowest] / 10 if lowest else None
+        """A tenth of the rate at which the smoothed loss is lowest, None where that does not fall.
+
+        The first tenth of the steps is left out, as by fastai: averages of few losses are low by chance.
+        """
+        first = len(self.rates) // 10
+        lowest = first + int(np.argmin(self.smoothed[first:]))
+        return self.rates[lowest] / 10 if lowest > first else None
 
     def as_text(self) -> str:
         """For people: rows of the curve, the first and the last among them, and the suggestion as an argument of `train`."""
@@ -102,9 +106,10 @@ class Curve:
         for index in np.unique(np.linspace(0, count - 1, LISTED).round().astype(int)):
             rows.append((f"{self.rates[index]:.2g}", f"{self.losses[index]:.3f}", f"{self.smoothed[index]:.3f}"))
         if self.suggestion is None:
-            advice = "no suggestion: the loss was lowest before the first step"
+            advice = "no suggestion: the smoothed loss does not fall"
         else:
-            advice = f"the smoothed loss is lowest at {10 * self.suggestion:.2g}; a tenth of that:\n--lr {self.suggestion:.2g}"
+            lowest = "still falls" if min(self.smoothed) == self.smoothed[-1] else "is lowest"
+            advice = f"the smoothed loss {lowest} at {10 * self.suggestion:.2g}; a tenth of that:\n--lr {self.suggestion:.2g}"
         return f"{aligned(rows, left=0)}\n{count} steps, then {self.end}\n{advice}"
 
 
