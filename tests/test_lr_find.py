@@ -19,6 +19,7 @@ from models.architecture import Architecture
 from small_runs import at_step, few_digits, forked, send  # noqa: F401
 from test_train import assert_refused
 
+
 def parsed(*arguments):
     parser = ArgumentParser()
     lr_find.add_arguments(parser)
@@ -135,7 +136,8 @@ def test_a_network_that_fails_from_the_start_is_an_error():
         search(run, steps=50)
 
 
-@pytest.mark.parametrize("smoothed, suggestion", [([3, 2, 1, 9], 0.1), ([3, 2, 2, 9], 0.01), ([3, 2, 1, 0], 1), ([1, 2, 3, 4], None)])
+@pytest.mark.parametrize("smoothed, suggestion", [
+    ([3, 2, 1, 9], 0.1), ([3, 2, 2, 9], 0.01), ([3, 2, 1, 0], 1), ([1, 2, 3, 4], None)])
 def test_suggestion_is_a_tenth_of_the_rate_at_the_minimum(smoothed, suggestion):
     curve = Curve([0.01, 0.1, 1, 10], smoothed, smoothed, "the end")
     assert curve.suggestion == (suggestion and pytest.approx(suggestion))
@@ -161,7 +163,8 @@ def test_the_suggestion_trains_better_than_a_hundredth_and_a_hundredfold(quick_r
 @pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("options", [
     ["--optimizer", "sgd", "--ema", "0.9"], ["--optimizer", "adam", "--precision", "bf16", "--clip-norm", "1"],
-    ["--optimizer", "adamw", "--precision", "fp16", "--mixup", "0.2"], ["--optimizer", "adadelta", "--precision", "tf32"]], ids=str)
+    ["--optimizer", "adamw", "--precision", "fp16", "--mixup", "0.2"],
+    ["--optimizer", "adadelta", "--precision", "tf32"]], ids=str)
 def test_the_run_is_left_as_it_was_bit_for_bit(options):
     if "bf16" in options:
         pytest.importorskip("ml_dtypes")
