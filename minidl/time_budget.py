@@ -65,6 +65,7 @@ def epochs_within(run: Run, budget: float, spent: float) -> int:
     epochs = int(run.team.of_first((budget - spent) / epoch))
     if epochs < 1:
         raise UsageError(f"time_budget {brief(budget)}: one epoch takes {brief(epoch)}, and {brief(spent)} have passed")
-    print(f"time budget {brief(budget)}: {epochs} epochs of {brief(epoch)}, {run.steps_per_epoch} steps of {1000 * step:.1f} ms "
-          f"and evaluation of {brief(evaluation)}; estimated end after {brief(spent + epochs * epoch)}", flush=True)
+    count = f"{epochs} epochs" if epochs > 1 else "1 epoch"
+    print(f"time budget {brief(budget)}: {count} of {brief(epoch)}, {run.steps_per_epoch} steps of {1000 * step:.1f} ms and "
+          f"evaluation of {brief(evaluation)}; estimated end after {brief(spent + epochs * epoch)}", flush=True)
     return epochs
