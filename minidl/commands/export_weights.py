@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minidl import onnx_export, weights
 from minidl.commands.arguments import IMAGE_SHAPE, add_architecture, network_with, new_file
-from minidl.commands.import_weights import described, report
+from minidl.commands.import_weights import beside, described, report
 from minidl.errors import UsageError
 
 
@@ -13,11 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder of a run, or a file of weights: .npz, .safetensors, .pt")
     parser.add_argument("--to", required=True, choices=("safetensors", "npz", "onnx"))
     add_architecture(parser, required=False)
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: beside CKPT, with the suffix of the format")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: beside CKPT, or weights.FORMAT in the folder")
 
 
 def main(args: argparse.Namespace) -> None:
-    output = new_file(args.output or weights.file_of(args.checkpoint).with_suffix(f".{args.to}"))
+    output = new_file(args.output or beside(args.checkpoint, f".{args.to}"))
     state, metadata = weights.load(args.checkpoint)
     if args.arch:
         metadata = described(args, state, metadata)

@@ -17,12 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    output = new_file(args.output or Path(weights.file_of(args.file).with_suffix(".npz").name))
+    output = new_file(args.output or Path(beside(args.file, ".npz").name))
     state, metadata = weights.load(args.file)
     metadata = described(args, state, metadata)
     state = network_with(state, metadata).state_dict()
     weights.save(output, state, metadata)
     report(output, state, metadata)
+
+
+def beside(source: str, suffix: str) -> Path:
+    """Where a command writes, unless told otherwise, what it makes of a file of weights: beside it; of a run: in its folder."""
+    return (Path(source, "weights") if Path(source).is_dir() else Path(source)).with_suffix(suffix)
 
 
 def described(args: argparse.Namespace, state: weights.State, metadata: weights.Metadata | None) -> weights.Metadata:
@@ -31,7 +36,7 @@ def described(args: argparse.Namespace, state: weights.State, metadata: weights.
     # Without a classifier the state fits no network, however many classes it has.
     classes = classifier.shape[0] if classifier.size and classifier.ndim else 1
     given = weights.describe(models.find(args.arch)[0], classes, models.parse_options(args.model_kwargs))
-    return {**given, **{key: (metadata or given)[key] for key in ("dataset", "mean", "std")}}
+    return {**given, **{key: (metadata or given)[key] for key in ("dataset", "mean", "std", "class_names")}}
 
 
 def report(path: Path, state: weights.State, metadata: weights.Metadata | None) -> None:
