@@ -11,7 +11,7 @@ from minidl.device import select
 from minidl.errors import DivergedError
 from minidl.layers import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Sequential
 from minidl.ops import optimizer as optimizer_op
-from minidl.training import MOST_SKIPPED_STEPS, Trainer, evaluate
+from minidl.training import MOST_SKIPPED_STEPS, Batch, Trainer, evaluate
 from reference import assert_close
 
 CPU = select("cpu")
@@ -36,6 +36,11 @@ def network(dtype="float64"):
 def trainer(dtype="float64", **settings):
     model = network(dtype)
     return Trainer(model, optim.SGD(model.parameters), batches(dtype=dtype), **settings)
+
+
+def epoch(it, lr, number=0):
+    """The Batches of an epoch of a Trainer, all with one learning rate."""
+    return [Batch(indices, lr) for indices in it.batches.epoch(number)]
 
 
 # ---- batches
@@ -97,20 +102,36 @@ def test_refused():
 
 def test_an_epoch_reports_the_mean_over_its_images_and_calls_back():
     it, calls = trainer(), []
-    whole = it.epoch(it.batches.epoch(0), [0.0] * 4, lambda *call: calls.append(call))  # rate 0: the network stays
+    whole = it.epoch(epoch(it, 0.0), lambda *call: calls.append(call))  # rate 0: the network stays
     again = trainer()
-    parts = [again.epoch([indices], [0.0]) for indices in again.batches.epoch(0)]
+    parts = [again.epoch([batch]) for batch in epoch(again, 0.0)]
     assert whole.loss == pytest.approx(np.mean([part.loss for part in parts]), rel=1e-12)
     assert whole.top1 == pytest.approx(np.mean([part.top1 for part in parts]))
     assert whole.top5 == pytest.approx(np.mean([part.top5 for part in parts])) and whole.top5 > whole.top1
-    assert calls[-1] == (4, whole)
+    assert calls == [(1, None), (2, None), (3, None), (4, whole)]
+
+
+def test_metrics_are_read_now_and_then(monkeypatch):
+    monkeypatch.setattr("minidl.training.READ_EVERY", 2)
+    it, calls = trainer(), []
+    whole = it.epoch(epoch(it, 0.0), lambda done, metrics: calls.append(metrics))
+    assert calls[0] is None and calls[1] is calls[2] and calls[1] != whole == calls[3]
+
+
+def test_an_epoch_in_two_parts_is_the_same():
+    """As a run that goes on in the middle of one: metrics are those of all of it."""
+    whole, parts = trainer(), trainer()
+    metrics = whole.epoch(epoch(whole, 0.1))
+    parts.epoch(epoch(parts, 0.1)[:3])
+    assert parts.epoch(epoch(parts, 0.1), first=3) == metrics
+    assert np.array_equal(whole.model.parameters.master, parts.model.parameters.master)
 
 
 def test_training_learns_labels_by_heart():
     it = trainer()
-    first = it.epoch(it.batches.epoch(0), [0.05] * 4)
-    for epoch in range(1, 120):
-        last = it.epoch(it.batches.epoch(epoch), [0.05] * 4)
+    first = it.epoch(epoch(it, 0.05))
+    for number in range(1, 120):
+        last = it.epoch(epoch(it, 0.05, number))
     assert last.loss < 0.6 * first.loss and last.top1 > first.top1
 
 
@@ -120,7 +141,7 @@ def test_each_step_counts_and_uses_its_own_learning_rate():
     moved = []
     for lr in (0.1, 0.0, 0.2):
         before = it.model.parameters.master.copy()
-        it.epoch(it.batches.epoch(0)[:1], [lr])
+        it.epoch(epoch(it, lr)[:1])
         moved.append(np.abs(it.model.parameters.master - before - -lr * it.model.parameters.grad).max())
     assert max(moved) < 1e-15
     assert it.model.step[0] == 3, "dropout and augmentation change with it"
@@ -128,32 +149,33 @@ def test_each_step_counts_and_uses_its_own_learning_rate():
 
 def test_label_smoothing_reaches_the_loss():
     plain, smooth = trainer(), trainer(label_smoothing=0.5)
-    assert plain.epoch(plain.batches.epoch(0), [0.0] * 4).loss != smooth.epoch(smooth.batches.epoch(0), [0.0] * 4).loss
+    assert plain.epoch(epoch(plain, 0.0)).loss != smooth.epoch(epoch(smooth, 0.0)).loss
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_loss_that_is_no_number_ends_the_run(value):
     it = trainer()
     it.model.classifier.bias.master[...] = value
-    with pytest.raises(DivergedError, match="the loss became nan by step . of this epoch: try a lower --lr") as caught:
-        it.epoch(it.batches.epoch(0), [0.1] * 4)
+    with pytest.raises(DivergedError, match="^step 1: layer classifier, its output is not finite: try a lower --lr$") as caught:
+        it.epoch(epoch(it, 0.1))
     assert caught.value.exit_code == 6
 
 
 def test_a_loss_that_is_no_number_is_found_before_the_epoch_ends(monkeypatch):
     monkeypatch.setattr("minidl.training.READ_EVERY", 2)
-    it = trainer()
+    it, done = trainer(), []
     it.model.classifier.bias.master[...] = np.nan
-    with pytest.raises(DivergedError, match="by step [12] of this epoch"):
-        it.epoch(it.batches.epoch(0), [0.1] * 4)
+    with pytest.raises(DivergedError, match="^step 1: layer classifier, its output is not finite"):
+        it.epoch(epoch(it, 0.1), lambda steps, metrics: done.append(steps))
+    assert done == [1], "of four, the second was the last"
 
 
 def test_float16_gives_up_after_too_many_skipped_steps():
     it = trainer("float16")
     it.optimizer.state[optimizer_op.SCALE] = 3e38  # every gradient overflows, and halving does not help in time
     with pytest.raises(DivergedError, match="20 steps in a row had gradients beyond float16: try --precision bf16"):
-        for epoch in range(MOST_SKIPPED_STEPS):
-            it.epoch(it.batches.epoch(epoch), [0.1] * 4)
+        for number in range(MOST_SKIPPED_STEPS):
+            it.epoch(epoch(it, 0.1, number))
 
 
 # ---- evaluation
@@ -189,5 +211,5 @@ def test_evaluation_changes_nothing():
 def test_training_goes_on_after_an_evaluation():
     it = trainer()
     evaluate(it.model, batches())
-    it.epoch(it.batches.epoch(0), [0.1] * 4)
+    it.epoch(epoch(it, 0.1))
     assert it.model.training and it.model.norm.running_mean.any()
