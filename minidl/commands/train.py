@@ -257,6 +257,10 @@ def finish(run: Run, folder: RunFolder, quiet: bool) -> None:
         raise
     saver.save()
     conclude(run, folder)
+    if run.trainer.statistics and not quiet:
+        print(f"Last step of epoch {run.epoch}, all epochs are in {folder.path / 'events.jsonl'}: mean, std and zeros of the output;"
+              "\nroot mean squares of its gradient, the weight and the weight's gradient; change of the weight over the weight")
+        print(statistics_table(run.trainer.statistics))
 
 
 def train_epoch(run: Run, folder: RunFolder, progress: Progress, saver: Saver) -> None:
@@ -295,8 +299,6 @@ def train_epoch(run: Run, folder: RunFolder, progress: Progress, saver: Saver) -
     progress.row(row)
     if run.trainer.statistics:
         folder.log("inspect", epoch=run.epoch, layers=run.trainer.statistics)
-        if not progress.quiet:
-            print(statistics_table(run.trainer.statistics), flush=True)
 
 
 def numbers(row: dict[str, str]) -> dict[str, float | None]:
