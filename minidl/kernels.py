@@ -39,6 +39,9 @@ PRECISIONS = {
     "float16": ("__half", "float", "float32"),
     "bfloat16": ("__nv_bfloat16", "float", "float32"),
 }
+MAX_THREADS = 1024  # of a block
+# What a BLOCK_LOOP counts to, in int: the thread that takes the last element steps on by the size of the block.
+LARGEST_COUNT = 2**31 - 1 - MAX_THREADS
 
 
 class KernelFault(Exception):
@@ -172,9 +175,9 @@ class Kernel:
         """`shape`: (blocks, threads of a block); blocks is a number or a pair (x, y). Within CUDA's limits, on the CPU too."""
         blocks, threads = shape
         x, y = grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
-        if not (1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= threads <= 1024):
+        if not (1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= threads <= MAX_THREADS):
             raise ValueError(f"{self.name}: cannot launch {x} x {y} blocks of {threads} threads: CUDA takes 1 to 2^31 - 1 x "
-                             "1 to 65535 blocks of 1 to 1024")
+                             f"1 to 65535 blocks of 1 to {MAX_THREADS}")
         return functools.partial(self._launch, grid, threads)
 
     def _launch(self, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
@@ -234,10 +237,14 @@ class Kernel:
                 or isinstance(argument, bool):
             raise TypeError(f"{self.name}: {parameter.name} must be {'an integer' if whole else 'a number'}, "
                             f"got {type(argument).__name__}")
+        counts = parameter.c_type == "int"
         try:
+            if counts and argument > LARGEST_COUNT:
+                raise OverflowError
             return dtype.type(int(argument) if whole else argument)  # NumPy lets its own integers wrap around
         except OverflowError:
-            raise TypeError(f"{self.name}: {parameter.name} = {argument} does not fit {dtype}") from None
+            less = f", less the {MAX_THREADS} by which a loop may step past its end" if counts else ""
+            raise TypeError(f"{self.name}: {parameter.name} = {argument} does not fit {dtype}{less}") from None
 
     def _launch_on_host(self, precision: str, grid: tuple[int, int], threads: int, values: list[Array | np.generic]) -> None:
         function = self._host_function(_Settings.mode, precision)

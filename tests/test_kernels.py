@@ -1,9 +1,13 @@
 """The loader: signatures, launches and their refusals, the vocabulary of common.cuh, and builds for the CPU."""
 
+import ctypes
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from conftest import gpu_present
 from minidl import device, host_build
 from minidl.errors import DeviceError
 from minidl.host_build import OPS, CompileError
-from minidl.kernels import C_TYPES, Kernels, blocks_for, launch_settings, parse_signatures, storage_dtype
+from minidl.kernels import C_TYPES, LARGEST_COUNT, Kernels, blocks_for, launch_settings, parse_signatures, storage_dtype
 
 FOLDER = Path(__file__).parent / "kernels"
 ARGUMENTS, CONVERT, VOCABULARY = (Kernels(FOLDER / f"{name}.cu") for name in ("arguments", "convert", "vocabulary"))
@@ -90,7 +94,7 @@ def test_floats_are_converted(place, name, value):
 
 @pytest.mark.parametrize("name, dtype", LIMITS.items())
 def test_limits_of_integers(place, name, dtype):
-    least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+    least, most = np.iinfo(dtype).min, LARGEST_COUNT if name == "i" else np.iinfo(dtype).max
     assert arrived(place, name, least) == least
     assert arrived(place, name, most) == float(most)
     too_large = [least - 1, most + 1] + ([np.int64(most + 1)] if most < 2**63 - 1 else [])  # that one would wrap around
@@ -177,6 +181,25 @@ def test_types_of_arrays_must_agree(place):
 def test_arrays_on_different_devices_are_refused():
     with pytest.raises(TypeError, match="scale: y must be a cupy array, got numpy.ndarray"):
         scale(device.select("cuda"), y=lambda a: a.get())
+
+
+@pytest.mark.parametrize("path", sorted(OPS.glob("*.cu")), ids=lambda path: path.name)
+def test_every_kernel_refuses_what_it_is_not_declared_for(path):
+    """By name, before anything is compiled. The argument of a wrong rank is one that is not contiguous."""
+    kernels = Kernels(path)
+    for name, parameters in kernels.signatures.items():
+        good = [np.zeros((2, 2), parameter.dtype("float32")) if parameter.is_array else 1 for parameter in parameters]
+        launch = getattr(kernels, name)[1, 32]
+        with pytest.raises(TypeError, match=f"^{name}: {len(good) - 1} arguments, the kernel has {len(good)}: "):
+            launch(*good[:-1])
+        for index, parameter in enumerate(parameters):
+            whole = not parameter.is_array and parameter.dtype("float32").kind in "iu"
+            array = good[index]
+            wrong = ([array[:, :1], array[::-1], array.astype(np.int8), 1.0, [1.0], None] if parameter.is_array
+                     else ["1", None, [1], np.zeros(1)] + [1.5, np.float64(1)] * whole)
+            for argument in wrong:
+                with pytest.raises(TypeError, match=f"^{name}: {parameter.name} must be a"):
+                    launch(*good[:index], argument, *good[index + 1:])
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])
@@ -377,8 +400,14 @@ assert relu.forward(np.arange(-50_000.0, 50_000.0)).sum() == sum(range(50_000))
 def process(code, wait=True, **environment):
     """Run Python code in a new process. An environment variable that is None is not set."""
     environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-    child = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True,
+                             start_new_session=True, preexec_fn=drop_override)
     return finished(child) if wait else child
+
+
+def drop_override():
+    """Of a child process of root: it may no longer write where files forbid it."""
+    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
 
 
 def finished(child):
@@ -436,10 +465,24 @@ def test_no_folder_to_cache_in(tmp_path):
 
 def test_read_only_cache_folder(tmp_path):
     (tmp_path / "cache").mkdir(mode=0o555)
-    if os.access(tmp_path / "cache", os.W_OK):
-        pytest.skip("root may write everywhere")
     assert_works(process(LAUNCH, MINIDL_CACHE=str(tmp_path / "cache"), XDG_CACHE_HOME=str(tmp_path / "other")))
-    assert len(list(tmp_path.glob("other/minidl/kernels/*.so"))) == 2
+    assert len(list(tmp_path.glob("other/minidl/kernels/*.so"))) == 2 and list(tmp_path.glob("cache/*")) == []
+
+
+def test_what_a_killed_compilation_left_is_swept(tmp_path):
+    """An hour later: what is younger may be the work of a process that still runs."""
+    child, left, end = process(LAUNCH, wait=False, MINIDL_CACHE=str(tmp_path)), [], time.monotonic() + 30
+    while not left and time.monotonic() < end:
+        left = list(tmp_path.glob("kernels/unfinished-*.so"))
+    os.killpg(child.pid, signal.SIGKILL)  # the compiler, too
+    child.communicate()
+    assert left[0].exists()
+    for modified, stays in ((time.time() - 3500, True), (time.time() - 3700, False)):
+        os.utime(left[0], (modified, modified))
+        for library in tmp_path.glob("kernels/relu-*.so"):
+            library.unlink()
+        assert_works(process(LAUNCH, MINIDL_CACHE=str(tmp_path)))
+        assert left[0].exists() == stays
 
 
 def test_importing_compiles_nothing_and_imports_no_cupy(tmp_path):
@@ -617,3 +660,17 @@ def test_source_with_an_error(fresh_build, tmp_path):
     assert "\n" not in str(caught.value)
     assert "absent" not in str(caught.value)
     assert list(tmp_path.glob("kernels/*")) == []
+
+
+def test_source_with_an_error_ends_a_command_with_one_line(tmp_path):
+    for package in ("minidl", "models"):
+        shutil.copytree(OPS.parent.parent / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "minidl" / "ops" / "relu.cu"
+    lines = source.read_text().splitlines()
+    line = next(number for number, text in enumerate(lines) if "value < acc(0)" in text)
+    lines[line] = "        y[i] = missing + absent;"
+    source.write_text("\n".join(lines))
+    result = subprocess.run([sys.executable, "-m", "minidl", "gradcheck", "ReLU", "--device", "cpu"], cwd=tmp_path, text=True,
+                            capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path), "MINIDL_CACHE": str(tmp_path)})
+    assert result.returncode == 4
+    assert re.fullmatch(rf"error: {source}:{line + 1}:\d+: error: .*missing.*\n", result.stderr)

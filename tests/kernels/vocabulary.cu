@@ -20,3 +20,10 @@ extern "C" __global__ void row_sums(const acc* __restrict__ x, acc* __restrict__
     squares = block_sum(squares);
     if (threadIdx.x == 0) sums[2 * blockIdx.x] = sum, sums[2 * blockIdx.x + 1] = squares;
 }
+
+// last (count): how often a GRID_LOOP over n comes to each of the last `count` elements.
+extern "C" __global__ void count_last(int* last, long long n, int count) {
+    GRID_LOOP(i, n) {
+        if (i >= n - count) last[i - (n - count)] += 1;
+    }
+}

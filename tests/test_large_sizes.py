@@ -1,0 +1,200 @@
+"""Index arithmetic beyond 2^31 elements, by sizes alone: huge arrays of which kernels touch only what lies far apart.
+
+Addresses that are only reserved take no memory. Each kernel runs on a near layout and on a far one, and must compute the
+same bits. What has to touch all elements, and GPUs, need the memory: they are not here.
+"""
+
+import mmap
+
+import numpy as np
+import pytest
+
+from minidl.kernels import LARGEST_COUNT, MAX_THREADS, Kernels, launch_settings
+from minidl.ops import augment, avgpool, batchnorm, bias, conv, group_conv, maxpool
+from test_kernels import FOLDER
+
+LIMIT = 2**31
+NO_RESERVE = 0x4000  # MAP_NORESERVE, for which Python before 3.13 has no name
+
+
+def reserved(shape, dtype=np.float32):
+    """An array of zeros that takes memory only where it is touched; so are those where wrong indices would lead."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    in_front = 8 * LIMIT * np.dtype(dtype).itemsize
+    try:
+        memory = mmap.mmap(-1, in_front + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    except OSError as error:
+        pytest.skip(f"this system does not reserve {size >> 30} GiB of addresses: {error}")
+    return np.frombuffer(memory, dtype, offset=in_front).reshape(shape)
+
+
+@pytest.fixture
+def on_host(target):
+    if target.place.name != "cpu":
+        pytest.skip("a GPU has no memory that is only reserved")
+
+
+def spread(content, shape):
+    """The content at the beginning of each axis of an array of `shape`."""
+    array = reserved(shape, content.dtype)
+    array[tuple(map(slice, content.shape))] = content
+    return array
+
+
+def assert_same_when_spread(launch, contents, results, far):
+    """launch(sizes) of arrays; contents: {name: array}; results: {name: shape of what is written}; far: {name: shape}."""
+    written = []
+    for layout in ({}, far):
+        arrays = {name: spread(content, layout.get(name, content.shape)) for name, content in contents.items()}
+        arrays |= {name: spread(np.full(shape, np.nan, np.float32), layout.get(name, shape)) for name, shape in results.items()}
+        launch(**arrays)
+        written.append({name: arrays[name][tuple(map(slice, shape))] for name, shape in results.items()})
+    assert max(np.prod(shape, dtype=np.int64) for shape in far.values()) > LIMIT
+    for name in results:
+        assert np.isfinite(written[0][name]).all() and written[0][name].any()
+        assert np.array_equal(written[0][name], written[1][name]), name
+
+
+def values(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+# ---- rows of a matrix
+
+CHANNELS, TILE, FAR_ROW = 5, 40, 2**30  # the last row begins at 2^32
+BY_ROWS = [(kernels, name) for kernels in (batchnorm.KERNELS, bias.KERNELS) for name, parameters in kernels.signatures.items()
+           if {"row", "tile"} <= {it.name for it in parameters} and name not in ("bn_combine_moments", "bias_add")]
+
+
+@pytest.mark.parametrize("kernels, name", BY_ROWS, ids=[name for _, name in BY_ROWS])
+def test_tiles_of_rows(on_host, rng, kernels, name):
+    """Grids of tiles x rows: with one tile, the beginning of each row."""
+    signature = kernels.signatures[name]
+    shapes = {it.name: (CHANNELS, TILE) if it.c_type == "real" else (CHANNELS,) for it in signature if it.is_array}
+    read = {it.name: abs(values(rng, *shapes[it.name])) for it in signature if it.is_array and it.is_const}
+
+    def launch(**arrays):
+        row = next(array.shape[1] for array in arrays.values() if array.ndim == 2)
+        numbers = {"row": row, "tile": TILE, "inverse_m": 0.01}
+        getattr(kernels, name)[(1, CHANNELS), 128](*({**arrays, **numbers}[it.name] for it in signature))
+
+    assert_same_when_spread(launch, read, {it: shapes[it] for it in shapes if it not in read},
+                            {it: (CHANNELS, FAR_ROW) for it in shapes if len(shapes[it]) == 2})
+
+
+@pytest.mark.parametrize("mode, threads", [("fast", 1), ("emulate", 32), ("emulate", MAX_THREADS)])
+@pytest.mark.parametrize("row", [FAR_ROW, LARGEST_COUNT], ids=["2^30", "the longest"])
+def test_the_end_of_rows(mode, threads, row):
+    """In a loop over the longest row, even the largest block's step past its end still is an int."""
+    y, begin = reserved((CHANNELS, row)), row - 100
+    with launch_settings(mode, threads):
+        bias.KERNELS.bias_add[(1, CHANNELS), threads](y, np.arange(1, 6, dtype=np.float32), row, begin, 100, 4096)
+    for o in range(CHANNELS):
+        assert (y[o, begin:] == o + 1).all() and (y[o, begin - 2000:begin] == 0).all() and (y[o, :2000] == 0).all()
+
+
+# ---- windows: the images that they look at are far wider than the result asks for
+
+FAR = 2**27  # of a width
+BATCH, SIZE, KERNEL, STRIDE, PADDING = 3, (4, 5), (3, 3), 2, 1
+OUT_SIZE = (2, 2)  # without the windows that reach beyond the right edge, which is elsewhere
+WINDOW = (*KERNEL, STRIDE, PADDING)
+
+
+@pytest.mark.parametrize("pool", [maxpool.KERNELS.maxpool_forward, avgpool.KERNELS.avgpool_forward], ids=lambda it: it.name)
+def test_pooling(on_host, rng, pool):
+    x, out = values(rng, 6, *SIZE, BATCH), (6, *OUT_SIZE, BATCH)
+    winner = [np.zeros(out, np.uint16)] * (pool.name == "maxpool_forward")
+    assert_same_when_spread(
+        lambda x, y: pool[6 * OUT_SIZE[0], 32](x, y, *winner, *x.shape[1:3], *OUT_SIZE, BATCH, *WINDOW),
+        {"x": x}, {"y": out}, {"x": (6, SIZE[0], FAR, BATCH)})
+
+
+@pytest.mark.parametrize("pool", [maxpool.KERNELS.maxpool_backward, avgpool.KERNELS.avgpool_backward], ids=lambda it: it.name)
+def test_gradients_of_pooling(on_host, rng, pool):
+    read = {"dy": values(rng, 6, 3, 3, BATCH)}
+    read |= {"winner": rng.integers(9, size=(6, 3, 3, BATCH), dtype=np.uint16)} if pool.name == "maxpool_backward" else {}
+
+    def launch(dx, dy, **winner):
+        pool[6 * 5, 32](dy, *winner.values(), dx, 5, 5, *dy.shape[1:3], BATCH, *WINDOW)
+
+    assert_same_when_spread(launch, read, {"dx": (6, 5, 5, BATCH)}, {name: (6, 3, FAR, BATCH) for name in read})
+
+
+def test_im2col(on_host, rng):
+    """x and cols are far both; of each row of cols, the first stretch."""
+    depth, stretch = 6 * 9, 4
+
+    def launch(x, cols):
+        conv.KERNELS.im2col[(depth, 1), 32](x, cols, *x.shape[1:3], cols.shape[1], BATCH, *WINDOW, 0, cols.shape[1], stretch)
+
+    assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, BATCH)}, {"cols": (depth, stretch, BATCH)},
+                            {"x": (6, 4, FAR, BATCH), "cols": (depth, FAR, BATCH)})
+
+
+@pytest.mark.parametrize("far", [{"dcols": (54, 3, 2**24, BATCH)}, {"dx": (6, 2**25, 5, BATCH)}], ids=str)
+def test_col2im(on_host, rng, far):
+    """Columns of wide results; and the first input rows of high images."""
+    def launch(dx, dcols):
+        _, height, width, _ = dx.shape
+        conv.KERNELS.col2im[6 * 5, 32](dcols, dx, 6, height, width, dcols.shape[2], BATCH, *WINDOW, 0, 3, 0, 0)
+
+    assert_same_when_spread(launch, {"dcols": values(rng, 54, 3, 3, BATCH)}, {"dx": (6, 5, 5, BATCH)}, far)
+
+
+def test_convolution_in_groups(on_host, rng):
+    packed, tiles = group_conv._pack(values(rng, 4, 3, *KERNEL), 2, adjoint=False)
+    assert_same_when_spread(
+        lambda x, y: group_conv.KERNELS.group_conv_forward[2 * OUT_SIZE[0] * tiles, 32](
+            x, packed, y, 3, *x.shape[1:3], 2, *OUT_SIZE, BATCH, *WINDOW),
+        {"x": values(rng, 6, *SIZE, BATCH)}, {"y": (4, *OUT_SIZE, BATCH)}, {"x": (6, SIZE[0], FAR, BATCH)})
+
+
+def test_input_gradient_of_convolution_in_groups(on_host, rng):
+    packed, tiles = group_conv._pack(values(rng, 6, 2, *KERNEL), 2, adjoint=True)
+    assert_same_when_spread(
+        lambda dy, dx: group_conv.KERNELS.group_conv_backward_x[2 * 5 * tiles, 32](
+            dy, packed, dx, 2, 5, 5, 3, *dy.shape[1:3], BATCH, *WINDOW),
+        {"dy": values(rng, 6, 3, 3, BATCH)}, {"dx": (4, 5, 5, BATCH)}, {"dy": (6, 3, FAR, BATCH)})
+
+
+def test_weight_gradient_of_convolution_in_groups(on_host, rng):
+    dy = values(rng, 4, *OUT_SIZE, BATCH)
+    assert_same_when_spread(
+        lambda x, dweight: group_conv.KERNELS.group_conv_tile_dweight[2 * 5, 32](
+            x, dy, dweight, 2, 3, *x.shape[1:3], 2, *OUT_SIZE, BATCH, *WINDOW, 2, 5),
+        {"x": values(rng, 6, *SIZE, BATCH)}, {"dweight": (4, 3, *KERNEL)}, {"x": (6, SIZE[0], FAR, BATCH)})
+
+
+# ---- flat arrays
+
+
+def test_images_of_a_large_data_set(on_host, rng):
+    shape, count = (3, 4, 5), 2**26
+    images, indices = reserved((count, *shape), np.uint8), np.array([7, count - 1, count // 2], np.int32)
+    images[indices] = chosen = rng.integers(256, size=(3, *shape), dtype=np.uint8)
+    x = augment.apply(images, indices, np.zeros((5, 3), np.int32), np.ones(3, np.float32), np.zeros(3, np.float32),
+                      dtype=np.float32)
+    assert images.size > LIMIT and np.array_equal(x, chosen.transpose(1, 2, 3, 0))
+
+
+@pytest.mark.parametrize("mode, threads", [("fast", 1), ("emulate", 2)])
+def test_a_loop_of_the_grid(mode, threads):
+    """It comes to the last elements, and to each once."""
+    n, last = LIMIT + 7, np.zeros(10, np.int32)
+    with launch_settings(mode, threads):
+        Kernels(FOLDER / "vocabulary.cu").count_last[4, threads](last, n, len(last))
+    assert (last == 1).all()
+
+
+# ---- what an int cannot count
+
+
+@pytest.mark.parametrize("row", [LARGEST_COUNT + 1, LIMIT])
+def test_a_row_that_is_too_long(row):
+    """Refused at the first kernel that would count it."""
+    x, per_channel = reserved((1, 1, row, 1)), np.ones(1, np.float32)
+    with pytest.raises(TypeError, match=f"bn_tile_moments: row = {row} does not fit int32, less the 1024 by which a loop may"):
+        batchnorm.forward(x, *[per_channel] * 4, training=True, momentum=0.1, eps=1e-5)
+    with pytest.raises(TypeError, match=f"bias_add: row = {row} does not fit int32"):
+        bias.add(x, per_channel)
