@@ -1,5 +1,6 @@
 """train.py as its users run it: a process of its own, in a folder of their own, and whatever they may do to it."""
 
+import argparse
 import csv
 import fcntl
 import importlib.util
@@ -22,6 +23,7 @@ import pytest
 import models
 from conftest import gpu_present
 from minidl import data, device, host_build, run_folder
+from minidl.commands import train as command
 from minidl.data.batches import Batches
 from minidl.errors import UsageError
 from minidl.training import evaluate
@@ -78,9 +80,25 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def weights(folder):
-    with np.load(folder / "weights.npz", allow_pickle=False) as file:
-        return {name: array for name, array in file.items() if name != "metadata"}
+def arrays(folder, file="last.npz"):
+    """All that a checkpoint holds."""
+    with np.load(folder / file, allow_pickle=False) as content:
+        return {name: array for name, array in content.items() if name != "metadata"}
+
+
+def weights(folder, file="last.npz"):
+    return {name: array for name, array in arrays(folder, file).items() if not name.startswith("training/")}
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def call(*arguments):
+    """The same in this process, for what does not depend on it."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.main(parser.parse_args([str(argument) for argument in arguments]))
 
 
 # ---- a run that ends well ----------------------------------------------------------------------------------------
@@ -94,26 +112,38 @@ def run(tmp_path_factory):
 
 
 def test_one_line_first_then_one_per_epoch_and_no_bar(run):
-    result, _ = run
-    first, *epochs, last = result.stdout.splitlines()
+    result, folder = run
+    first, titles, headings, *epochs, outcome, last = result.stdout.splitlines()
     assert (result.returncode, result.stderr) == (0, "")
-    assert first == (f"CPU, {device.cpu_threads()} threads | digits: 1,437 training and 360 test images | "
+    assert first == (f"CPU, {device.cpu_threads()} threads | digits: 1,437 training, 360 test images | "
                      "simplenet-310k: 312,362 parameters, 55,788,160 MACs an image | fp32")
-    assert [line.split("  ")[0] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
-    assert all("train: loss " in line and "test: loss " in line and " images/s" in line for line in epochs)
+    assert titles.split() == ["train", "test"]
+    assert headings.split() == ["epoch", "lr", "loss", "top-1", "loss", "top-1", "top-5", "img/s", "time"]
+    assert [line.split()[0] for line in epochs] == ["1/2", "2/2"]
+    for line, row in zip(epochs, rows(folder), strict=True):
+        names = ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5")
+        scales = (1, 100, 1, 100, 100)
+        assert [float(cell) for cell in line.split()[2:7]] == pytest.approx(
+            [scale * float(row[name]) for scale, name in zip(scales, names)], abs=0.0051)
+        assert len(line) <= 80
+    final = {name: float(value) for name, value in rows(folder)[-1].items()}
+    assert outcome == (f"after epoch 2: test top-1 {final['test_top1']:.2%}, top-5 {final['test_top5']:.2%}, "
+                       f"loss {final['test_loss']:.3f}")
     assert last == "run folder: it"
 
 
-def test_run_folder_holds_settings_environment_metrics_and_weights(run):
+def test_run_folder_holds_settings_environment_metrics_events_and_checkpoints(run):
     _, folder = run
-    assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "env.json", "metrics.csv", "weights.npz"]
+    picture = ["curves.png"] if importlib.util.find_spec("matplotlib") else []
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.toml", *picture, "env.json", "events.jsonl", "last.npz", "last.previous.npz", "metrics.csv"]
     recorded = json.loads((folder / "env.json").read_text())
     assert recorded["command"][0] == "train.py" and "--seed" in recorded["command"] and recorded["device"] == "cpu"
     assert {"minidl", "python", "numpy"} <= recorded["versions"].keys()
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     assert tomllib.loads((folder / "config.toml").read_text()).items() >= {
         "arch": "simplenet-310k", "epochs": 2, "batch_size": 16, "lr": 0.0125, "optimizer": "sgd", "sched": "cosine", "seed": 3,
-        "dataset": "digits", "precision": "fp32", "limit_train_batches": 2, "output": "it"}.items()
+        "dataset": "digits", "precision": "fp32", "limit_train_batches": 2, "recipe": "fast"}.items()
 
 
 def test_metrics_have_a_row_per_epoch(run):
@@ -125,6 +155,16 @@ def test_metrics_have_a_row_per_epoch(run):
         assert all(0 <= values[name] <= 1 for name in ("train_top1", "test_top1", "test_top5"))
         assert values["test_top1"] <= values["test_top5"]
         assert min(values[name] for name in ("lr", "train_loss", "test_loss", "images_per_second", "seconds")) > 0
+
+
+def test_events_are_lines_of_json(run):
+    _, folder = run
+    told = events(folder)
+    assert [event["event"] for event in told] == ["start", "save", "epoch", "save", "epoch", "end"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", event["time"]) for event in told)
+    assert told[0]["settings"]["seed"] == 3
+    for row, event in zip(rows(folder), [event for event in told if event["event"] == "epoch"], strict=True):
+        assert {name: float(value) for name, value in row.items()} == {name: event[name] for name in COLUMNS}
 
 
 def test_the_weights_reproduce_the_test_metrics(run):
@@ -149,11 +189,12 @@ def test_one_seed_one_result(run, tmp_path):
 
 
 @pytest.mark.parametrize("precision, optimizer, schedule", [
-    ("tf32", "adam", "multistep"), ("bf16", "sgd", "constant"), ("fp16", "adam", "cosine")])  # fp32 is the run above
-def test_precisions_optimizers_and_schedules(tmp_path, precision, optimizer, schedule):
+    ("tf32", "adam", "multistep --milestones 1"), ("bf16", "adadelta", "constant"), ("fp16", "adamw", "onecycle")])
+def test_precisions_optimizers_and_schedules(tmp_path, precision, optimizer, schedule):  # besides those of the run above
     if precision == "bf16":
         pytest.importorskip("ml_dtypes")
-    result = train(tmp_path, *DIGITS, "--epochs", "1", "--precision", precision, "--optimizer", optimizer, "--sched", schedule)
+    result = train(tmp_path, *DIGITS, "--epochs", "1", "--precision", precision, "--optimizer", optimizer, "--sched",
+                   *schedule.split())
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[0].endswith("| " + precision)
     (folder,) = (tmp_path / "runs").iterdir()
@@ -164,19 +205,21 @@ def test_precisions_optimizers_and_schedules(tmp_path, precision, optimizer, sch
 def test_plain_terminals_and_any_folder_name(tmp_path):
     """The demo, where the output can be ASCII only, into a folder that cannot be written in ASCII."""
     name = "Läufe von heute, ✓ 𝔸"
-    result = train(tmp_path, "--device", "cpu", "--epochs", "1", "--limit-train-batches", "2", "-o", name,
+    result = train(tmp_path, "--device", "cpu", "--epochs", "1", "--limit-train-batches", "2", "-o", name, "--seed", "5",
                    LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8=None, TERM="dumb", COLUMNS="20")
     assert (result.returncode, result.stderr) == (0, "")
     assert "This is a demo" in result.stdout and result.stdout.splitlines()[-1].startswith("run folder: ")
     assert weights(tmp_path / name)
     tomllib = pytest.importorskip("tomllib")
-    assert tomllib.loads((tmp_path / name / "config.toml").read_text(encoding="utf-8"))["output"] == name
+    assert tomllib.loads((tmp_path / name / "config.toml").read_text(encoding="utf-8"))["seed"] == 5
+    assert name in json.loads((tmp_path / name / "env.json").read_text())["command"]
 
 
-def test_a_terminal_gets_a_bar(tmp_path):
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_gets_a_bar(tmp_path, columns):
     ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # rows and columns
-    with start(tmp_path, *DIGITS[:-1], "8", "--epochs", "1", stderr=its) as process:
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))  # rows and columns
+    with start(tmp_path, *DIGITS[:-1], "8", "--epochs", "1", "--val-split", "100", stderr=its) as process:
         os.close(its)
         shown = b""
         try:
@@ -189,7 +232,10 @@ def test_a_terminal_gets_a_bar(tmp_path):
     assert process.returncode == 0
     assert b"epoch 1/1" in shown and b"8/8" in shown and b"loss=" in shown
     assert re.search(rb" [1-7]/8 ", shown), "it moves before the epoch ends"
-    assert "epoch 1/1" in output and "\r" not in output, "it is not in what a file would get"
+    assert b"\n" not in shown and max(map(len, shown.decode().split("\r"))) <= columns, "it takes one line"
+    assert "\n  1/1 " in output and "\r" not in output, "it is not in what a file would get"
+    table = [line for line in output.splitlines()[1:] if not line.startswith(("after ", "best ", "run "))]
+    assert len(table) == 3 and max(map(len, table)) <= 80
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------
@@ -198,7 +244,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
 def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20300101-000000")
-    paths = {run_folder.RunFolder("it").path for _ in range(3)}
+    paths = {run_folder.RunFolder.new("it").path for _ in range(3)}
     assert len(paths) == 3 and all(path.is_dir() for path in paths)
 
 
@@ -211,11 +257,11 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path):
-    assert run_folder.RunFolder("it", tmp_path).path == tmp_path
+    assert run_folder.RunFolder.new("it", tmp_path).path == tmp_path
     (tmp_path / "file").write_text("")
     for bad in ("file", "file/below"):
         with pytest.raises(UsageError, match=f"the output folder .*{bad} cannot be made: "):
-            run_folder.RunFolder("it", tmp_path / bad)
+            run_folder.RunFolder.new("it", tmp_path / bad)
 
 
 def test_list_of_architectures(tmp_path):
@@ -228,7 +274,8 @@ def test_options_of_the_architecture_and_its_alias(tmp_path):
     result = train(tmp_path, *DIGITS, "--arch", "wrn-10-1", "--model-kwargs", "dropout=0.3", "gamma=uniform", "-o", "it")
     assert result.returncode == 0 and "| wrn-10-1: " in result.stdout
     settings = (tmp_path / "it" / "config.toml").read_text()
-    assert 'arch = "wrn-10-1"' in settings and 'model_kwargs = ["dropout=0.3", "gamma=uniform"]' in settings
+    assert 'arch = "wrn-10-1"' in settings
+    assert settings.endswith('\n[model_kwargs]\ndropout = 0.3\ngamma = "uniform"\n')
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
@@ -242,13 +289,24 @@ USAGE = {  # what is asked for: what the answer says
     "--arch wrn-16-1 --dataset digits --model-kwargs dropout": "model option 'dropout' is not of the form NAME=VALUE",
     "--arch wrn-16-1 --dataset digits --model-kwargs dropout=much": "model options dropout=much: ",
     "--device gpu": "device 'gpu' is not one of auto, cpu, cuda, cuda:N",
-    "--batch-size 0": "--batch-size: '0' is not a whole number of at least 1",
-    "--epochs -1": "--epochs: '-1' is not a whole number of at least 1",
-    "--limit-train-batches 1.5": "--limit-train-batches: '1.5' is not a whole number",
-    "--batch-size 100000 --dataset digits": "--batch-size 100000 is more than the 360 test images of digits",
-    "--lr nan": "--lr: 'nan' is not a number",
-    "--seed -1": "--seed -1: it must be at least 0",
+    "--batch-size 0": "batch_size is 0: it must be at least 1",
+    "--epochs -1": "epochs is -1: it must be at least 1",
+    "--limit-train-batches 1.5": "--limit-train-batches: invalid int value: '1.5'",
+    "--batch-size 1000 --dataset digits": "batch_size 1000 is more than the 360 test images of digits",
+    "--batch-size 100000 --dataset digits": "batch_size 100000 is more than the 1437 training images of digits",
+    "--val-split 1437 --dataset digits": "val_split 1437 leaves none of the 1437 training images of digits",
+    "--val-split 1430 --dataset digits": "batch_size 16 is more than the 7 training images of digits",
+    "--lr nan": "lr is nan: it must be a number",
+    "--seed -1": "seed is -1: it must be at least 0",
     "--optimizer sdg": "--optimizer: invalid choice: 'sdg'",
+    "--optimizer adam --momentum 0.9": "momentum is not a setting of the optimizer adam, which has beta1, beta2, eps, ",
+    "--sched multistep": "sched multistep needs milestones: after how many epochs the rate drops",
+    "--ema 1": "decay 1.0 is not in 0 <= decay < 1",
+    "--epochs 3 --time-budget 1h": "epochs and time_budget exclude each other",
+    "--patience 3": "patience needs val_split",
+    "--config nowhere.toml": "nowhere.toml cannot be read: No such file or directory",
+    "--runs 3 --profile": "--profile: not allowed with argument --runs",
+    "--runs 1": "--runs 1: a standard deviation needs at least 2",
 }
 
 
@@ -270,7 +328,8 @@ def test_no_data(tmp_path):
 
 @pytest.mark.skipif(gpu_present(), reason="there is a GPU")
 def test_no_gpu(tmp_path):
-    assert_refused(train(tmp_path, "--device", "cuda"), 4, "--device cuda: no NVIDIA GPU or driver found: see that `nvidia-smi` ")
+    result = train(tmp_path, "--device", "cuda")
+    assert_refused(result, 4, "--device cuda: no NVIDIA GPU or driver found: see that `nvidia-smi` ")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ziglang") is not None, reason="there is a compiler in the package ziglang")
@@ -286,17 +345,19 @@ def test_no_compiler(tmp_path):
 def test_a_run_that_diverges(tmp_path, precision):
     if precision == "bf16":
         pytest.importorskip("ml_dtypes")
-    result = train(tmp_path, *DIGITS, "--lr", "1e30", "--precision", precision, "-o", "it")
-    assert_refused(result, 6, "the loss became ", "try a lower --lr")
+    result = train(tmp_path, *DIGITS, "--lr", "1e18", "--precision", precision, "-o", "it")
+    assert_refused(result, 6, "error: step ", " is not finite: try a lower --lr")
     assert len(result.stderr.splitlines()) == 1, "what NumPy has to say of it is noise"
-    assert not (tmp_path / "it" / "weights.npz").exists()
+    assert not (tmp_path / "it" / "last.npz").exists()
+    assert events(tmp_path / "it")[-1]["event"] == "error"
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(tmp_path, number, code):
     with start(tmp_path, *DIGITS, "--epochs", "1000", "-o", "it", stderr=subprocess.PIPE) as process:
         assert process.stdout.readline().startswith("CPU, ")
-        assert process.stdout.readline().startswith("epoch 1/1000 ")
+        while not process.stdout.readline().startswith("   1/1000 "):
+            pass
         process.send_signal(number)
         _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == code, errors
@@ -372,8 +433,8 @@ def test_readers_that_leave_early(tmp_path):
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_closed_streams(tmp_path, closed):
     """As under some schedulers. Nothing can be said then, but the run goes on."""
-    result = subprocess.run(["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, TRAIN, *DIGITS, "--epochs", "1", "-o", "it"],
-                            cwd=tmp_path, env=environment(), capture_output=True, timeout=SECONDS, text=True)
+    line = ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, TRAIN, *DIGITS, "--epochs", "1", "-o", "it"]
+    result = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, timeout=SECONDS, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(rows(tmp_path / "it")) == 1 and weights(tmp_path / "it")
 

@@ -258,8 +258,8 @@ def finish(run: Run, folder: RunFolder, quiet: bool) -> None:
     saver.save()
     conclude(run, folder)
     if run.trainer.statistics and not quiet:
-        print(f"Last step of epoch {run.epoch}, all epochs are in {folder.path / 'events.jsonl'}: mean, std and zeros of the output;"
-              "\nroot mean squares of its gradient, the weight and the weight's gradient; change of the weight over the weight")
+        print(f"last step of epoch {run.epoch}: mean, std and zeros of the output; root mean squares of its gradient, the weight and\n"
+              f"the weight's gradient; change of the weight over the weight. All epochs: {folder.path / 'events.jsonl'}")
         print(statistics_table(run.trainer.statistics))
 
 
