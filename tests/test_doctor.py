@@ -50,10 +50,12 @@ def packages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packages")
     for name in ("minidl", "models"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("numpy", "threadpoolctl", "tqdm"):
+    needed = {"numpy": "numpy.libs", "threadpoolctl": "", "tqdm": ""} | (
+        {"tomli": "*__mypyc*.so"} if sys.version_info < (3, 11) else {})  # {module: what lies beside it}
+    for name, beside in needed.items():
         file = Path(__import__(name).__file__)
         path = file.parent if file.name == "__init__.py" else file
-        for found in [path, *path.parent.glob(f"{name}.libs")]:
+        for found in [path, *(path.parent.glob(beside) if beside else ())]:
             (folder / found.name).symlink_to(found)
     return folder
 
