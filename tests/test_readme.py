@@ -1,4 +1,5 @@
-"""What the README says is so: its Python runs; its tables of networks, and those of docs/, have the counts of the code."""
+"""What the README says is so: its Python runs, its commands are understood and are all; its tables of networks, and those of
+docs/, have the counts of the code."""
 
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 import models
 from minidl import summary
+from minidl.__main__ import COMMANDS
+from test_guide import check_arguments, rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +22,19 @@ def test_python_of_the_readme_runs():
     exec("\n".join(line[4:] for line in section.splitlines() if line.startswith("    ")), names)
     assert names["y"].shape == (10, 8) and names["dx"].shape == names["x"].shape
     assert np.isfinite(names["net"].parameters.grad).all()
+
+
+def test_commands_of_the_readme_are_understood():
+    """Those that are run to install and to test are run by .ci/run."""
+    lines = re.findall(r"^    (minidl .*)$", README, re.MULTILINE)
+    assert len(lines) > 5
+    for line in lines:
+        check_arguments(line)
+
+
+def test_commands_are_all_there():
+    table = rows(README.partition("## Commands\n")[2])
+    assert {name for cell, _ in table for name in re.findall(r"`minidl ([\w-]+)`", cell)} == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/architectures.md"])
