@@ -105,7 +105,9 @@ def _missing_for_gpu() -> str | None:
     try:
         from cupy import cuda
     except ImportError as error:
-        if error.name == "cupy":  # also where an empty folder of that name was left behind
+        if error.name == "cupy":
+            if sys.modules.get("cupy"):  # an empty folder of that name, left behind by pip, which Python imports as well
+                del sys.modules["cupy"]
             return f"CuPy is not installed: {install}"
         return f"CuPy cannot be imported ({first_line(error)}): {install}"
     except OSError as error:  # no home folder to keep its compiled kernels in

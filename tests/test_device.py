@@ -118,6 +118,16 @@ def test_import_of_cupy_fails(install, monkeypatch, tmp_path, error, message):
         select("cuda")
 
 
+def test_an_empty_folder_named_cupy(install, monkeypatch, tmp_path):
+    """Python imports it, but it is not CuPy, and nobody may take it for that."""
+    (tmp_path / "cupy").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    with pytest.raises(DeviceError, match=f"^--device cuda: CuPy is not installed: {INSTALL}$"):
+        select("cuda")
+    assert "cupy" not in sys.modules
+
+
 @pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
 def test_a_gpu(install, name, index):
     cupy = fake_cupy(gpus=2)
