@@ -102,6 +102,12 @@ class RunFolder:
         """Write the metrics for TensorBoard as well, to the folder tensorboard. Raises UsageError without the extra."""
         self._tensorboard = tensorboard_writer()(str(self.path / "tensorboard"))
 
+    def close(self) -> None:
+        """Nothing more will be added. TensorBoard's file is written by a thread, which may be behind."""
+        if self._tensorboard:
+            with self._survives("tensorboard"):
+                self._tensorboard.close()
+
     @contextlib.contextmanager
     def _survives(self, file: str) -> Iterator[None]:
         try:
@@ -124,7 +130,7 @@ class NoFolder(RunFolder):
     def _nothing(self, *values: Any, **named: Any) -> None:
         pass
 
-    write_settings = add_metrics = write_metrics = log = save = save_best = draw_curves = start_tensorboard = _nothing
+    write_settings = add_metrics = write_metrics = log = save = save_best = draw_curves = start_tensorboard = close = _nothing
 
 
 def tensorboard_writer() -> Any:

@@ -255,11 +255,13 @@ def finish(run: Run, folder: RunFolder, quiet: bool) -> None:
     except Exception as error:
         folder.log("error", epoch=run.epoch, step=run.step, message=str(error))
         raise
+    finally:
+        folder.close()
     saver.save()
     conclude(run, folder)
     if run.trainer.statistics and not quiet:
-        print(f"last step of epoch {run.epoch}: mean, std and zeros of the output; root mean squares of its gradient, the weight and\n"
-              f"the weight's gradient; change of the weight over the weight. All epochs: {folder.path / 'events.jsonl'}")
+        print(f"last step of epoch {run.epoch}: mean, std and zeros of the output; root mean squares of its gradient, the "
+              f"weight\nand its gradient; change of the weight over the weight. All epochs: {folder.path / 'events.jsonl'}")
         print(statistics_table(run.trainer.statistics))
 
 
