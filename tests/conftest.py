@@ -58,6 +58,19 @@ class Target:
         return np.asarray(self.place.to_host(array)).astype(np.float64)
 
 
+def pytest_runtest_teardown(item):
+    """After an illegal access a process has no GPU any more. Its other tests are not to blame: they need another process."""
+    if "cuda" in item.name and gpu_present():
+        import cupy
+
+        try:
+            cupy.cuda.runtime.deviceSynchronize()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)  # xdist says which test it was, and goes on in a new worker
+            pytest.exit(f"{item.nodeid} has lost the GPU: {error}; `pytest -n 1` goes on with the others", returncode=1)
+
+
 def pytest_generate_tests(metafunc):
     if "target" in metafunc.fixturenames:
         if metafunc.config.getoption("--sanitize"):
