@@ -22,7 +22,10 @@ from minidl import command, errors, host_build, settings
 from minidl.__main__ import COMMANDS
 from models import recipes
 
-tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
@@ -152,9 +155,12 @@ def test_exit_codes():
     assert listed == sorted({0, command.READER_LEFT, *own, *ended})
 
 
-def test_links():
-    for target in re.findall(r"\]\(([^)]+)\)", GUIDE):
-        if target.startswith("#"):
-            assert re.search(rf"^## {target[1:].replace('-', ' ')}$", GUIDE, re.MULTILINE | re.IGNORECASE), target
-        else:
-            assert (ROOT / "docs" / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_links(page):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if heading:
+            text = file.read_text(encoding="utf-8")
+            assert re.search(rf"^## {heading.replace('-', ' ')}$", text, re.MULTILINE | re.IGNORECASE), target
