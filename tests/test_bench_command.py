@@ -47,9 +47,21 @@ def test_arguments_are_those_of_the_benchmark(name):
     assert f"usage: {name}.py" in result.stdout and "--peer {torch}" in result.stdout
 
 
+def test_overhead(tmp_path):
+    result = bench("overhead", "--device", "cpu", "--dataset", "digits", "--arch", "report-resnext3", "--repeats", "2",
+                   "--limit-train-batches", "3", "--val-split", "20", "--json", "row.json", folder=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    (row,) = json.loads((tmp_path / "row.json").read_text())["rows"]
+    assert row["steps"] == 3 and row["bare_seconds"] > 0 and row["checkpoints_percent"] >= 0
+    assert row["loop_percent"] == 100 * (row["epoch_seconds"] / row["bare_seconds"] - 1)
+    assert result.stdout.splitlines()[-1].startswith("3 steps, medians of 2: bare ") and len(result.stdout.splitlines()) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["row.json"]
+
+
 def test_a_wheel_holds_the_benchmarks_without_their_results(built):
     assert {path.name for path in built.iterdir()} == {"minidl", "models"}
-    assert {path.name for path in (built / "minidl" / "benchmarks").iterdir()} == {"kernels.py", "training.py"}
+    assert {path.name for path in (built / "minidl" / "benchmarks").iterdir()} == {
+        "kernels.py", "overhead.py", "training.py"}
 
 
 def test_a_benchmark_of_the_built_package_in_another_folder(built, tmp_path):

@@ -1,4 +1,4 @@
-"""Time kernels, or training steps, with the benchmarks of the repository.
+"""Time kernels, training steps, or what train adds to them, with the benchmarks of the repository.
 
 The arguments that follow are the benchmark's own: `bench kernels --help` lists them.
 """
@@ -17,7 +17,7 @@ FOLDERS = (_PACKAGE / "benchmarks", _PACKAGE.parent / "benchmarks")  # as instal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", choices=("kernels", "training"))
+    parser.add_argument("benchmark", choices=("kernels", "training", "overhead"))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the benchmark")
 
 
