@@ -195,7 +195,7 @@ def _confusion(axes: Axes, matrix: Array, names: Sequence[str]) -> None:
 
 def _per_class(axes: Axes, accuracies: Array, classes: Sequence[str]) -> None:
     named = 10
-    order = [index for index in np.argsort(accuracies) if math.isfinite(accuracies[index])]
+    order = [index for index in np.argsort(accuracies, kind="stable") if math.isfinite(accuracies[index])]
     values = [accuracies[index] for index in order]
     names = [words(classes[index]) for index in order]
     count = len(order)

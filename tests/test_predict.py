@@ -75,18 +75,18 @@ def test_gray_in_16_bits(tmp_path, name):
     assert (read(tmp_path / name) == np.rint(gray / 257)[:, :, None]).all()
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA"])
-def test_what_is_transparent_is_white(tmp_path, mode):
+@pytest.mark.parametrize("mode, name", [("RGBA", "it.png"), ("RGBA", "it.tiff"), ("LA", "it.png"), ("P", "it.png")])
+def test_what_is_transparent_is_white(tmp_path, mode, name):
     alpha = np.tile(np.repeat(np.array([0, 255], np.uint8), 16), (32, 1))  # the left half
     if mode == "P":
         image = Image.fromarray((alpha // 255).astype(np.uint8)).convert("P")
         image.putpalette([200, 0, 0, 10, 20, 30])
-        path = save(tmp_path / "it.png", image, transparency=0)
+        path = save(tmp_path / name, image, transparency=0)
         ink = [10, 20, 30]
     else:
         image = Image.fromarray(np.full((32, 32, 3), 40, np.uint8)).convert("L" if mode == "LA" else "RGB")
         image.putalpha(Image.fromarray(alpha))
-        path = save(tmp_path / "it.tiff" if mode == "PA" else tmp_path / "it.png", image)
+        path = save(tmp_path / name, image)
         ink = [40, 40, 40]
     found = read(path)
     assert (found[:, :16] == 255).all() and (found[:, 16:] == ink).all()
