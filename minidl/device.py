@@ -169,6 +169,24 @@ def run_tasks(tasks: Sequence[Callable[[], object]]) -> None:
         other.result()  # raises what the task raised
 
 
+def start_threads() -> None:
+    """Start all threads of the CPU, and let BLAS take its buffers, before arrays take the memory: BLAS ends a process in which
+    it finds none. Raises MemoryError where there is not enough for the threads."""
+    all_run = threading.Barrier(cpu_threads())
+    factor = np.ones((256, 256), np.float32)
+
+    def multiply() -> None:
+        all_run.wait()
+        factor @ factor
+
+    try:
+        run_tasks([multiply] * cpu_threads())  # which each call BLAS,
+        factor @ factor  # and the threads of BLAS itself
+    except RuntimeError:
+        all_run.abort()
+        raise MemoryError(f"there is none for {cpu_threads()} threads") from None
+
+
 def on_one_core() -> bool:
     """Whether the caller is one of several tasks, and must leave the other cores to them."""
     return getattr(_this_thread, "on_one_core", False)
@@ -205,6 +223,11 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike, like: Array | Device) ->
     return _host_pool.empty(shape, np.dtype(dtype)) if xp is np else xp.empty(shape, dtype)
 
 
+def pooled_bytes() -> int:
+    """What the CPU's memory pool holds, in use or kept for later."""
+    return _host_pool.held_bytes()
+
+
 class HostPool:
     """Memory of large NumPy arrays, kept for the next arrays, as CuPy does on a GPU.
 
@@ -235,6 +258,12 @@ class HostPool:
         weakref.finalize(owner, self._return, block).atexit = False
         return owner.view(dtype).reshape(shape)
 
+    def held_bytes(self) -> int:
+        """Bytes of all blocks, in use or kept for later."""
+        with self._lock:
+            self._take_back()
+            return self._used_bytes + self._free_bytes
+
     def _return(self, block: Array) -> None:
         # A finalizer, it may run in the middle of anything, this class included: it never waits for the lock. Whoever
         # has it, or takes it next, counts the block.
@@ -257,7 +286,12 @@ class HostPool:
     def _take(self, size: int) -> Array:
         fitting = [index for index, block in enumerate(self._free) if size <= block.nbytes <= 2 * size]
         if not fitting:
-            return np.empty(size, np.uint8)
+            try:
+                return np.empty(size, np.uint8)
+            except MemoryError:  # what is kept for later is needed now
+                self._free.clear()
+                self._free_bytes = 0
+                return np.empty(size, np.uint8)
         # Of equal blocks the one that came back last: it is the likeliest to be in the cache still.
         block = self._free.pop(min(reversed(fitting), key=lambda index: self._free[index].nbytes))
         self._free_bytes -= block.nbytes

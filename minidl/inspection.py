@@ -37,8 +37,8 @@ def first_nonfinite(model: Layer, step: Callable[[], object]) -> str | None:
     """Run step() -> the first tensor in it that holds a NaN or Inf, in words; None where all are finite."""
     found: list[str] = []
 
-    def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any) -> Any:
-        result = call(*args)
+    def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any, **out: Any) -> Any:
+        result = call(*args, **out)
         if not found:
             tensors = {"its output": result} if kind == "forward" else {
                 **{f"the gradient of its {key}": parameter.grad for key, parameter in parameters_of(layer).items()},
@@ -80,10 +80,10 @@ def statistics(model: Layer, step: Callable[[], object]) -> dict[str, dict[str, 
     weights = {name: parameters_of(layer)["weight"] for name, layer in model.named_layers() if "weight" in parameters_of(layer)}
     before = {name: _float64(model.device, weight.master) for name, weight in weights.items()}
 
-    def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any) -> Any:
+    def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any, **out: Any) -> Any:
         if kind == "backward":
             rows[name]["gradient_rms"] = _rms(_float64(model.device, args[0]))
-        result = call(*args)
+        result = call(*args, **out)
         if kind == "forward":
             y = _float64(model.device, result)
             rows[name] = {"output_mean": float(y.mean()), "output_std": float(y.std()), "output_zeros": float((y == 0).mean())}
@@ -115,11 +115,11 @@ def profile(model: Layer, step: Callable[[], object], repeats: int) -> dict[str,
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     device = model.device
 
-    def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any) -> Any:
+    def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any, **out: Any) -> Any:
         with _range(device, f"{name}.{kind}"):
             device.synchronize()
             begin = time.perf_counter()
-            result = call(*args)
+            result = call(*args, **out)
             device.synchronize()
         times[name][kind].append(time.perf_counter() - begin)
         return result

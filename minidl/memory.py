@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from pathlib import Path
 from types import TracebackType
 
-from minidl.device import Device
+from minidl.device import Device, pooled_bytes
 from minidl.errors import DeviceError
 from minidl.layers import Layer
 from minidl.run import Run
@@ -15,25 +15,29 @@ from minidl.summary import summarize
 
 
 def shortage(run: Run, error: BaseException) -> DeviceError:
-    """The error that ends a run, or its start, in which `error`, of the allocator, came up."""
-    needed, limit = needed_bytes(run, run.settings.batch_size), limit_bytes(run.place)
-    layer = _layer_of(error.__traceback__, run.network)
-    where = f" in layer {layer}" if layer else ""
-    fitting = largest_batch(run, limit) if limit else 0
+    """The error that ends a run in which `error`, of the allocator, came up."""
+    size = run.settings.batch_size
+    layer, limit = _layer_of(error.__traceback__, run.network), limit_bytes(run.place)
+    what = (f"not enough memory{f' in layer {layer}' if layer else ''}: batches of {size} need about "
+            f"{needed_bytes(run, size) / 1e6:,.0f} MB")
+    if not limit:
+        return DeviceError(f"{what}; try a smaller --batch-size")
+    if run.place.name == "cpu":
+        limit += _kept_bytes(run)  # which is not from the pool
+    fitting = largest_batch(run, limit)
     advice = f"a batch size of {fitting} would fit" if fitting else "not even a batch of 1 would fit"
-    return DeviceError(f"not enough memory{where}: batches of {run.settings.batch_size} need about {needed / 1e9:.2f} GB, "
-                       + (f"there are {limit / 1e9:.2f} GB; {advice}" if limit else "try a smaller --batch-size"))
+    return DeviceError(f"{what}, and there are {limit / 1e6:,.0f} MB; {advice}")
 
 
 def needed_bytes(run: Run, batch_size: int) -> int:
-    """What training takes at its peak, about: parameters with what the optimizer keeps, data, activations, workspaces."""
-    network = run.network
-    costs = summarize(network, run.train_set.images.shape[1:], batch_size, STORAGE[run.settings.precision], run.place)
-    optimizer = sum(array.nbytes for array in run.trainer.arrays().values())
-    parameters = sum(array.nbytes for array in (network.parameters.master, network.parameters.grad, network.parameters.data))
-    data = run.train_batches.images.nbytes + run.test_batches.images.nbytes
+    """What training takes at its peak, within a third: parameters with what the optimizer keeps, data, activations,
+    workspaces."""
+    precision = run.settings.precision
+    costs = summarize(run.network, run.train_set.images.shape[1:], batch_size, STORAGE[precision], run.place)
     widest = max(row.activation_bytes for row in costs.rows)  # the gradients on the way back: an input's and an output's
-    return parameters + optimizer + data + costs.activation_bytes + costs.workspace_bytes + 2 * widest
+    # BLAS on the CPU has float32 alone: the factors of other products are converted before.
+    workspaces = 1 if precision == "fp32" or run.place.name != "cpu" else 3
+    return _kept_bytes(run) + costs.activation_bytes + workspaces * costs.workspace_bytes + 2 * widest
 
 
 def largest_batch(run: Run, limit: int) -> int:
@@ -45,39 +49,33 @@ def largest_batch(run: Run, limit: int) -> int:
 
 
 def limit_bytes(place: Device) -> int:
-    """The memory that this process may use on the device; 0 where that cannot be told."""
+    """What is free on a device, with what its memory pool holds; 0 where that cannot be told."""
     if place.name != "cpu":
-        pool_limit = place.xp.get_default_memory_pool().get_limit()
+        pool = place.xp.get_default_memory_pool()
         free, _ = place.xp.cuda.runtime.memGetInfo()
-        free += place.xp.get_default_memory_pool().total_bytes()
-        return min(pool_limit, free) if pool_limit else free
-    limits = []
-    try:
+        free += pool.total_bytes()
+        return min(pool.get_limit(), free) if pool.get_limit() else free
+    free_bytes = []
+    with contextlib.suppress(ImportError, OSError):  # not on every system
         import resource
 
-        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if soft != resource.RLIM_INFINITY:
-            # What the interpreter and its libraries have taken of the address space is not there for arrays.
-            limits.append(max(0, soft - _taken_address_space()))
-    except ImportError:  # not on Windows
-        pass
-    try:
-        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        limits.append(int(meminfo["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        pass
-    return min(limits, default=0)
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            free_bytes.append(max(0, most - pages * resource.getpagesize()))
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        table = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free_bytes.append(int(table["MemAvailable"].split()[0]) * 1024)
+    return min(free_bytes) + pooled_bytes() if free_bytes else 0
 
 
-def _taken_address_space() -> int:
-    """Bytes of address space before any array of a run: files that are mapped, stacks of threads."""
-    try:
-        lines = Path(f"/proc/{os.getpid()}/smaps_rollup").read_text().splitlines()
-        resident = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:"))
-        pages = int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[0])
-        return pages * os.sysconf("SC_PAGE_SIZE") - resident
-    except (OSError, StopIteration, ValueError):
-        return 0
+def _kept_bytes(run: Run) -> int:
+    """What is there from the first step to the last: parameters, what the optimizer keeps, data."""
+    parameters, sets = run.network.parameters, (run.train_batches, run.test_batches, run.val_batches)
+    arrays = [parameters.master, parameters.grad, *run.trainer.arrays().values(), *(it.images for it in sets if it)]
+    if parameters.data is not parameters.master:
+        arrays.append(parameters.data)
+    return sum(array.nbytes for array in arrays)
 
 
 def _layer_of(traceback: TracebackType | None, network: Layer) -> str | None:

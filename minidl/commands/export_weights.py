@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder of a run, or a file of weights: .npz, .safetensors, .pt")
     parser.add_argument("--to", required=True, choices=("safetensors", "npz", "onnx"))
     add_architecture(parser, required=False)
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: beside CKPT, or weights.FORMAT in the folder")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: beside CKPT, or in its folder")
 
 
 def main(args: argparse.Namespace) -> None:
