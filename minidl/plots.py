@@ -215,21 +215,15 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def lr_find(rates: Sequence[float], losses: Sequence[float], suggestion: float | None, path: FilePath) -> Figure:
-    """The losses of a run whose learning rate rises from step to step, and the rate suggested, None for none.
-
-    The first loss must be finite; from the first that is not, nothing is drawn.
-    """
-    count = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
-    rates, losses = rates[:count], losses[:count]
-    window = np.ones(max(1, count // 25))
-    smooth = np.convolve(losses, window, "same") / np.convolve(np.ones(count), window, "same")
+def lr_find(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], suggestion: float | None,
+            path: FilePath) -> Figure:
+    """The losses of a run whose learning rate grows from step to step, smoothed, and the rate suggested, None for none."""
     with _picture(path, 5.5, 3.5) as figure:
         axes = figure.subplots()
         axes.plot(rates, losses, color=COLOURS[5], linewidth=0.7)
-        axes.plot(rates, smooth, color=COLOURS[0])
+        axes.plot(rates, smoothed, color=COLOURS[0])
         # The end, where the loss explodes, would press the rest into one line.
-        low, start = smooth.min(), smooth[0]
+        low, start = min(smoothed), smoothed[0]
         margin = 0.3 * (start - low) or 1
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")  # the default writes powers, as mathematics

@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         print(curve.as_text())
     if picture:
-        plots.lr_find(curve.rates, curve.losses, curve.suggestion, picture)
+        plots.lr_find(curve.rates, curve.losses, curve.smoothed, curve.suggestion, picture)
         if not args.json:
             print(f"picture: {picture}")
 
