@@ -11,7 +11,9 @@ from minidl.run import Run
 from minidl.training import evaluate
 
 WARMUP_STEPS, STEPS, FEWEST_STEPS = 20, 100, 2
-LARGEST_SHARE = 0.04  # of the budget, half for steps and half for evaluation; then they are fewer
+# Steps are measured for a SHARE of the budget, but for LEAST_SECONDS unless that is more than LARGEST_SHARE of it; evaluation
+# likewise.
+SHARE, LEAST_SECONDS, LARGEST_SHARE = 0.02, 1.0, 0.1
 
 
 def measure(run: Run, budget: float) -> tuple[float, float]:
@@ -19,7 +21,7 @@ def measure(run: Run, budget: float) -> tuple[float, float]:
 
     budget: seconds that there are.
     """
-    share = LARGEST_SHARE / 2 * budget
+    share = max(SHARE * budget, min(LEAST_SECONDS, LARGEST_SHARE * budget))
     with run.rehearsal():
         run.network.train()
         batches = run.batches(0)

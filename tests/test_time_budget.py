@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,7 +14,6 @@ from minidl import time_budget
 from minidl.commands import train
 from minidl.errors import UsageError
 from minidl.settings import read_toml, resolve
-from minidl.training import Trainer
 from models.recipes import recipe
 
 ARCH = "report-resnext3-fixed"
@@ -73,6 +73,14 @@ def test_most_steps_that_are_measured(monkeypatch):
     clock = Clock(monkeypatch, run, step=0.001, batch=0.001)
     assert time_budget.measure(run, 3600) == pytest.approx((0.001, 0.023))
     assert clock.steps == 20 + 100
+
+
+@pytest.mark.parametrize("budget, steps", [(2, 4 + 12), (10, 16 + 62), (40, 16 + 62), (100, 20 + 100)])
+def test_a_small_budget_is_measured_for_a_second_or_a_tenth_of_it(monkeypatch, budget, steps):
+    run = new_run()
+    clock = Clock(monkeypatch, run, step=0.016, batch=0.001)
+    time_budget.measure(run, budget)
+    assert clock.steps == steps
 
 
 def test_images_held_out_are_evaluated_too(monkeypatch):
@@ -170,20 +178,14 @@ def test_seeds_share_the_number_of_epochs(monkeypatch, tmp_path, capsys):
 
 
 def test_a_real_run_ends_about_when_it_should(monkeypatch, tmp_path, capsys):
-    """Steps take 50 ms on whatever machine; a generous bound is for the rest."""
+    """By the clock of this process's work, which all but stands still while others have the cores; the bounds are for them."""
     monkeypatch.chdir(tmp_path)
-    step = Trainer.step
-
-    def slow_step(self, batch):
-        end = time.perf_counter() + 0.05
-        step(self, batch)
-        time.sleep(max(0.0, end - time.perf_counter()))
-
-    monkeypatch.setattr(Trainer, "step", slow_step)
-    begin = time.perf_counter()
-    call("--time-budget", "8s", "--limit-train-batches", "10", "-o", "it")
-    took = time.perf_counter() - begin
-    assert 0.4 * 8 < took < 2 * 8
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # drawing is not training
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    begin = time.process_time()
+    call("--time-budget", "6s", "--limit-train-batches", "20", "-o", "it")
+    took = time.process_time() - begin
+    assert 0.3 * 6 < took < 2 * 6
     rows = (tmp_path / "it" / "metrics.csv").read_text().splitlines()[1:]
     epochs = read_toml("it/config.toml")["epochs"]
     assert len(rows) == epochs

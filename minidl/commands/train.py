@@ -1,11 +1,12 @@
 """Train one of the architectures on CIFAR-100, CIFAR-10 or the bundled digits.
 
-    minidl train                                        a demo: digits on the CPU, under a minute
-    minidl train --arch simplenet-5m --epochs 50        CIFAR-100, downloaded where it is not there yet
-    minidl train --resume                               go on with the newest run
+    minidl train                                    a demo: digits on the CPU
+    minidl train --arch simplenet-5m --epochs 50    CIFAR-100, downloaded if need be
+    minidl train --resume                           go on with the newest run
 
-What is given here wins over --config FILE, that over the recipe. The last line of a run names its folder, where
-metrics.csv has a row per epoch and last.npz all that it takes to go on.
+What is given here wins over --config FILE, that over the recipe. The last line
+of a run names its folder, where metrics.csv has a row per epoch and last.npz
+all that it takes to go on.
 """
 
 from __future__ import annotations
