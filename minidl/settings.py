@@ -122,6 +122,8 @@ class Settings:
                 object.__setattr__(self, name, _checked(name, value, spec))
         if not self.arch or not self.dataset:
             raise UsageError("arch and dataset must be set")
+        if self.ranks > self.batch_size:
+            raise UsageError(f"ranks {self.ranks} cannot share a batch of {self.batch_size}")
         if self.patience and not self.val_split:
             raise UsageError("patience needs val_split: without held-out images only the test set could tell when to stop")
         if self.sched == "multistep" and not self.milestones:

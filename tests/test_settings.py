@@ -165,6 +165,7 @@ VALUES = [  # name, value, what is said
     ("time_budget", "0s", "time_budget: '0s' is not a time"),
     ("save_every", "often", "save_every: 'often' is not a time such as 6h, 30m, 90s or 1h30m, nor a number of steps"),
     ("save_every", "0", "save_every: '0' is not a time"),
+    ("ranks", 129, "ranks 129 cannot share a batch of 128"),
     ("patience", 3, "patience needs val_split"),
     ("milestones", [3], "milestones is of sched multistep, not cosine"),
     ("restart_at_milestones", True, "restart_at_milestones is of sched multistep, not cosine"),
