@@ -36,7 +36,7 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = 
 }
 LARGEST_FILE = 1_000_000  # bytes of a config.toml
 LONGEST_SHOWN = 100  # letters of a value in a message
-TOO_LARGE = 2**63  # a number, for the kernels' integers
+LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}  # what kernels take
 SIDE = 32  # pixels, of the images of all data sets
 # What an optimizer knows by itself, and a recipe says for its own optimizer.
 HYPERPARAMETERS = ("lr", "momentum", "nesterov", "weight_decay", "beta1", "beta2", "rho", "eps")
@@ -275,11 +275,10 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
         return UsageError(f"{name} is {_shown(value)}: it must be {need}")
 
     def number(value: Any, kind: type) -> Any:
-        words = "a number" if kind is float else "a whole number"
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-            raise refuse(words)
-        if not abs(value) < TOO_LARGE:  # nor is NaN
-            raise refuse(f"{words} below 2**63")
+            raise refuse("a number" if kind is float else "a whole number")
+        if not abs(value) <= LARGEST[kind]:  # nor is NaN
+            raise refuse("a number below 3.4e38" if kind is float else "below 2**63")
         if not spec.low <= value <= spec.high:
             raise refuse(f"at least {spec.low}" if spec.high == math.inf else f"from {spec.low} to {spec.high}")
         return kind(value)
@@ -295,9 +294,9 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
     if spec.choices and value not in spec.choices:
         raise refuse(f"one of {', '.join(spec.choices)}")
     if isinstance(value, dict) and not all(
-            isinstance(item, (bool, str)) or isinstance(item, (int, float)) and abs(item) < TOO_LARGE
+            isinstance(item, (bool, str)) or type(item) in LARGEST and abs(item) <= LARGEST[type(item)]
             for item in value.values()):
-        raise refuse("a table of texts, true, false and numbers below 2**63")
+        raise refuse("a table of texts, true, false, numbers below 3.4e38 and whole ones below 2**63")
     return value
 
 
