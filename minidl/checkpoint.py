@@ -57,10 +57,11 @@ def load(path: Path) -> tuple[Checkpoint, list[str]]:
 
 def _load(path: Path) -> Checkpoint:
     state, metadata = weights.load_all(path)
-    match metadata:
-        case {"training": {"settings": dict(), "epoch": int(), "step": int(), "history": list()} as progress,
-              **about} if len(progress["history"]) == progress["epoch"]:
+    if metadata is None or "training" not in metadata:
+        raise CheckpointError(f"{path} holds weights only: a run cannot go on from it")
+    match metadata["training"]:
+        case {"settings": dict(), "epoch": epoch, "step": int(), "history": list(history)} as progress if len(history) == epoch:
             arrays = {name.removeprefix(weights.TRAINING): state.pop(name)
                       for name in list(state) if name.startswith(weights.TRAINING)}
-            return Checkpoint(state, arrays, {key: about[key] for key in weights.describe("", 0, {})}, progress)
-    raise CheckpointError(f"{path} holds weights only: a run cannot go on from it")
+            return Checkpoint(state, arrays, {key: metadata[key] for key in weights.describe("", 0, {})}, progress)
+    raise CheckpointError(f"{path} is not a checkpoint of this version")

@@ -173,11 +173,12 @@ def start_threads() -> None:
     """Start all threads of the CPU, and let BLAS take its buffers, before arrays take the memory: BLAS ends a process in which
     it finds none. Raises MemoryError where there is not enough for the threads."""
     all_run = threading.Barrier(cpu_threads())
-    factor = np.ones((256, 256), np.float32)
+    factor = np.ones((512, 512), np.float32)  # which takes so long that all multiply at one time
 
     def multiply() -> None:
         all_run.wait()
-        factor @ factor
+        for _ in range(2):
+            factor @ factor
 
     try:
         run_tasks([multiply] * cpu_threads())  # which each call BLAS,
@@ -205,7 +206,7 @@ def _on_one_core(task: Callable[[], object]) -> None:
 
 @functools.cache
 def _executor() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(cpu_threads())
+    return ThreadPoolExecutor(max(1, cpu_threads() - 1))  # whoever waits for the tasks does one of them
 
 
 @functools.cache

@@ -74,7 +74,7 @@ def statistics(model: Layer, step: Callable[[], object]) -> dict[str, dict[str, 
     """Run step(), a training step, -> {layer: {one of STATISTICS: value}}, layers in the order of their forward.
 
     output_zeros: share of zeros; gradient_rms: root mean square of the gradient of the output; of layers with a weight also
-    its root mean square, that of its gradient, and update_ratio, the length of its change over its own.
+    its root mean square, that of its gradient, and update_ratio, the length of its change over its own unless that is 0.
     """
     rows: dict[str, dict[str, float]] = {}
     weights = {name: parameters_of(layer)["weight"] for name, layer in model.named_layers() if "weight" in parameters_of(layer)}
@@ -94,8 +94,9 @@ def statistics(model: Layer, step: Callable[[], object]) -> dict[str, dict[str, 
     for name, weight in weights.items():
         size = _rms(before[name])
         change = _rms(_float64(model.device, weight.master) - before[name])
-        rows[name] |= {"weight_rms": size, "weight_gradient_rms": _rms(_float64(model.device, weight.grad)),
-                       "update_ratio": change / size if size else float("inf") if change else 0.0}
+        rows[name] |= {"weight_rms": size, "weight_gradient_rms": _rms(_float64(model.device, weight.grad))}
+        if size:
+            rows[name]["update_ratio"] = change / size
     return rows
 
 

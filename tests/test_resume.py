@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from minidl import checkpoint, weights
+from minidl import checkpoint, data, weights
 from minidl.run import Run
-from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, rows, send, train  # noqa: F401
+from minidl.settings import Settings
+from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, rows, send, small, train  # noqa: F401
 from test_train import DIGITS, SECONDS, assert_refused, start
 from test_train import train as train_process
 
@@ -25,8 +26,8 @@ RUNS = {
     "adadelta constant fp16": "--optimizer adadelta --sched constant --precision fp16 --ema 0.8 --mixup 1 --val-split 8",
     "sgd multistep patience": "--sched multistep --milestones 2 --restart-at-milestones --val-split 8 --patience 2 --epochs 9 "
                               "--lr 1e-9 --no-nesterov --clip-norm 1e-3",
-    "simplenet": "--arch simplenet-310k --model-kwargs rate=0.2 --optimizer adam --mixup 0.2 --ema 0.5",
-    "elements": "--arch simplenet-310k --model-kwargs dropout=elements rate=0.1 --cutout 8 --optimizer adamw",
+    "simplenet": "-b 2 --arch simplenet-310k --model-kwargs rate=0.2 --optimizer adam --mixup 0.2 --ema 0.5",
+    "elements": "-b 2 --arch simplenet-310k --model-kwargs dropout=elements rate=0.1 --cutout 8 --optimizer adamw",
 }
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}  # the exit codes
 # (where a run is stopped: after which step of the run, counted from 1; which checkpoint, (epoch, step), is then the last)
@@ -123,6 +124,40 @@ def test_a_signal_in_a_save(few_digits, uninterrupted, tmp_path, times, saved):
     assert train(tmp_path, "--resume", "it").returncode == 0
     assert_same_run(tmp_path / "it", uninterrupted(name))
     assert not list((tmp_path / "it").glob(".*")), "the process that went on has swept what the other left"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_a_checkpoint_holds_all_that_training_depends_on(place, tmp_path, precision):
+    """On each device of this machine, without a process of its own."""
+    if precision == "bf16":
+        pytest.importorskip("ml_dtypes")
+    settings = Settings(arch="small", dataset="digits", batch_size=32, epochs=2, limit_train_batches=6, precision=precision,
+                        optimizer="adam", beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-4, ema=0.9, mixup=0.3, cutout=5,
+                        padding=2, clip_norm=0.1)
+
+    def new_run():
+        return Run(settings, small(), *data.load("digits"), place)
+
+    def train_epochs(run, end):
+        """Until `end`, (epoch, step)."""
+        while (run.epoch, run.step) < end:
+            batches = run.batches(run.epoch)[:end[1] if run.epoch == end[0] else None]
+            run.trainer.epoch(batches, first=run.step)
+            if run.epoch == end[0]:
+                run.step = len(batches)
+            else:
+                run.epoch, run.step, run.history = run.epoch + 1, 0, [*run.history, {}]
+        return run
+
+    whole, part = train_epochs(new_run(), (2, 0)).checkpoint(), train_epochs(new_run(), (1, 4))
+    checkpoint.save(tmp_path, part.checkpoint())
+    resumed = new_run()
+    resumed.load(checkpoint.load(tmp_path)[0])
+    assert (resumed.epoch, resumed.step) == (1, 4)
+    resumed = train_epochs(resumed, (2, 0)).checkpoint()
+    for ours, theirs in ((whole.state, resumed.state), (whole.arrays, resumed.arrays)):
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------

@@ -297,7 +297,8 @@ def test_metadata_that_are_none(tmp_path, text, reason):
 
 
 @pytest.mark.parametrize("change", [
-    dict(classes=0), dict(classes="7"), dict(arch=None), dict(options=[]), dict(mean=0.5), dict(dataset=1), dict(class_names="a")])
+    dict(classes=0), dict(classes="7"), dict(arch=None), dict(options=[]), dict(mean=0.5), dict(dataset=1),
+    dict(class_names="a")])
 def test_metadata_of_wrong_content(tmp_path, change):
     weights.save(tmp_path / "it.npz", {"a": GRID}, {**METADATA, **change})
     assert refusal(tmp_path / "it.npz") == "its metadata are not of the form 'minidl weights 1'"
