@@ -131,9 +131,10 @@ def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> Non
         print("This is a demo on 1,797 small digits, because no GPU was found and no network or data were asked for.")
     if args.overfit_batch:
         print("A trial: one batch again and again, which is also the test set.")
+    budget = plan(run, begin)
     name = f"{chosen.arch}-{chosen.dataset}"
     folder = RunFolder.new(name, args.output) if team.rank == 0 else NoFolder()
-    train_in(run, folder, args.quiet or team.rank > 0, begin)
+    train_in(run, folder, args.quiet or team.rank > 0, budget, begin)
     if demo:
         print("Next, the real thing: minidl train --arch simplenet-310k --epochs 10 --dataset cifar100")
     print(f"run folder: {folder.path}")
@@ -218,14 +219,20 @@ def announce(run: Run) -> None:
           f"{run.network.macs(run.train_set.images.shape[1:]):,} MACs an image | {s.precision}", flush=True)
 
 
-def train_in(run: Run, folder: RunFolder, quiet: bool, begin: float) -> None:
-    """Train a new run to its end, in a new folder. begin: the time.perf_counter() from which a time budget counts."""
-    budget = settings.duration(run.settings.time_budget) if run.settings.time_budget else 0.0
-    if budget:
-        with ample_memory(run):
-            epochs = time_budget.epochs_within(run, budget, time.perf_counter() - begin)
-        # The folder says how to do the same again, on whatever machine.
-        run.settings = dataclasses.replace(run.settings.with_epochs(epochs), time_budget=None)
+def plan(run: Run, begin: float) -> float:
+    """Where there is a time budget, which counts from `begin`, the run has as many epochs as fit -> the budget, or 0."""
+    if not run.settings.time_budget:
+        return 0.0
+    budget = settings.duration(run.settings.time_budget)
+    with ample_memory(run):
+        epochs = time_budget.epochs_within(run, budget, time.perf_counter() - begin)
+    # The folder says how to do the same again, on whatever machine.
+    run.settings = dataclasses.replace(run.settings.with_epochs(epochs), time_budget=None)
+    return budget
+
+
+def train_in(run: Run, folder: RunFolder, quiet: bool, budget: float, begin: float) -> None:
+    """Train a new run to its end, in a new folder. budget: seconds from `begin`, or 0."""
     folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
     folder.log("start", settings=run.settings.as_dict())
     finish(run, folder, quiet)
@@ -364,9 +371,10 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
         else:
             run = new_run(dataclasses.replace(chosen, seed=seed))
             announce(run)
+            budget = plan(run, begin)
             # A run that was killed before its first checkpoint begins anew.
             folder = RunFolder(path) if (path / "config.toml").exists() else RunFolder.new("", path)
-            train_in(run, folder, args.quiet, begin)
+            train_in(run, folder, args.quiet, budget, begin)
         chosen = dataclasses.replace(run.settings, seed=chosen.seed)  # what a time budget came to holds for all
         last.append(run.history[-1])
     results = {name: [float(row[name]) for row in last] for name in ("test_top1", "test_top5", "test_loss")}

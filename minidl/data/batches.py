@@ -26,12 +26,6 @@ class Augmentation:
 
 
 NO_AUGMENTATION = Augmentation()
-# The usual ones. Digits lie alike in all images, and a mirrored one is none.
-AUGMENTATIONS = {
-    "cifar100": Augmentation(padding=4, flips=True),
-    "cifar10": Augmentation(padding=4, flips=True),
-    "digits": NO_AUGMENTATION,
-}
 
 
 class Batches:
