@@ -11,7 +11,7 @@ import numpy as np
 
 from minidl.device import Array
 from minidl.errors import DataError
-from minidl.plots import library
+from minidl.extras import library
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +25,7 @@ def read(path: str | os.PathLike[str], side: int) -> Array:
 
     Of an animation it is the first picture. Raises DataError where it cannot be read, UsageError without Pillow.
     """
-    pillow = library("PIL.Image")
+    pillow = library("PIL.Image", "plot")
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for whoever writes to it
@@ -50,7 +50,7 @@ def read(path: str | os.PathLike[str], side: int) -> Array:
 
 def _square(image: Image) -> Image:
     """The square in the middle of an image, which is turned as its camera says that it was held."""
-    image = library("PIL.ImageOps").exif_transpose(image)
+    image = library("PIL.ImageOps", "plot").exif_transpose(image)
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -59,7 +59,7 @@ def _square(image: Image) -> Image:
 
 def _rgb(image: Image) -> Image:
     """An image of any kind in red, green and blue."""
-    pillow = library("PIL.Image")
+    pillow = library("PIL.Image", "plot")
     if image.mode == "F":
         raise ValueError("its pixels are real numbers, and nothing says which one is white")
     if image.mode.startswith("I"):  # gray in 16 bits, which Pillow would cut off at 255

@@ -10,9 +10,10 @@ import numpy as np
 
 from minidl import __version__
 from minidl.errors import UsageError
+from minidl.extras import library
 from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Layer,
                            Linear, MaxPool2d, ReLU, Shape, ZeroPadChannels)
-from minidl.weights import FilePath, Metadata, optional, write_whole
+from minidl.weights import FilePath, Metadata, write_whole
 
 OPSET, IR_VERSION = 17, 8  # of ONNX 1.12, 2022; a later IR is refused by runtimes that know the operators
 
@@ -24,7 +25,7 @@ def export(network: Layer, path: FilePath, image_shape: Shape, metadata: Metadat
     metadata, as from `weights.describe`, become the model's properties, in JSON but for texts. Raises UsageError for a layer
     that has no form in ONNX and where onnx is not installed, CheckpointError where the file cannot be written.
     """
-    onnx = optional("onnx")
+    onnx = library("onnx", "interchange")
     state = network.state_dict()
     graph = _Graph(network, onnx.helper.make_node)
     features = network.trace(_Value("images", tuple(image_shape)), graph)

@@ -7,7 +7,6 @@ CheckpointError where the file cannot be written. Nothing depends on the setting
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import math
 import textwrap
@@ -21,6 +20,7 @@ import numpy as np
 
 from minidl.device import Array
 from minidl.errors import UsageError
+from minidl.extras import library
 from minidl.weights import FilePath, write_whole
 
 if TYPE_CHECKING:
@@ -49,26 +49,18 @@ def check(path: FilePath) -> None:
     if Path(path).suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: a picture is one of {', '.join(FORMATS)}")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep a cache in the user's folder
-    library("matplotlib")
-
-
-def library(module: str) -> Any:
-    """The module, of a library of the extra "plot". Raises UsageError where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(f"the package {module.partition('.')[0]} is needed: `pip install \"minidl[plot]\"`") from None
+    library("matplotlib", "plot")
 
 
 @contextlib.contextmanager
 def _picture(path: FilePath, width: float, height: float, layout: str | None = "constrained") -> Iterator[Figure]:
     """A Figure of that size in inches, to be drawn in the body of the `with` and written at its end."""
     check(path)
-    style = library("matplotlib.style")
+    style = library("matplotlib.style", "plot")
     suffix = Path(path).suffix.lower()
     with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the font lacks a letter of a name
-        figure = library("matplotlib.figure").Figure((width, height), layout=layout)
+        figure = library("matplotlib.figure", "plot").Figure((width, height), layout=layout)
         if layout:
             figure.get_layout_engine().set(w_pad=0.1, h_pad=0.05)
         yield figure
@@ -110,7 +102,7 @@ def curves(runs: Sequence[Run], path: FilePath) -> Figure:
         _frame(top1, "top-1 accuracy", 1.02)
         _frame(rate, "learning rate")
         _name_last(top1, runs, colours)
-        line = library("matplotlib.lines").Line2D
+        line = library("matplotlib.lines", "plot").Line2D
         parts = [part for part in PARTS if any(f"{part}_top1" in run.history[0] for run in runs)]
         top1.legend([line([], [], color=GRAY, **PARTS[part]) for part in parts], parts, loc="lower right")
         figure.legend([line([], [], color=colour, linewidth=2.5) for colour in colours], [run.name for run in runs],
@@ -121,7 +113,7 @@ def curves(runs: Sequence[Run], path: FilePath) -> Figure:
 def _colours(count: int) -> Sequence[Any]:
     if count <= len(COLOURS):
         return COLOURS[:count]
-    return list(library("matplotlib").colormaps["viridis"](np.linspace(0, 0.9, count)))
+    return list(library("matplotlib", "plot").colormaps["viridis"](np.linspace(0, 0.9, count)))
 
 
 def _line(axes: Axes, run: Run, column: str, **style: Any) -> None:
@@ -136,7 +128,7 @@ def _frame(axes: Axes, title: str, most: float = math.inf) -> None:
     """Title, and limits from 0 to the highest line, or to `most`."""
     highest = max((float(np.max(line.get_ydata())) for line in axes.lines), default=0.0)
     axes.set(title=title, xlabel="epoch", ylim=(0, min(1.05 * highest, most) or 1))
-    axes.xaxis.set_major_locator(library("matplotlib.ticker").MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(library("matplotlib.ticker", "plot").MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
 def _name_last(axes: Axes, runs: Sequence[Run], colours: Sequence[Any]) -> None:
@@ -146,7 +138,7 @@ def _name_last(axes: Axes, runs: Sequence[Run], colours: Sequence[Any]) -> None:
     for (value, index), y in zip(last, spread([value for value, _ in last], 0.06 * highest, 0.02 * highest, highest)):
         axes.annotate(f"{value:.1%}", (1, y), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
                       va="center", color=colours[index], fontsize=8)
-    axes.yaxis.set_major_formatter(library("matplotlib.ticker").PercentFormatter(xmax=1, decimals=0))
+    axes.yaxis.set_major_formatter(library("matplotlib.ticker", "plot").PercentFormatter(xmax=1, decimals=0))
 
 
 def spread(positions: Sequence[float], gap: float, least: float = -math.inf, most: float = math.inf) -> list[float]:
@@ -202,7 +194,7 @@ def _per_class(axes: Axes, accuracies: Array, classes: Sequence[str]) -> None:
     far = [index for index in range(count) if index < named or index >= count - named]
     axes.barh(range(count), values, height=0.8, color=[COLOURS[0] if index in far else COLOURS[5] for index in range(count)])
     axes.set(yticks=[], xlim=(0, 1), ylim=(-0.7, count - 0.3), title="accuracy of each class")
-    axes.xaxis.set_major_formatter(library("matplotlib.ticker").PercentFormatter(xmax=1, decimals=0))
+    axes.xaxis.set_major_formatter(library("matplotlib.ticker", "plot").PercentFormatter(xmax=1, decimals=0))
     axes.spines["left"].set_visible(False)
     beside = axes.get_yaxis_transform()
     for index, y in zip(far, spread(far, count / 58, 0, count - 1)):

@@ -21,6 +21,7 @@ import numpy as np
 from minidl import __version__, checkpoint, data, plots, weights
 from minidl.device import Device
 from minidl.errors import CheckpointError, UsageError
+from minidl.extras import library
 
 COLUMNS = ("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "images_per_second", "seconds")
 VALIDATION = ("val_loss", "val_top1")  # after them, where images are held out
@@ -135,11 +136,7 @@ class NoFolder(RunFolder):
 
 def tensorboard_writer() -> Any:
     """The class of what writes for TensorBoard. Raises UsageError without the extra."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UsageError('--tensorboard needs a package: `pip install "minidl[tensorboard]"`') from None
-    return SummaryWriter
+    return library("tensorboardX", "tensorboard").SummaryWriter
 
 
 def _csv(rows: Sequence[Mapping[str, str]], header: bool) -> str:

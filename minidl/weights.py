@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -33,7 +32,8 @@ import numpy.typing as npt
 
 from minidl.data.dataset import Dataset
 from minidl.device import Array
-from minidl.errors import CheckpointError, UsageError
+from minidl.errors import CheckpointError
+from minidl.extras import library
 
 State: TypeAlias = dict[str, Array]
 Metadata: TypeAlias = dict[str, Any]  # see `describe`
@@ -98,10 +98,10 @@ def _digest(metadata: Metadata) -> str:
 
 def save_safetensors(path: FilePath, state: Mapping[str, Array], metadata: Metadata | None = None) -> None:
     """As `save`, to a .safetensors; the metadata are the entry "minidl" of its own. UsageError without the library."""
-    library = optional("safetensors.numpy")
+    safetensors = library("safetensors.numpy", "interchange")
     # The library writes memory as it lies, whatever the strides.
     arrays = {name: np.asarray(array, np.asarray(array).dtype.newbyteorder("<"), order="C") for name, array in state.items()}
-    raw = library.save(arrays, None if metadata is None else {"minidl": json.dumps(metadata)})
+    raw = safetensors.save(arrays, None if metadata is None else {"minidl": json.dumps(metadata)})
     write_whole(path, lambda file: file.write(raw))
 
 
@@ -171,14 +171,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def optional(module: str) -> Any:
-    """The module, of a library that only the exchange of files needs. Raises UsageError where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(f"the package {module.partition('.')[0]} is needed: `pip install \"minidl[interchange]\"`") from None
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -342,10 +334,10 @@ def _plain(array: Array) -> Array:
 
 
 def _read_safetensors(raw: bytes) -> tuple[State, str | None]:
-    library = optional("safetensors")
+    safetensors = library("safetensors", "interchange")
     try:
-        tensors = library.deserialize(raw)
-    except library.SafetensorError as error:
+        tensors = safetensors.deserialize(raw)
+    except safetensors.SafetensorError as error:
         raise ValueError(f"it is damaged: {error}") from None
     state = {}
     for name, tensor in tensors:

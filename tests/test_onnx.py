@@ -12,7 +12,7 @@ from minidl.data.dataset import Dataset
 from minidl.errors import CheckpointError, UsageError
 from minidl.layers import AvgPool2d, BatchNorm2d, Conv2d, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Residual, Sequential
 from minidl.onnx_export import export
-from minidl.training import Trainer
+from minidl.training import Batch, Trainer
 from reference import assert_close
 
 onnx = pytest.importorskip("onnx", reason="the check of graphs needs it: pip install 'minidl[interchange]'")
@@ -38,7 +38,7 @@ def trained(network, rng, shape=(3, 32, 32), classes=10, steps=3):
     trainer = Trainer(network, optim.SGD(network.parameters), batches)
     network.train()
     for _ in range(steps):
-        trainer.step(network.device.array(rng.permutation(16)[:8].astype(np.int32)), 0.01)
+        trainer.step(Batch(network.device.array(rng.permutation(16)[:8].astype(np.int32)), 0.01))
     return network.eval()
 
 
