@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from conftest import gpu_present
 from minidl import device
 from minidl.ops import relu
+from test_failures import run_of
 
 pytestmark = pytest.mark.skipif(not gpu_present(), reason="there is no NVIDIA GPU")
 TESTS = Path(__file__).parent
@@ -74,3 +76,23 @@ def test_damaged_kernels_in_the_cache_are_compiled_again(tmp_path):
         raw[len(raw) // 2] ^= 0xff
         path.write_bytes(raw)
     run()
+
+
+BUSY = 'extern "C" __global__ void busy(long long cycles) { const long long end = clock64() + cycles; while (clock64() < end); }'
+
+
+def test_a_step_does_not_wait_for_the_device():
+    """The host is done with a step while the GPU has not begun it, being busy with something else."""
+    place = device.select("cuda")
+    run = run_of("wrn-10-1", 32, place, ema=0.9, clip_norm=1.0, mixup=0.2)
+    batch = run.batches(0)[0]
+    run.network.train()
+    for _ in range(3):  # compiles kernels, and fills the memory pool
+        run.trainer.step(batch)
+    place.synchronize()
+    place.xp.RawKernel(BUSY, "busy")((1,), (1,), (np.int64(2_000_000_000),))  # a second or more
+    begin = time.perf_counter()
+    run.trainer.step(batch)
+    launched = time.perf_counter() - begin
+    place.synchronize()
+    assert launched < 0.5 * (time.perf_counter() - begin)

@@ -55,3 +55,13 @@ def test_options_of_the_networks_are_those_of_their_builders():
     text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
     named = {option for name in models.REGISTRY for option in models.REGISTRY[name].options() if not name.startswith("report")}
     assert set(re.findall(r"^\| `(\w+)` \| (?:`|0)", text, re.MULTILINE)) == named
+
+
+def test_tests_of_the_faults_are_there():
+    """docs/reliability.md names them, each with its file."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = [(file, test) for file, tests in re.findall(r"(test_\w+\.py): ((?:`test_\w+`(?:, )?)+)", text)
+             for test in re.findall(r"`(test_\w+)`", tests)]
+    assert len(named) > 80 and len(named) == text.count("`test_")
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} has no {test}"
