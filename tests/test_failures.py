@@ -14,15 +14,17 @@ from tqdm import tqdm
 
 import models
 from conftest import gpu_present
-from minidl import checkpoint, data, device, memory, weights
+from minidl import checkpoint, data, device, memory, random_keys, weights
 from minidl.commands.train import ample_memory
+from minidl.data.batches import Batches
 from minidl.errors import DeviceError
 from minidl.layers import Conv2d, GlobalAvgPool2d, Linear
 from minidl.ops import optimizer as optimizer_op
 from minidl.run import Run
 from minidl.settings import resolve
 from models import recipes
-from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, rows, send, small, train  # noqa: F401
+from small_runs import (ARGUMENTS, STEPS, TRAINING_IMAGES, at_step, digests, few_digits, forked, rows, send, small,  # noqa: F401
+                        train)
 from test_train import assert_refused
 
 LONG = ("-b", "1", "--limit-train-batches", "48")  # an epoch is one window between two looks at the loss
@@ -86,14 +88,14 @@ def test_the_layer_is_named(few_digits, tmp_path, layer, name, precision):
     assert_diverged(tmp_path / "it", result, f"step 3: layer {layer}, its output is not finite: try a lower --lr")
 
 
-def spoil_backward(kind, layer, tensor, step, times=1000):
-    """What makes a tensor of a layer's backward Inf in a step of the run and in all later ones, but in so many only."""
+def spoil_backward(kind, layer, tensor, step, times=2):
+    """What makes a tensor of a layer's backward Inf in one step of the run, whenever it is repeated, or so many times."""
     def patch():
         backward, done = kind.backward, []
 
         def spoiled(self, dy, *args, **out):
             dx = backward(self, dy, *args, **out)
-            if self is getattr(spoiled.model, layer) and spoiled.model.step[0] >= step - 1 and len(done) < times:
+            if self is getattr(spoiled.model, layer) and spoiled.model.step[0] == step - 1 and len(done) < times:
                 done.append(step)
                 (dx if tensor == "input" else getattr(self, tensor).grad)[...] = np.inf
             return dx
@@ -124,6 +126,24 @@ def test_a_gradient_that_is_no_number_once(few_digits, tmp_path):
     result = train(tmp_path, *ARGUMENTS, "-o", "it", before=spoil_backward(Conv2d, "conv", "weight", 8, times=1))
     assert_diverged(tmp_path / "it", result,
                     "step 8: a gradient was not finite, but all are where the step is repeated: is the hardware sound?")
+
+
+def test_an_image_that_is_no_number(few_digits, tmp_path):
+    """The step is that in which it comes up, and is repeated with its own batch."""
+    def patch():
+        load = Batches.load
+
+        def spoiled(self, indices, *more):
+            x, labels = load(self, indices, *more)
+            if self.size == TRAINING_IMAGES and image in indices:
+                x[...] = np.inf
+            return x, labels
+
+        Batches.load = spoiled
+
+    image = random_keys.generator(0, random_keys.SHUFFLE, 0).permutation(TRAINING_IMAGES)[8 + 3]  # in the second batch
+    result = train(tmp_path, *ARGUMENTS, "-o", "it", before=patch)
+    assert_diverged(tmp_path / "it", result, "step 2: layer conv, its output is not finite: try a lower --lr")
 
 
 def test_a_loss_that_is_no_number_though_its_gradient_is_one(few_digits, tmp_path):
@@ -245,6 +265,17 @@ def limit_memory(megabytes):
         resource.setrlimit(resource.RLIMIT_AS, (taken - device.pooled_bytes() + megabytes * 10**6,) * 2)
 
     return limit
+
+
+def test_what_the_pool_keeps_for_later_is_given_back_when_there_is_no_other(tmp_path):
+    def work():
+        pool = device.HostPool()
+        pool.empty((80_000_000,), np.dtype(np.uint8))  # and gone
+        limit_memory(20)()
+        assert pool.empty((30_000_000,), np.dtype(np.uint8)).size == 30_000_000  # of which the block of 80 MB is no good half
+
+    result = forked(tmp_path, work)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")

@@ -1,5 +1,6 @@
 """Resuming: a run that was stopped, however, and goes on ends as if it had not been: the same bits, the same metrics."""
 
+import csv
 import json
 import os
 import shutil
@@ -246,6 +247,8 @@ def test_other_settings_with_that_word(stopped, arguments, recorded):
     assert len(rows(stopped)) == (5 if "epochs" in arguments else 3)
     assert (float(rows(stopped)[1]["lr"]) > 0.00625) == ("lr" in arguments), "which is what all others have"
     assert recorded in (stopped / "config.toml").read_text().splitlines()
+    with (stopped / "metrics.csv").open(newline="") as file:
+        assert all(float(row["images_per_second"]) >= 0 for row in csv.DictReader(file))
     again = train(stopped.parent, "--resume", "it")
     assert again.returncode == 0 and "it is finished" in again.stdout, "what was given once holds from then on"
 
