@@ -387,6 +387,20 @@ def test_block_sum_at_any_block_size(rng, threads):
         assert np.array_equal(once, again) and (once == once[0]).all()
 
 
+def test_shared_memory_is_that_of_one_library(rng, tmp_path):
+    """All have block_sum, and the loader might give all the same array in it: then one's past looks like another's races."""
+    libraries = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.cu"
+        path.write_text((FOLDER / "vocabulary.cu").read_text() + f"// {name}\n")
+        libraries.append(Kernels(path))
+    x, sums = np.ones((1, 8), np.float32), np.empty((1, 2), np.float32)
+    for turn in range(400):
+        with launch_settings("emulate", int(rng.integers(2, 40))):
+            libraries[rng.integers(2)].row_sums[1, 32](x, sums, 8)
+        assert sums.tolist() == [[8, 8]]
+
+
 # ---- builds --------------------------------------------------------------------------------------------------------
 
 LAUNCH = """

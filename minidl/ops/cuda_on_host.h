@@ -9,7 +9,8 @@
 
 #define __global__
 #define __device__
-#define __forceinline__ inline __attribute__((always_inline))
+// static: otherwise the loader would give all libraries the one array that a function has in shared memory.
+#define __forceinline__ static inline __attribute__((always_inline))
 
 struct dim3 {
     unsigned x, y;
