@@ -20,6 +20,9 @@ def gpu_present():
     return cupy.cuda.is_available()
 
 
+GPU = gpu_present()  # asked before a test puts something else in CuPy's place
+
+
 def pytest_addoption(parser):
     parser.addoption("--sanitize", action="store_true",
                      help="run the emulated targets under AddressSanitizer and UndefinedBehaviorSanitizer instead of all "
@@ -60,7 +63,7 @@ class Target:
 
 def pytest_runtest_teardown(item):
     """After an illegal access a process has no GPU any more. Its other tests are not to blame: they need another process."""
-    if "cuda" in item.name and gpu_present():
+    if GPU and "cuda" in item.name:
         import cupy
 
         try:

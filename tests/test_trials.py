@@ -266,7 +266,7 @@ def test_tensorboard(tmp_path):
 def test_no_tensorboard(tmp_path):
     result = train(tmp_path, *RUN, "--tensorboard", before=lambda: sys.modules.update(tensorboardX=None))
     assert result.returncode == 2 and result.stdout == "" and left_by(tmp_path) == []
-    assert result.stderr == 'error: --tensorboard needs a package: `pip install "minidl[tensorboard]"`\n'
+    assert result.stderr == 'error: the package tensorboardX is needed: `pip install "minidl[tensorboard]"`\n'
 
 
 # ---- validation
