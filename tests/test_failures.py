@@ -360,7 +360,7 @@ def peak_bytes(place, start, monkeypatch):
 
 def test_a_resumed_run_takes_no_more_memory(place, tmp_path, monkeypatch):
     def fresh():
-        return run_of("wrn-10-1", 32, place, ema=0.9)
+        return run_of("wrn-10-4", 32, place, ema=0.9)  # a second copy of its checkpoint would be 12 % more
 
     def resumed():
         run = fresh()
@@ -371,7 +371,9 @@ def test_a_resumed_run_takes_no_more_memory(place, tmp_path, monkeypatch):
     steps(first, 1)
     checkpoint.save(tmp_path, first.checkpoint())
     del first
-    assert peak_bytes(place, resumed, monkeypatch) <= 1.05 * peak_bytes(place, fresh, monkeypatch)
+    # How many threads' buffers are alive at one time is up to the machine: the least of three.
+    least = {start: min(peak_bytes(place, start, monkeypatch) for _ in range(3)) for start in (resumed, fresh)}
+    assert least[resumed] <= 1.05 * least[fresh]
 
 
 def test_many_steps_take_no_more_memory_than_few(place, monkeypatch):
