@@ -5,10 +5,14 @@
 //   * a barrier that not all threads reach, or that they reach at different lines
 //   * shared memory read before it is written, or outside its bounds
 //   * shared memory that two threads touch, one of them writing, with no barrier in between
+//   * an operation of a warp that not all of its threads reach, or that they reach at different lines
+//   * an asynchronous copy that is read before it is waited for
 #pragma once
 #include <stdlib.h>
 #include <ucontext.h>
 
+#include <deque>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -27,18 +31,21 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-enum State { RUNNABLE, WAITING, FINISHED };
+enum State { RUNNABLE, WAITING, WAITING_FOR_WARP, FINISHED };
 
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     State state;
-    const char* file;  // and line of the barrier where it waits
+    const char* file;  // and line of the barrier, or operation of its warp, where it waits
     int line;
+    int exchanges;     // with its warp
+    std::deque<std::vector<std::function<void()>>> copies;  // under way, in groups; the last one is not committed yet
     void* asan_stack;
 };
 
 static const size_t STACK_BYTES = 256 * 1024;
+static const int WARP_SIZE = 32;
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static void* scheduler_asan_stack;
@@ -98,11 +105,24 @@ inline void fault(const char* format, Values... values) {
     to_scheduler(true);
 }
 
-inline void barrier(const char* file, int line) {
-    fibers[current].state = WAITING;
+inline void wait(State state, const char* file, int line) {
+    fibers[current].state = state;
     fibers[current].file = file;
     fibers[current].line = line;
     to_scheduler(false);
+}
+
+inline void barrier(const char* file, int line) { wait(WAITING, file, line); }
+
+// An operation of a warp: all of its threads give a value -> the values of all, until the next exchange but one. Unlike a
+// barrier, it orders nothing that they do to shared memory.
+template <class T>
+static const T* exchange(const T& value, const char* file, int line) {  // static: see __forceinline__
+    static T values[2][WARP_SIZE];
+    T* all = values[fibers[current].exchanges++ % 2];
+    all[current % WARP_SIZE] = value;
+    wait(WAITING_FOR_WARP, file, line);
+    return all;
 }
 
 struct Place {
@@ -118,14 +138,30 @@ inline bool same_place(const Fiber& a, const Fiber& b) {
     return a.state == FINISHED || (a.line == b.line && !strcmp(a.file, b.file));
 }
 
-inline void check_barrier() {
-    const Fiber& first = fibers[0];
-    for (int i = 1; i < (int)blockDim.x; ++i) {
+// That the threads begin .. end-1 all wait at one place, or are all at their end.
+inline void check_together(const char* what, int begin, int end) {
+    const Fiber& first = fibers[begin];
+    for (int i = begin + 1; i < end; ++i) {
         const Fiber& other = fibers[i];
         if (same_place(first, other)) continue;
-        describe_fault("divergent barrier in block (%u, %u): thread 0 at %s, thread %d at %s", blockIdx.x, blockIdx.y,
-                       Place(first).text, i, Place(other).text);
+        describe_fault("divergent %s in block (%u, %u): thread %d at %s, thread %d at %s", what, blockIdx.x, blockIdx.y,
+                       begin, Place(first).text, i, Place(other).text);
         return;
+    }
+}
+
+// Up to the next barrier of the block, past all operations of the warp that come before.
+inline void run_warp(int begin, int end) {
+    bool again = true;
+    while (again && !faulted) {
+        again = false;
+        for (int i = begin; i < end && !faulted; ++i) {
+            to_fiber(i);
+            again |= fibers[i].state == WAITING_FOR_WARP;
+        }
+        if (again && end - begin < WARP_SIZE)
+            describe_fault("an operation of a warp in block (%u, %u) by %d threads", blockIdx.x, blockIdx.y, end - begin);
+        if (again && !faulted) check_together("operation of a warp", begin, end);
     }
 }
 
@@ -134,6 +170,7 @@ inline void run_block() {
     for (int i = 0; i < (int)blockDim.x; ++i) {
         Fiber& fiber = fibers[i];
         fiber.state = RUNNABLE;
+        fiber.copies.assign(1, {});
         if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);  // not zeroed: what is not touched costs no memory
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -143,8 +180,9 @@ inline void run_block() {
     }
     do {
         ++phase;
-        for (int i = 0; i < (int)blockDim.x && !faulted; ++i) to_fiber(i);
-        if (!faulted) check_barrier();
+        for (int i = 0; i < (int)blockDim.x && !faulted; i += WARP_SIZE)
+            run_warp(i, i + WARP_SIZE < (int)blockDim.x ? i + WARP_SIZE : (int)blockDim.x);
+        if (!faulted) check_together("barrier", 0, blockDim.x);
     } while (!faulted && fibers[0].state == WAITING);
 }
 
@@ -201,7 +239,26 @@ class Shared {
         if (index < 0 || index >= SIZE) fault("thread %d: %s[%lld] is outside 0..%d", current, name, index, SIZE - 1);
         return {*this, (int)index};
     }
+    // `count` elements from `index` on, from memory or, without a source, zeros. The hardware may write at any time until
+    // the copy is waited for: from now on nobody may touch what is there, and it is there only then.
+    void copy_async(int index, const T* source, int count) {
+        for (int i = 0; i < count; ++i) {
+            (*this)[index + i] = T();
+            cells[index + i].block = 0;  // unwritten
+        }
+        fibers[current].copies.back().push_back([=] {
+            for (int i = 0; i < count; ++i) (*this)[index + i] = source ? source[i] : T();
+        });
+    }
 };
+
+inline void commit_copies() { fibers[current].copies.emplace_back(); }
+
+// For all committed groups of this thread's copies but the last `under_way`.
+inline void wait_for_copies(size_t under_way) {
+    for (auto& groups = fibers[current].copies; groups.size() > under_way + 1; groups.pop_front())
+        for (const auto& copy : groups.front()) copy();
+}
 
 }  // namespace emulator
 

@@ -9,6 +9,7 @@
 
 #define __global__
 #define __device__
+#define __launch_bounds__(...)
 // static: otherwise the loader would give all libraries the one array that a function has in shared memory.
 #define __forceinline__ static inline __attribute__((always_inline))
 

@@ -1,0 +1,102 @@
+"""Convolution with 3x3 windows and stride 1 on tensor cores, for ops/conv.py, which checks sizes. Formulas: conv_tensor_core.cu.
+
+A path beside the portable kernels, for NVIDIA GPUs from Ampere (sm_80) on, that needs no `cols` in memory. `applies` says where
+it may be taken; the other functions do not ask again.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from minidl import blas
+from minidl.device import Array, array_module, empty
+from minidl.kernels import Kernels, blocks_for
+from minidl.ops import group_conv
+
+KERNELS = Kernels("conv_tensor_core.cu")
+THREADS, COLUMNS, CHUNK_BYTES = 256, 128, 64  # conv_tensor_core.cu
+# Groups of fewer channels, in or out, leave most of a tile empty. A guess, not measured.
+LEAST_CHANNELS = 16
+# A weight gradient is summed in so many parts that about as many blocks run, but each at least so many chunks long: enough
+# for a large GPU's multiprocessors, with two blocks each. Not measured.
+BLOCKS, LEAST_STEPS = 528, 32
+
+
+def applies(x: Array, weight: Array, stride: int, padding: int, groups: int) -> bool:
+    """Whether x (C, H, W, N) and weight (O, C/groups, kh, kw) may take this path, forward and in both gradients."""
+    xp = array_module(x)
+    return xp.__name__ == "cupy" and _has_tensor_cores(xp.cuda.runtime.getDevice()) and fits(x, weight, stride, padding, groups)
+
+
+def fits(x: Array, weight: Array, stride: int, padding: int, groups: int) -> bool:
+    """`applies`, wherever the arrays are. Of both, only shape and type matter."""
+    outputs, group_channels, *kernel = weight.shape
+    multiplied = x.dtype.name in ("float16", "bfloat16") or x.dtype.name == "float32" and blas.allow_tf32
+    return (multiplied and kernel == [3, 3] and stride == 1 and 0 <= padding <= 2 and x.shape[3] * x.itemsize % 16 == 0
+            and min(group_channels, outputs // groups) >= LEAST_CHANNELS)
+
+
+@functools.cache
+def _has_tensor_cores(device: int) -> bool:
+    import cupy
+
+    return int(cupy.cuda.Device(device).compute_capability) >= 80
+
+
+def forward(x: Array, weight: Array, y: Array, *, padding: int, groups: int) -> None:
+    """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), H' = H + 2 * padding - 2."""
+    _multiply(x, weight, y, padding, groups, adjoint=False)
+
+
+def backward_x(dy: Array, weight: Array, dx: Array, *, padding: int, groups: int) -> None:
+    """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N). `padding` is that of `forward`."""
+    _multiply(dy, weight, dx, 2 - padding, groups, adjoint=True)
+
+
+def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups: int) -> None:
+    """dy (O, H', W', N), x (C, H, W, N): overwrites dweight (O, C/groups, 3, 3), of the type of accumulation."""
+    outputs, group_channels = dweight.shape[:2]
+    rows = _tile_rows(outputs // groups)
+    tiles = _tiles(outputs // groups, rows) * _tiles(group_channels * 9, COLUMNS) * groups
+    all_steps = _tiles(dy.size // outputs * dy.itemsize, CHUNK_BYTES)
+    steps = _tiles(all_steps, max(1, min(BLOCKS // tiles, all_steps // LEAST_STEPS)))
+    parts = _tiles(all_steps, steps)
+    tile_dweight = empty((parts, *dweight.shape), dweight.dtype, like=x)
+    kernel = KERNELS.conv_tensor_core_dweight_64 if rows == 64 else KERNELS.conv_tensor_core_dweight_128
+    kernel[parts * tiles, THREADS](dy, x, tile_dweight, groups, *_sizes(x, dy, groups), padding, steps)
+    group_conv.KERNELS.group_conv_combine_dweight[blocks_for(dweight.size), 128](tile_dweight, dweight, parts, dweight.size)
+
+
+def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, adjoint: bool) -> None:
+    """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight."""
+    sources, results = x.shape[0] // groups, y.shape[0] // groups
+    rows, chunk = _tile_rows(results), CHUNK_BYTES // x.itemsize
+    row_tiles, steps = _tiles(results, rows), _tiles(sources * 9, chunk)
+    packed = empty((groups, row_tiles, steps, rows, chunk), weight.dtype, like=x)
+    group_outputs, group_channels = (sources, results) if adjoint else (results, sources)
+    KERNELS.conv_tensor_core_pack[blocks_for(packed.size), 128](
+        weight, packed, group_outputs, group_channels, rows, row_tiles, steps, int(adjoint), packed.size)
+    run, box_width, box_height = _box(y.shape[3])
+    boxes = _tiles(y.shape[3], run) * _tiles(y.shape[2], box_width) * _tiles(y.shape[1], box_height)
+    kernel = KERNELS.conv_tensor_core_forward_64 if rows == 64 else KERNELS.conv_tensor_core_forward_128
+    kernel[groups * boxes * row_tiles, THREADS](x, packed, y, *_sizes(x, y, groups), padding, run, box_width)
+
+
+def _tiles(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+def _tile_rows(results: int) -> int:
+    """Rows of a tile, for a group of so many results: 128, unless 64 leave fewer of them empty."""
+    return 64 if _tiles(results, 64) % 2 else 128
+
+
+def _box(batch: int) -> tuple[int, int, int]:
+    """Images, width and height of the box of results that one tile is: the most images that leave the fewest empty."""
+    run = min((32, 16, 8), key=lambda images: _tiles(batch, images) * images)
+    return run, *{32: (2, 2), 16: (4, 2), 8: (4, 4)}[run]
+
+
+def _sizes(x: Array, y: Array, groups: int) -> tuple[int, ...]:
+    """What the kernels are told of the shapes, from group_channels to batch."""
+    return x.shape[0] // groups, *x.shape[1:3], y.shape[0] // groups, *y.shape[1:]
