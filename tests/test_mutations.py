@@ -18,6 +18,7 @@ import pytest
 import test_augment
 import test_batchnorm
 import test_conv
+import test_conv_tensor_core
 import test_dropout
 import test_elementwise
 import test_layers
@@ -28,8 +29,8 @@ import test_optimizer
 import test_pooling
 from minidl import layers, optim
 from minidl.host_build import OPS
-from minidl.kernels import Kernels
-from minidl.ops import batchnorm, conv, linear
+from minidl.kernels import KernelFault, Kernels, launch_settings
+from minidl.ops import batchnorm, conv, conv_tensor_core, linear
 from models import res2net, wideresnet
 from reference import assert_close
 
@@ -101,6 +102,38 @@ def convolution(number, way="all at once"):
 
 def directly(number):
     return convolution(number, "directly")
+
+
+def emulated(check):
+    """A check whose kernels have no fast host target."""
+
+    def check_emulated(target, rng):
+        with launch_settings("emulate"):
+            try:
+                check(target, rng)
+            except KernelFault as fault:
+                raise AssertionError("found by the emulator") from fault
+
+    return check_emulated
+
+
+def on_tensor_cores(number):
+    """The results of a case of test_conv_tensor_core.py."""
+
+    @emulated
+    def check(target, rng):
+        case = *test_conv_tensor_core.CASES[number], "bfloat16"
+        test_conv_tensor_core.test_forward(target, rng, *case)
+        test_conv_tensor_core.test_input_gradient_follows_the_portable_one(target, rng, *case)
+        with pytest.MonkeyPatch.context() as patch:
+            test_conv_tensor_core.test_weight_gradient_follows_the_portable_one(target, rng, patch, *case, "in parts")
+
+    return check
+
+
+@emulated
+def rounding_for_tensor_cores(target, rng):
+    test_conv_tensor_core.test_factors_are_rounded_to_tf32(target, rng)
 
 
 def pool(op, number):
@@ -254,6 +287,33 @@ BUGS = [
         "c = tap / window", directly(0)),
     Bug("conv in groups: only 3 weights of a row", "group_conv.cu", "rest -= 3, first += 3, weights += 3 * weight_step",
         "rest = 0", directly(9)),
+
+    Bug("conv on tensor cores: height and width of a tap swapped", "conv_tensor_core.cu",
+        "iy = to.y - padding + k / 3 % 3, ix = to.x - padding + k % 3", "iy = to.y - padding + k % 3, ix = to.x - padding + k / 3 % 3",
+        on_tensor_cores(0)),
+    Bug("conv on tensor cores: a box's pixels as if in one row", "conv_tensor_core.cu", "first_y + column / run / box_width",
+        "first_y", on_tensor_cores(0)),
+    Bug("conv on tensor cores: y of the first group", "conv_tensor_core.cu", "channel = (long long)group * group_outputs + o",
+        "channel = o", on_tensor_cores(2)),
+    Bug("conv on tensor cores: window of the adjoint not turned", "conv_tensor_core.cu", "adjoint ? TAPS - 1 - tap : tap", "tap",
+        on_tensor_cores(0)),
+    Bug("conv on tensor cores: padding of the adjoint", conv_tensor_core.backward_x, "2 - padding", "padding", on_tensor_cores(2)),
+    Bug("conv on tensor cores: both halves of a factor alike", "conv_tensor_core.cu", "k / VECTOR + lane / 16));", "k / VECTOR));",
+        on_tensor_cores(0)),
+    Bug("conv on tensor cores: a tile used before it is there", "conv_tensor_core.cu", "wait_for_copies<STAGES - 2>",
+        "wait_for_copies<STAGES - 1>", on_tensor_cores(0)),
+    Bug("conv on tensor cores: a tile used before others have copied their part", "conv_tensor_core.cu", "__syncthreads();", "",
+        on_tensor_cores(0)),
+    Bug("conv on tensor cores: a tile overwritten while it is used", "conv_tensor_core.cu", "fetch(step + STAGES - 1);",
+        "fetch(step + STAGES);", on_tensor_cores(1)),
+    Bug("conv on tensor cores: dweight of batches as large as a chunk only", "conv_tensor_core.cu", "while (n >= batch)",
+        "if (n >= batch)", on_tensor_cores(0)),
+    Bug("conv on tensor cores: each part of dweight is the first", "conv_tensor_core.cu", "first_step = part * steps",
+        "first_step = 0", on_tensor_cores(0)),
+    Bug("conv on tensor cores: weights not rounded", "conv_tensor_core.cu", "to_factor(weight[place])", "weight[place]",
+        rounding_for_tensor_cores),
+    Bug("conv on tensor cores: cols not rounded", "conv_tensor_core.cu", "right[n][i] = round_factors(right[n][i])", "",
+        rounding_for_tensor_cores),
 
     Bug("bias: only the first tile", "bias.cu", "for (int t = 0; t < tiles; ++t) sum +=", "for (int t = 0; t < 1; ++t) sum +=",
         bias_of_two_tiles),

@@ -216,9 +216,9 @@ class Shared {
     }
     T read(int index) {
         Cell& cell = touch(index);
-        if (cell.block != block_number) fault("thread %d reads %s[%d] before anyone wrote it", current, name, index);
         if (cell.writer != NOBODY && cell.writer != current)
             fault("race: thread %d reads %s[%d], thread %d wrote it, no barrier in between", current, name, index, cell.writer);
+        if (cell.block != block_number) fault("thread %d reads %s[%d] before anyone wrote it", current, name, index);
         cell.reader = cell.reader == NOBODY || cell.reader == current ? current : SEVERAL;
         return cell.value;
     }

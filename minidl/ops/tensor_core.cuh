@@ -116,21 +116,21 @@ __device__ __forceinline__ void multiply_add(float (&sums)[M][N][8], const unsig
 #define PER_WORD ((int)(sizeof(unsigned) / sizeof(real)))
 
 template <class Tiles>
-__device__ __forceinline__ void copy_async(Tiles& tiles, int to, const real* source, bool exists) {
+static inline void copy_async(Tiles& tiles, int to, const real* source, bool exists) {
     if (to % VECTOR || (uintptr_t)source % 16)
         emulator::fault("thread %d copies 16 bytes that are not aligned, to element %d", (int)threadIdx.x, to);
     tiles.copy_async(to, exists ? source : nullptr, VECTOR);
 }
 
-__device__ __forceinline__ void commit_copies() { emulator::commit_copies(); }
+static inline void commit_copies() { emulator::commit_copies(); }
 
 template <int UNDER_WAY>
-__device__ __forceinline__ void wait_for_copies() {
+static inline void wait_for_copies() {
     emulator::wait_for_copies(UNDER_WAY);
 }
 
 template <class Tiles>
-__device__ __forceinline__ void load_rows(unsigned (&words)[4], Tiles& tiles, int row) {
+static inline void load_rows(unsigned (&words)[4], Tiles& tiles, int row) {
     const int* rows = emulator::exchange(row, __FILE__, __LINE__);
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     for (int matrix = 0; matrix < 4; ++matrix) {
@@ -141,7 +141,7 @@ __device__ __forceinline__ void load_rows(unsigned (&words)[4], Tiles& tiles, in
 }
 
 template <class Tiles>
-__device__ __forceinline__ void load_columns(unsigned (&words)[4], Tiles& tiles, int row) {
+static inline void load_columns(unsigned (&words)[4], Tiles& tiles, int row) {
     const int* rows = emulator::exchange(row, __FILE__, __LINE__);
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     for (int matrix = 0; matrix < 4; ++matrix) {
@@ -151,16 +151,16 @@ __device__ __forceinline__ void load_columns(unsigned (&words)[4], Tiles& tiles,
     }
 }
 
-__device__ __forceinline__ unsigned word_of(float value) { return bits_of(value); }
-__device__ __forceinline__ float float_of_word(unsigned word) { return float_of(word); }
+static inline unsigned word_of(float value) { return bits_of(value); }
+static inline float float_of_word(unsigned word) { return float_of(word); }
 
-__device__ __forceinline__ unsigned round_to_tf32(float value) {  // to nearest, ties away from zero
+static inline unsigned round_to_tf32(float value) {  // to nearest, ties away from zero
     const bool finite = value - value == 0;
     return finite ? (bits_of(value) + 0x1000) & 0xFFFFE000 : bits_of(value);
 }
 
 // The factors in a word; tensor cores see no more of a float32 than TF32.
-__device__ __forceinline__ void factors_of(float* factors, unsigned word) {
+static inline void factors_of(float* factors, unsigned word) {
     if (sizeof(real) == 4) {
         factors[0] = float_of(word & 0xFFFFE000);
         return;
@@ -171,7 +171,7 @@ __device__ __forceinline__ void factors_of(float* factors, unsigned word) {
 }
 
 template <int M, int N>
-__device__ __forceinline__ void multiply_add(float (&sums)[M][N][8], const unsigned (&left)[M][4], const unsigned (&right)[N][4]) {
+static inline void multiply_add(float (&sums)[M][N][8], const unsigned (&left)[M][4], const unsigned (&right)[N][4]) {
     struct Factors {
         float left[M][4][PER_WORD], right[N][4][PER_WORD];
     } mine;
