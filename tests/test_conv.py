@@ -1,4 +1,6 @@
-"""Convolution: im2col, col2im, chunks, groups, bias; narrow groups directly. Formulas: minidl/ops/conv.cu, group_conv.cu."""
+"""Convolution: im2col, col2im, chunks, groups, bias; by BLAS, by packed products, by Winograd, narrow groups directly.
+
+Formulas: minidl/ops/conv.cu, packed_gemm.cu, winograd.cu, group_conv.cu."""
 
 from functools import partial
 
@@ -6,7 +8,8 @@ import numpy as np
 import pytest
 
 import reference
-from minidl.ops import conv, group_conv
+from minidl import blas, kernels
+from minidl.ops import chunks, conv, group_conv, packed_gemm, winograd
 from reference import assert_close, numerical_vjp, tolerance
 
 # (C, H, W, N), (O, kh, kw), stride, padding, groups
@@ -23,24 +26,48 @@ CASES = [
     ((4, 4, 6, 16), (10, 2, 5), 1, 1, 2),   # from 2 channels to 5, in a wide window; a batch of whole vectors
     ((10, 7, 5, 2), (4, 1, 4), 3, 2, 2),    # from 5 channels to 2, windows that do not touch, some of them all padding
     ((4, 5, 7, 17), (4, 3, 2), 2, 1, 2),    # strides and a window that is not square
+    ((5, 3, 3, 16), (10, 3, 3), 1, 1, 1),   # more channels than a tile of sums has; a batch of whole vectors
 ]
 CHUNKS = {"one pixel at a time": 1, "two rows": None, "all at once": 1 << 30}
-EVERY_WAY = [(*case, way) for case in CASES for way in (*CHUNKS, *(["directly"] if case[-1] > 1 else []))]
-BOTH_WAYS = [case for case in EVERY_WAY if case[-1] in ("all at once", "directly")]
+
+
+def ways(outputs, stride, padding, groups):
+    yield from CHUNKS
+    yield "by BLAS"
+    if outputs[1:] == (3, 3) and stride == 1:
+        yield from ("by Winograd, in parts", "by Winograd")
+    if groups > 1:
+        yield "directly"
+
+
+EVERY_WAY = [(shape, *case, way) for shape, *case in CASES for way in ways(*case)]
+PRECISIONS = ["float64", "float32", "bfloat16", "float16"]
+EACH_WAY = [case for case in EVERY_WAY if case[-1] in ("all at once", "by BLAS", "by Winograd", "directly")]
+
+
+def in_precisions(cases, precisions):
+    """Each case in each precision that it may be asked for: Winograd's needs 32 bits."""
+    return [(*case, dtype) for case in cases for dtype in precisions if "Winograd" not in case[-1] or dtype in PRECISIONS[:2]]
 
 
 def choose(monkeypatch, way, shape=None, outputs=None, stride=1, padding=0, itemsize=8):
-    """way "directly": every grouped convolution is computed by group_conv.py, in small tiles. Any other way, a name of
-    CHUNKS: none is, and `cols` has as many output pixels at a time as it says."""
-    widest = 1 << 30 if way == "directly" else 0
-    monkeypatch.setattr(conv, "DIRECT_GROUP_CHANNELS", {"numpy": widest, "cupy": widest})
+    """way "directly": every grouped convolution is computed by group_conv.py, in small tiles. "by Winograd": all that can
+    are by winograd.py. Any other: none is; as many output pixels at a time are unfolded as a name of CHUNKS says, for
+    products by BLAS, or packed where arrays of this kind have that."""
+    everywhere = dict.fromkeys(("numpy", "cupy"))
+    monkeypatch.setattr(conv, "DIRECT_GROUP_CHANNELS", dict.fromkeys(everywhere, 1 << 30 if way == "directly" else 0))
+    monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", dict.fromkeys(everywhere, 0 if "Winograd" in way else 1 << 30))
+    for number_of_columns in (conv, winograd):
+        monkeypatch.setattr(number_of_columns, "DW_COLUMNS", 1)
     monkeypatch.setattr(group_conv, "TILE_PIXELS", 6)
-    limit = CHUNKS.get(way, 1)
+    if way == "by BLAS":
+        monkeypatch.setattr(conv, "product_for", lambda like: packed_gemm.Blas())
+    limit = CHUNKS.get(way, 1 if "parts" in way else 1 << 30)
     if limit is None:
         _, kernel_h, kernel_w = outputs
         out_width = (shape[2] + 2 * padding - kernel_w) // stride + 1
         limit = 2 * shape[0] * kernel_h * kernel_w * out_width * shape[3] * itemsize
-    monkeypatch.setattr(conv, "WORKSPACE_BYTES", {"numpy": limit, "cupy": limit})
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", dict.fromkeys(everywhere, limit))
 
 
 @pytest.fixture
@@ -54,8 +81,7 @@ def inputs(rng, target, shape, outputs, groups, dtype):
     return *(target.host(target.array(a, dtype)) for a in (x, weight)), rng.normal(size=outputs[0]).astype(np.float32).astype(float)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way", EVERY_WAY, ids=str)
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way, dtype", in_precisions(EVERY_WAY, PRECISIONS), ids=str)
 def test_forward(target, rng, compute, shape, outputs, stride, padding, groups, way, dtype):
     x, weight, bias = inputs(rng, target, shape, outputs, groups, dtype)
     device_x = target.array(x, dtype)
@@ -99,8 +125,7 @@ def _vjp(arguments, index, dy):
     return _known[key]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way", BOTH_WAYS, ids=str)
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way, dtype", in_precisions(EACH_WAY, PRECISIONS[1:]), ids=str)
 def test_gradients_of_other_types_follow_float64(target, rng, compute, shape, outputs, stride, padding, groups, way, dtype):
     compute(way)
     x, weight, bias = inputs(rng, target, shape, outputs, groups, dtype)
@@ -120,12 +145,12 @@ def test_col2im_is_the_adjoint_of_im2col(target, rng, shape, outputs, stride, pa
     x, c = rng.normal(size=shape), rng.normal(size=(channels * kernel_h * kernel_w, out_h * out_w * batch))
     cols, dx = target.poison(c.shape, "float64"), target.poison(shape, "float64")
     sizes = height, width, out_w, batch, kernel_h, kernel_w, stride, padding
-    conv.KERNELS.im2col[(len(c), 3), 32](target.array(x), cols, *sizes, 0, out_h * out_w, -(-out_h * out_w // 3))
+    conv.KERNELS.im2col[(len(c), 3), 32](target.array(x), cols, *sizes, 0, out_h * out_w, -(-out_h * out_w // 3), *c.shape)
     conv.KERNELS.col2im[channels * height, 32](target.array(c), dx, channels, *sizes, 0, out_h, 0, 0)
     assert np.vdot(target.host(cols), c) == pytest.approx(np.vdot(x, target.host(dx)), rel=1e-12)
 
 
-@pytest.mark.parametrize("way", ["all at once", "directly"])
+@pytest.mark.parametrize("way", ["all at once", "by Winograd", "directly"])
 def test_groups_are_separate_convolutions(target, rng, compute, way):
     compute(way)
     x, weight = rng.normal(size=(6, 4, 4, 3)), rng.normal(size=(4, 3, 3, 3))
@@ -134,7 +159,7 @@ def test_groups_are_separate_convolutions(target, rng, compute, way):
     assert_close(target.host(together), np.concatenate([target.host(y) for y in apart]), 1e-12)
 
 
-@pytest.mark.parametrize("way", ["all at once", "directly"])
+@pytest.mark.parametrize("way", ["all at once", "by Winograd", "directly"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_results_in_slices_of_buffers(machine, rng, compute, way, stride):
     """Rows 2..5 of buffers of 8 channels get what a new array would; the other rows stay."""
@@ -192,7 +217,21 @@ def test_chunks_of_a_layer_beyond_31_bits_of_elements():
     """By sizes alone: cols of ResNeXt-29 8x64d at batch 456 have more than 2^31 elements; their chunks do not."""
     x, weight = (np.broadcast_to(np.float32(0), shape) for shape in ((512, 32, 32, 456), (512, 64, 3, 3)))
     geometry = conv._Geometry(x, weight, stride=1, padding=1, groups=8)
-    columns = [chunk.columns.stop - chunk.columns.start for chunk in geometry.chunks()]
-    rows = geometry.groups * geometry.depth
-    assert rows * geometry.positions > 2**31 and sum(columns) == geometry.positions
-    assert max(columns) * rows * 4 <= max(conv.WORKSPACE_BYTES["numpy"], rows * geometry.batch * 4)
+    pixels = [end - begin for ranges in chunks.tasks(geometry.pixels, geometry.pixel_bytes, x) for begin, end in ranges]
+    assert geometry.groups * geometry.depth * geometry.positions > 2**31 and sum(pixels) == geometry.pixels
+    assert max(pixels) * geometry.pixel_bytes <= max(chunks.WORKSPACE_BYTES["numpy"], geometry.pixel_bytes)
+
+
+@pytest.mark.parametrize("dtype, tf32, outputs, stride, padding, chosen", [
+    ("float32", False, (20, 16, 3, 3), 1, 1, True), ("float64", True, (16, 20, 3, 3), 1, 2, True),
+    ("float32", True, (16, 16, 3, 3), 1, 1, False),   # 10 bits of mantissa are too few for sums of what is multiplied
+    ("bfloat16", False, (16, 16, 3, 3), 1, 1, False), ("float16", False, (16, 16, 3, 3), 1, 1, False),
+    ("float32", False, (15, 16, 3, 3), 1, 1, False), ("float32", False, (16, 15, 3, 3), 1, 1, False),
+    ("float32", False, (16, 16, 3, 3), 2, 1, False), ("float32", False, (16, 16, 3, 3), 1, 3, False),
+    ("float32", False, (16, 16, 3, 2), 1, 1, False), ("float32", False, (16, 16, 1, 1), 1, 0, False),
+])
+def test_which_convolutions_are_computed_by_winograd(monkeypatch, dtype, tf32, outputs, stride, padding, chosen):
+    monkeypatch.setattr(blas, "allow_tf32", tf32)
+    monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", {"numpy": 16})
+    x, weight = (np.zeros(shape, kernels.storage_dtype(dtype)) for shape in ((outputs[1], 6, 6, 2), outputs))
+    assert conv._Geometry(x, weight, stride, padding, 1).winograd == chosen

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minidl.kernels import LARGEST_COUNT, MAX_THREADS, Kernels, launch_settings
-from minidl.ops import augment, avgpool, batchnorm, bias, conv, group_conv, maxpool
+from minidl.ops import augment, avgpool, batchnorm, bias, conv, group_conv, maxpool, packed_gemm, winograd
 from test_kernels import FOLDER
 
 LIMIT = 2**31
@@ -126,7 +126,9 @@ def test_im2col(on_host, rng):
     depth, stretch = 6 * 9, 4
 
     def launch(x, cols):
-        conv.KERNELS.im2col[(depth, 1), 32](x, cols, *x.shape[1:3], cols.shape[1], BATCH, *WINDOW, 0, cols.shape[1], stretch)
+        columns = cols.shape[1] * BATCH
+        conv.KERNELS.im2col[(depth, 1), 32](
+            x, cols, *x.shape[1:3], cols.shape[1], BATCH, *WINDOW, 0, cols.shape[1], stretch, depth, columns)
 
     assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, BATCH)}, {"cols": (depth, stretch, BATCH)},
                             {"x": (6, 4, FAR, BATCH), "cols": (depth, FAR, BATCH)})
@@ -164,6 +166,49 @@ def test_weight_gradient_of_convolution_in_groups(on_host, rng):
         lambda x, dweight: group_conv.KERNELS.group_conv_tile_dweight[2 * 5, 32](
             x, dy, dweight, 2, 3, *x.shape[1:3], 2, *OUT_SIZE, BATCH, *WINDOW, 2, 5),
         {"x": values(rng, 6, *SIZE, BATCH)}, {"dweight": (4, 3, *KERNEL)}, {"x": (6, SIZE[0], FAR, BATCH)})
+
+
+# ---- Winograd's tiles: two of the first row, of images and in matrices that are far wider; products of such rows
+
+TILES = 2
+
+
+def test_winograd_input(on_host, rng):
+    def launch(x, v):  # v's rows are one panel
+        winograd.KERNELS.winograd_input[(6, TILES), 32](x, v, 6, *x.shape[1:3], 16, 16, 1, TILES, 0, v.shape[2])
+
+    for far in ({"x": (6, 4, FAR, 16)}, {"v": (16, 6, 2**25)}):
+        assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, 16)}, {"v": (16, 6, TILES * 16)}, far)
+
+
+def test_winograd_output(on_host, rng):
+    m, offsets = values(rng, 16, 4, TILES * 16), values(rng, 4)
+    assert_same_when_spread(
+        lambda y: winograd.KERNELS.winograd_output[(4, TILES), 32](m, offsets, y, *y.shape[1:], 16, TILES, 0),
+        {}, {"y": (4, 2, 2 * TILES, 16)}, {"y": (4, 2, FAR, 16)})
+
+
+def test_winograd_output_gradient(on_host, rng):
+    def launch(dy, e):
+        winograd.KERNELS.winograd_output_gradient[(4, TILES), 32](dy, e, *dy.shape[1:], 16, TILES, 0, e.shape[2])
+
+    for far in ({"dy": (4, 2, FAR, 16)}, {"e": (16, 4, 2**26)}):
+        assert_same_when_spread(launch, {"dy": values(rng, 4, 2, 2 * TILES, 16)}, {"e": (16, 4, TILES * 16)}, far)
+
+
+def test_packed_products(on_host, rng):
+    product = packed_gemm.product_for(np.zeros(1, np.float32))
+    w = product.pack(values(rng, 2, 10, 7))
+    cols = values(rng, 2, 1, 7, product.panel(16))
+    assert_same_when_spread(lambda y: product.multiply(w, cols, y, 0, 16), {}, {"y": (2, 10, 16)}, {"y": (2, 10, FAR)})
+
+
+def test_packed_products_of_rows(on_host, rng):
+    product = packed_gemm.product_for(np.zeros(1, np.float32))
+    assert_same_when_spread(
+        lambda dy, cols, dw: product.multiply_rows(dy, cols, dw, 33, False),
+        {"dy": values(rng, 2, 10, 33), "cols": values(rng, 2, 7, 33)}, {"dw": (2, 10, 7)},
+        {"dy": (2, 10, FAR), "cols": (2, 7, FAR)})
 
 
 # ---- flat arrays

@@ -264,7 +264,7 @@ BUGS = [
         "[..., ::-1, ::-1].swapaxes(3, 4)", convolution(0)),
     Bug("conv: groups of the adjoint mixed up", conv._adjoint_weight, "weight.reshape(groups, outputs // groups,",
         "weight.reshape(outputs // groups, groups,", convolution(0)),
-    Bug("conv: dweight of the last chunk only", conv._weight_gradient, "beta=float(i > 0)", "beta=0.0",
+    Bug("conv: dweight of the last chunk only", conv._weight_gradient, "columns, i > 0)", "columns, False)",
         convolution(0, "one pixel at a time")),
     Bug("conv: dbias dropped", conv.backward, "bias_op.gradient(dy, dbias)", "dbias[...] = 0", convolution(2)),
 

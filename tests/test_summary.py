@@ -10,7 +10,7 @@ import pytest
 import models
 from minidl import summary
 from minidl.layers import Conv2d
-from minidl.ops import conv
+from minidl.ops import chunks, conv, packed_gemm, winograd as winograd_op
 from models import listing
 
 NETWORKS = [
@@ -49,21 +49,22 @@ def test_totals(name, options):
     assert sorted(row.name for row in costs.rows) == sorted(leaves)
 
 
-def test_workspace_is_the_memory_of_cols(monkeypatch):
-    """The most that im2col asks for at a time, seen at its allocations with one worker."""
-    monkeypatch.setattr(conv, "workers", lambda like: 1)
+@pytest.mark.parametrize("winograd", [False, True])
+def test_workspace_is_the_memory_of_cols(monkeypatch, winograd):
+    """The most that is unfolded at a time, seen at the products with one worker; panels are filled up, a little."""
+    monkeypatch.setattr(chunks, "workers", lambda like: 1)
+    monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", {"numpy": 16 if winograd else 1000})
     network = models.create("wrn-10-1").initialize()
     asked = []
-    real = conv._unfold
+    real = packed_gemm.Packed.multiply
 
-    def unfold(x, g, chunk):
-        cols = real(x, g, chunk)
-        asked.append(0 if g.pointwise else cols.nbytes)
-        return cols
+    def multiply(self, w, cols, y, begin, columns):
+        real(self, w, cols, y, begin, columns)
+        asked.append(cols.nbytes + (y.nbytes if begin == 0 and y.shape[-1] == columns and len(y) == winograd_op.ELEMENTS else 0))
 
-    monkeypatch.setattr(conv, "_unfold", unfold)
+    monkeypatch.setattr(packed_gemm.Packed, "multiply", multiply)
     network.forward(np.zeros((3, 32, 32, 64), np.float32))
-    assert max(asked) == summary.summarize(network, batch_size=64).workspace_bytes
+    assert max(asked) == pytest.approx(summary.summarize(network, batch_size=64).workspace_bytes, rel=0.05)
 
 
 def test_table_lines_up():

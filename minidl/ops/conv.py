@@ -1,27 +1,33 @@
-"""Convolution: im2col and matrix products, in chunks of output pixels; narrow groups directly. Formulas: conv.cu."""
+"""Convolution: im2col and matrix products, in chunks of output pixels. Formulas: conv.cu.
+
+3x3 windows go to winograd.py, narrow groups to group_conv.py, where those are faster.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 
-from minidl.blas import gemm
-from minidl.device import Array, array_module, empty, run_tasks, workers
+import numpy as np
+
+from minidl import blas
+from minidl.device import Array, array_module, empty, run_tasks
 from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
-from minidl.ops import group_conv
+from minidl.ops import chunks, group_conv, winograd
+from minidl.ops.packed_gemm import Blas, Packed, product_for
 from minidl.ops.window import output_size, threads_along
 
 KERNELS = Kernels("conv.cu")
 
-# Bytes of `cols` at a time (on the CPU, of each core), per array module. A whole layer's would need gigabytes; a chunk
-# that stays in the cache is also the fastest.
-WORKSPACE_BYTES = {"numpy": 4 << 20, "cupy": 128 << 20}
 # Groups of at most so many channels, in and out, are computed by group_conv.py, per array module. On two cores of Zen 4
 # with AVX-512, 3x3, batch 128, that is 4 times as fast at 4 channels, 1.3 to 1.9 times at 48, 1.1 to 1.5 times at 64; with
 # AVX2 alone the two meet near 48. cupy's is a guess.
 DIRECT_GROUP_CHANNELS = {"numpy": 50, "cupy": 16}
-STRETCH = 32  # pixels of a row of cols that one block of im2col copies
+# Convolutions with at least so many channels (of a group), in and out, are computed by winograd.py where it can.
+WINOGRAD_CHANNELS = {"numpy": 16, "cupy": 16}
+STRETCH = 32      # pixels of a row of cols that one block of im2col copies
+DW_COLUMNS = 512  # of cols, at least, in a sum for dweight: each ends with a pass over it
 
 
 def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0,
@@ -33,21 +39,14 @@ def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int =
     """
     g = _Geometry(x, weight, stride, padding, groups)
     y = _result("out", out, g.out_shape, x)
-    if g.direct:
+    if g.winograd:
+        winograd.forward(x, weight, bias, y, padding=padding, groups=groups)
+    elif g.direct:
         group_conv.forward(x, weight, y, stride=stride, padding=padding, groups=groups)
         if bias is not None:
             bias_op.add(y, bias)
-        return y
-    w_matrix, y_matrix = g.weight_matrix(weight), g.out_matrix(y)
-
-    def compute(chunks: Sequence[_Chunk]) -> None:
-        for chunk in chunks:
-            # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
-            gemm(w_matrix, _unfold(x, g, chunk), y_matrix[:, :, chunk.columns])
-            if bias is not None:
-                bias_op.add(y, bias, chunk.columns)
-
-    run_tasks([partial(compute, chunks) for chunks in g.chunks_of_workers()])
+    else:
+        _multiply(x, weight, bias, y, g)
     return y
 
 
@@ -61,7 +60,9 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     bits wide.
     """
     g = _Geometry(x, weight, stride, padding, groups)
-    if g.direct:
+    if g.winograd:
+        winograd.backward_weight(dy, x, dweight, padding=padding, groups=groups)
+    elif g.direct:
         group_conv.backward_weight(dy, x, dweight, stride=stride, padding=padding, groups=groups)
     else:
         _weight_gradient(dy, x, dweight, g)
@@ -70,23 +71,30 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     if not input_gradient:
         return None
     dx = _result("dx", dx, x.shape, x)
-    if g.direct:
+    if g.winograd:  # the adjoint of a convolution without strides is one
+        winograd.forward(dy, weight, None, dx, padding=g.kernel[0] - 1 - padding, groups=groups, adjoint=True)
+    elif g.direct:
         group_conv.backward_x(dy, weight, dx, stride=stride, padding=padding, groups=groups)
-        return dx
-    if g.adjoint_padding is not None:
-        # Without strides, the adjoint of a convolution is one: what col2im would add up is summed by the product.
-        return forward(dy, _adjoint_weight(weight, groups), padding=g.adjoint_padding, groups=groups, out=dx)
-    return _input_gradient_by_col2im(dy, weight, dx, g)
+    elif g.adjoint_padding is not None:
+        # What col2im would add up is summed by the product.
+        adjoint = _adjoint_weight(weight, groups)
+        _multiply(dy, adjoint, None, dx, _Geometry(dy, adjoint, 1, g.adjoint_padding, groups))
+    else:
+        _input_gradient_by_col2im(dy, weight, dx, g)
+    return dx
 
 
 def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, groups: int) -> int:
-    """Bytes of `cols` that `forward` holds at a time. Of x and weight, only device, shape and type matter."""
+    """Bytes of `cols`, or of what stands for it, that `forward` holds at a time. Of x and weight, only device, shape and
+    type matter."""
     g = _Geometry(x, weight, stride, padding, groups)
-    if g.pointwise or g.direct:
+    if g.winograd:
+        y = array_module(x).broadcast_to(x[:1, :1, :1, :1], g.out_shape)
+        return winograd.workspace_bytes(x, y, padding=padding, groups=groups)
+    if g.direct or g.pointwise and not product_for(x).packs:
         return 0
-    tasks = g.chunks_of_workers()
-    largest = max(chunk.pixel_count for chunks in tasks for chunk in chunks)
-    return len(tasks) * largest * g.pixel_bytes
+    largest = [max(end - begin for begin, end in ranges) for ranges in chunks.tasks(g.pixels, g.pixel_bytes, x)]
+    return sum(largest) * g.pixel_bytes
 
 
 def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
@@ -96,29 +104,49 @@ def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array)
     return empty(shape, like.dtype, like=like) if given is None else given
 
 
-def _unfold(x: Array, g: _Geometry, chunk: _Chunk) -> Array:
-    """The chunk's columns: cols (G, K, P)."""
-    if g.pointwise:
-        return x.reshape(g.groups, g.depth, g.positions)[:, :, chunk.columns]
-    cols = empty((g.groups, g.depth, chunk.pixel_count * g.batch), x.dtype, like=x)
-    KERNELS.im2col[(g.groups * g.depth, -(-chunk.pixel_count // STRETCH)), threads_along(g.batch)](
-        x, cols, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding, chunk.pixel_begin,
-        chunk.pixel_count, STRETCH)
+def _multiply(x: Array, weight: Array, bias: Array | None, y: Array, g: _Geometry) -> None:
+    """y = weight @ cols of x, chunk by chunk."""
+    product = product_for(x)
+    w, y_matrix = product.pack(g.weight_matrix(weight)), g.out_matrix(y)
+
+    def compute(ranges: Sequence[tuple[int, int]]) -> None:
+        for begin, end in ranges:
+            columns = (end - begin) * g.batch
+            # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
+            product.multiply(w, _unfold(x, g, begin, end, product, product.panel(columns)), y_matrix, begin * g.batch, columns)
+            if bias is not None:
+                bias_op.add(y, bias, slice(begin * g.batch, end * g.batch))
+
+    run_tasks([partial(compute, ranges) for ranges in chunks.tasks(g.pixels, g.pixel_bytes, x)])
+
+
+def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed, panel: int) -> Array:
+    """The columns of the output pixels begin .. end-1: cols (G, panels, K, panel)."""
+    columns = (end - begin) * g.batch
+    if g.pointwise and not product.packs:
+        return x.reshape(g.groups, 1, g.depth, g.positions)[..., begin * g.batch:end * g.batch]
+    cols = empty((g.groups, -(-columns // panel), g.depth, panel), x.dtype, like=x)
+    KERNELS.im2col[(g.groups * g.depth, -(-(end - begin) // STRETCH)), threads_along(g.batch)](
+        x, cols, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding, begin, end - begin, STRETCH,
+        g.depth, panel)
     return cols
 
 
 def _weight_gradient(dy: Array, x: Array, dweight: Array, g: _Geometry) -> None:
+    product = product_for(x)
     dy_matrix, dw_matrix = g.out_matrix(dy), g.weight_matrix(dweight)
-    chunks_of_workers = g.chunks_of_workers()
-    # Each worker sums over its chunks; then the sums are added in the order of the workers.
-    sums = [dw_matrix, *(empty(dw_matrix.shape, dw_matrix.dtype, like=dw_matrix) for _ in chunks_of_workers[1:])]
+    tasks = chunks.tasks(g.pixels, g.pixel_bytes, x, fewest=-(-DW_COLUMNS // g.batch))
+    # Each task sums over its chunks; then the sums are added in the order of the tasks.
+    sums = [dw_matrix, *(empty(dw_matrix.shape, dw_matrix.dtype, like=dw_matrix) for _ in tasks[1:])]
 
-    def accumulate(chunks: Sequence[_Chunk], total: Array) -> None:
-        for i, chunk in enumerate(chunks):
+    def accumulate(ranges: Sequence[tuple[int, int]], total: Array) -> None:
+        for i, (begin, end) in enumerate(ranges):
+            columns = (end - begin) * g.batch
             # (G, O/G, K) += (G, O/G, P) @ (G, P, K)
-            gemm(dy_matrix[:, :, chunk.columns], _unfold(x, g, chunk).transpose(0, 2, 1), total, beta=float(i > 0))
+            cols = _unfold(x, g, begin, end, product, product.step(columns))
+            product.multiply_rows(product.compact(dy_matrix[:, :, begin * g.batch:end * g.batch]), cols[:, 0], total, columns, i > 0)
 
-    run_tasks([partial(accumulate, chunks, total) for chunks, total in zip(chunks_of_workers, sums)])
+    run_tasks([partial(accumulate, ranges, total) for ranges, total in zip(tasks, sums)])
     for other in sums[1:]:
         dw_matrix += other
 
@@ -131,14 +159,15 @@ def _adjoint_weight(weight: Array, groups: int) -> Array:
     return array_module(weight).ascontiguousarray(adjoint)
 
 
-def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry) -> Array:
+def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry) -> None:
     dy_matrix, w_transposed = g.out_matrix(dy), g.weight_matrix(weight).transpose(0, 2, 1)
+    fitting = max(1, chunks.WORKSPACE_BYTES[array_module(dx).__name__] // (g.out_width * g.pixel_bytes))
     covered = 0  # input rows that hold sums already
-    for chunk in g.chunks(whole_rows=True):
+    for row_begin, row_end in chunks.split(g.out_height, fitting):
         # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
-        dcols = empty((g.groups, g.depth, chunk.pixel_count * g.batch), dx.dtype, like=dx)
-        gemm(w_transposed, dy_matrix[:, :, chunk.columns], dcols)
-        row_begin, row_end = chunk.pixel_begin // g.out_width, (chunk.pixel_begin + chunk.pixel_count) // g.out_width
+        columns = slice(row_begin * g.out_width * g.batch, row_end * g.out_width * g.batch)
+        dcols = empty((g.groups, g.depth, columns.stop - columns.start), dx.dtype, like=dx)
+        blas.gemm(w_transposed, dy_matrix[:, :, columns], dcols)
         iy_begin = max(0, min(row_begin * g.stride - g.padding, covered))
         iy_end = g.height if row_end == g.out_height else min((row_end - 1) * g.stride - g.padding + g.kernel[0], g.height)
         if iy_end > iy_begin:
@@ -146,19 +175,10 @@ def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry)
                 dcols, dx, g.channels, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding,
                 row_begin, row_end - row_begin, iy_begin, covered)
             covered = max(covered, iy_end)
-    return dx
-
-
-class _Chunk:
-    """A range of output pixels, and its columns in the matrix of outputs."""
-
-    def __init__(self, pixel_begin: int, pixel_end: int, batch: int) -> None:
-        self.pixel_begin, self.pixel_count = pixel_begin, pixel_end - pixel_begin
-        self.columns = slice(pixel_begin * batch, pixel_end * batch)
 
 
 class _Geometry:
-    """Sizes of one convolution, checked."""
+    """Sizes of one convolution, checked, and who computes it."""
 
     def __init__(self, x: Array, weight: Array, stride: int, padding: int, groups: int) -> None:
         self.channels, self.height, self.width, self.batch = x.shape
@@ -171,37 +191,23 @@ class _Geometry:
         self.kernel, self.stride, self.padding, self.groups = tuple(kernel), stride, padding, groups
         self.out_height, self.out_width = output_size("conv", (self.height, self.width), self.kernel, stride, padding)
         self.out_shape = outputs, self.out_height, self.out_width, self.batch
+        self.pixels = self.out_height * self.out_width
         self.depth = group_channels * kernel[0] * kernel[1]                # K of each group
-        self.positions = self.out_height * self.out_width * self.batch     # P'
+        self.positions = self.pixels * self.batch                          # P'
+        self.pixel_bytes = self.groups * self.depth * self.batch * x.itemsize  # of cols
         self.pointwise = self.kernel == (1, 1) and stride == 1 and padding == 0
         # The padding with which a convolution of dy covers x again; None where there is no such convolution.
         adjoint_is_convolution = stride == 1 and kernel[0] == kernel[1] and padding < kernel[0]
         self.adjoint_padding = kernel[0] - 1 - padding if adjoint_is_convolution else None
-        narrow = max(group_channels, outputs // groups) <= DIRECT_GROUP_CHANNELS[array_module(x).__name__]
-        self.direct = groups > 1 and narrow
-        self._workers = workers(x)
-        self.pixel_bytes = self.groups * self.depth * self.batch * x.itemsize  # of cols
-        self._limit = WORKSPACE_BYTES[array_module(x).__name__]
+        module, narrowest, widest = array_module(x).__name__, *sorted((group_channels, outputs // groups))
+        # 16 bits, and TF32's 10 bits of mantissa, are too few for sums of transformed values.
+        exact = x.dtype == np.float64 or x.dtype == np.float32 and not blas.allow_tf32
+        self.winograd = (self.kernel == (3, 3) and stride == 1 and padding <= 2 and exact
+                         and narrowest >= WINOGRAD_CHANNELS[module])
+        self.direct = groups > 1 and widest <= DIRECT_GROUP_CHANNELS[module]
 
     def weight_matrix(self, weight: Array) -> Array:
         return weight.reshape(self.groups, -1, self.depth)
 
     def out_matrix(self, y: Array) -> Array:
         return y.reshape(self.groups, -1, self.positions)
-
-    def chunks(self, whole_rows: bool = False) -> list[_Chunk]:
-        """Ranges of output pixels whose cols fit the workspace, of nearly equal size; a whole number for each worker."""
-        unit = self.out_width if whole_rows else 1
-        units = self.out_height * self.out_width // unit
-        fitting = max(1, self._limit // (unit * self.pixel_bytes))
-        count = -(-units // fitting)
-        count = min(units, -(-count // self._workers) * self._workers)
-        bounds = [units * i // count * unit for i in range(count + 1)]
-        return [_Chunk(begin, end, self.batch) for begin, end in zip(bounds, bounds[1:])]
-
-    def chunks_of_workers(self) -> list[list[_Chunk]]:
-        """The chunks, dealt out to at most `workers` tasks: [[chunk, ...], ...]."""
-        chunks = self.chunks()
-        count = min(self._workers, len(chunks))
-        bounds = [len(chunks) * i // count for i in range(count + 1)]
-        return [chunks[begin:end] for begin, end in zip(bounds, bounds[1:])]

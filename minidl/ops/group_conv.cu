@@ -168,7 +168,7 @@ __device__ __forceinline__ void sum_tile(const real* __restrict__ x, const real*
     const int group = blockIdx.x / k_blocks / o_tiles % groups, row_tile = blockIdx.x / k_blocks / o_tiles / groups;
     const int begin = row_tile * rows, end = size.out_height - begin < rows ? size.out_height : begin + rows;
     for (int first_k = blockIdx.x % k_blocks * TAPS; first_k < depth; first_k += k_blocks * TAPS) {
-        lanes sums[TAPS][OUTPUTS] = {};
+        lanes sums[TAPS * OUTPUTS] = {};
         for (int oy = begin; oy < end; ++oy) {
             // Of each tap, the row of x, and where in it the window of ox = 0 begins: at `width`, if there is none.
             const real *x_rows[TAPS], *dy_rows[OUTPUTS];
@@ -193,18 +193,18 @@ __device__ __forceinline__ void sum_tile(const real* __restrict__ x, const real*
                         const int ix = ox * size.stride + first[k];
                         if (ix < 0 || ix >= size.width) continue;
                         const lanes value = load<WHOLE>(x_rows[k] + ix * (long long)batch + n, batch - n);
-                        UNROLL for (int o = 0; o < OUTPUTS; ++o) sums[k][o] += g[o] * value;
+                        UNROLL for (int o = 0; o < OUTPUTS; ++o) sums[k * OUTPUTS + o] += g[o] * value;
                     }
                 }
         }
+        acc totals[TAPS * OUTPUTS];
+        sum_each(sums, totals);
         UNROLL for (int k = 0; k < TAPS; ++k)
-            UNROLL for (int o = 0; o < OUTPUTS; ++o) {
-                const acc total = block_sum(sum(sums[k][o]));
+            UNROLL for (int o = 0; o < OUTPUTS; ++o)
                 if (threadIdx.x == 0 && first_k + k < depth && first_o + o < size.results) {
                     const long long row = ((long long)row_tile * groups + group) * size.results + first_o + o;
-                    tile_dweight[row * depth + first_k + k] = total;
+                    tile_dweight[row * depth + first_k + k] = totals[k * OUTPUTS + o];
                 }
-            }
     }
 }
 

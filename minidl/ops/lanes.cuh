@@ -17,6 +17,7 @@
 #endif
 
 #ifdef MINIDL_FAST
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -46,7 +47,13 @@ __attribute__((noinline)) static void store_part(real* target, const acc* values
 
 template <bool WHOLE>
 __device__ __forceinline__ lanes load(const real* source, int left) {
-    if (sizeof(real) == sizeof(acc) && (WHOLE || left >= LANES)) return *(const lanes_in_memory*)source;
+    if (sizeof(real) == sizeof(acc) && (WHOLE || left >= LANES)) {
+        lanes value = *(const lanes_in_memory*)source;
+#ifdef __x86_64__
+        asm("" : "+v"(value));  // into a register: GCC would rather load it again for each of up to four multiplications
+#endif
+        return value;
+    }
     acc values[LANES];
     if (!WHOLE && left < LANES) load_part(source, left, values);
     else SIMD for (int i = 0; i < LANES; ++i) values[i] = acc(source[i]);
@@ -65,10 +72,45 @@ __device__ __forceinline__ void store(real* target, lanes value, int left) {
     else SIMD for (int i = 0; i < LANES; ++i) target[i] = real(values[i]);
 }
 
-__device__ __forceinline__ acc sum(lanes value) {
-    acc total = 0;
-    for (int i = 0; i < LANES; ++i) total += value[i];
-    return total;
+// The lane of (a, b), one behind the other, that holds the first (HALF 0) or second half of what becomes lane `i`: sums of
+// 2 * WIDTH lanes each become sums of WIDTH lanes, those of a before those of b.
+template <int WIDTH, int HALF>
+constexpr int folded_lane(int i) {
+    return i / WIDTH * 2 * WIDTH + HALF * WIDTH + i % WIDTH;
+}
+
+template <int WIDTH, int HALF, size_t... I>
+__device__ __forceinline__ lanes half_of_sums(lanes a, lanes b, std::index_sequence<I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, folded_lane<WIDTH, HALF>(I)...);
+#else
+    typedef std::conditional_t<sizeof(acc) == 4, int, long long> index;
+    typedef index indices __attribute__((vector_size(VECTOR_BYTES)));
+    return __builtin_shuffle(a, b, indices{folded_lane<WIDTH, HALF>(I)...});
+#endif
+}
+
+// COUNT vectors -> their COUNT sums, each in LANES / COUNT lanes.
+template <int COUNT>
+__device__ __forceinline__ lanes fold(const lanes* values) {
+    if constexpr (COUNT == 1) return *values;
+    else {
+        const lanes a = fold<COUNT / 2>(values), b = fold<COUNT / 2>(values + COUNT / 2);
+        const std::make_index_sequence<LANES> all;
+        return half_of_sums<LANES / COUNT, 0>(a, b, all) + half_of_sums<LANES / COUNT, 1>(a, b, all);
+    }
+}
+
+// The sum of each of the vectors: additions of whole vectors, a tree, where one vector's own would be LANES scalars.
+template <int COUNT>
+__device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sums)[COUNT]) {
+    lanes padded[(COUNT + LANES - 1) / LANES * LANES] = {};
+    UNROLL for (int i = 0; i < COUNT; ++i) padded[i] = values[i];
+    UNROLL for (int i = 0; i < COUNT; i += LANES) {
+        const lanes totals = fold<LANES>(padded + i);
+        UNROLL for (int j = 0; j < LANES; ++j)
+            if (i + j < COUNT) sums[i + j] = totals[j];
+    }
 }
 
 __device__ __forceinline__ void prefetch(const real* source) { __builtin_prefetch(source); }
@@ -90,7 +132,11 @@ __device__ __forceinline__ void store(real* target, lanes value, int) {
     *target = real(value);
 }
 
-__device__ __forceinline__ acc sum(lanes value) { return value; }
+// Over the block's threads, for all of which this is the same: all must call it.
+template <int COUNT>
+__device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sums)[COUNT]) {
+    UNROLL for (int i = 0; i < COUNT; ++i) sums[i] = block_sum(values[i]);
+}
 
 __device__ __forceinline__ void prefetch(const real*) {}  // a GPU waits for memory in other threads
 

@@ -1,0 +1,127 @@
+// Matrix products of convolutions on the CPU, of operands that were written in the order in which they are read:
+//
+//   y[b, m, p]  = sum over k of w[b, m, k] * cols[b, k, p]         (gemm_panels)
+//   dw[b, m, k] = sum over p of dy[b, m, p] * cols[b, k, p]        (gemm_rows)
+//
+// for a stack of B matrices. For y, `cols` lies in panels of PANEL columns, (B, panels, K, PANEL), and w, `packed`, in tiles
+// of ROWS rows, (B, tiles, K, ROWS), the missing rows of the last one 0: a tile of sums, ROWS x PANEL, stays in registers while
+// k runs along both. Whoever writes `cols` may as well write it so, and a product is spared the copies that a BLAS makes.
+// Goto, van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34, 2008; Van Zee, van de Geijn, "BLIS",
+// ACM TOMS 41, 2015: here ROWS x PANEL is their micro-tile.
+#include "lanes.cuh"
+
+#ifndef MINIDL_FAST  // on threads these kernels are only tested
+#define ROWS 3
+#define VECTORS 2
+#define DW_ROWS 3
+#define DW_COLUMNS 2
+#define STRIP 8
+#define UNIT 1
+#else
+#define STRIP LANES
+#define UNIT LANES
+#ifdef FEW_REGISTERS
+#define ROWS 4
+#define VECTORS 3
+#define DW_ROWS 3
+#define DW_COLUMNS 3
+#else
+#define ROWS 8
+#define VECTORS 3
+#define DW_ROWS 6
+#define DW_COLUMNS 4
+#endif
+#endif
+#define PANEL (VECTORS * STRIP)
+
+// sizes (4): ROWS, PANEL, DW_COLUMNS, and how many columns are loaded at once. The array `like` decides the type.
+extern "C" __global__ void gemm_sizes(const real* __restrict__ like, int* __restrict__ sizes) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) sizes[0] = ROWS, sizes[1] = PANEL, sizes[2] = DW_COLUMNS, sizes[3] = UNIT;
+}
+
+// w (B, M, K) -> packed (B, tiles, K, rows); n: elements of packed.
+extern "C" __global__ void gemm_pack(const real* __restrict__ w, acc* __restrict__ packed, int m, int k, int rows,
+                                     long long n) {
+    const int tiles = (m + rows - 1) / rows;
+    GRID_LOOP(i, n) {
+        const int row = i / rows / k % tiles * rows + i % rows;
+        const long long matrix = i / rows / k / tiles;
+        packed[i] = row < m ? acc(w[(matrix * m + row) * k + i / rows % k]) : acc(0);
+    }
+}
+
+// The columns first .. first + PANEL - 1 of ROWS rows.
+template <bool WHOLE>
+__device__ __forceinline__ void multiply_tile(const acc* __restrict__ w, const real* __restrict__ panel, real* __restrict__ y,
+                                              long long y_step, int depth, int rows, int columns) {
+    LANE_LOOP(n, STRIP) {
+        lanes sums[ROWS][VECTORS] = {};
+        for (int k = 0; k < depth; ++k) {
+            lanes values[VECTORS];
+            UNROLL for (int j = 0; j < VECTORS; ++j) values[j] = load<true>(panel + (long long)k * PANEL + j * STRIP + n, STRIP);
+            UNROLL for (int r = 0; r < ROWS; ++r)
+                UNROLL for (int j = 0; j < VECTORS; ++j) sums[r][j] += w[k * ROWS + r] * values[j];
+        }
+        UNROLL for (int r = 0; r < ROWS; ++r)
+            UNROLL for (int j = 0; j < VECTORS; ++j) {
+                const int left = columns - j * STRIP - n;
+                if (WHOLE || (r < rows && left > 0)) store<WHOLE>(y + r * y_step + j * STRIP + n, sums[r][j], left);
+            }
+    }
+}
+
+// y (B, M, y_step), of which the `columns` columns from y_begin are written. Grid: B x panels.
+extern "C" __global__ void gemm_panels(const acc* __restrict__ packed, const real* __restrict__ cols, real* __restrict__ y,
+                                       int m, int k, int columns, long long y_begin, long long y_step) {
+    const int panels = (columns + PANEL - 1) / PANEL, panel = blockIdx.x % panels, matrix = blockIdx.x / panels;
+    const int tiles = (m + ROWS - 1) / ROWS, left = columns - panel * PANEL;
+    const real* values = cols + (long long)blockIdx.x * k * PANEL;
+    for (int tile = 0; tile < tiles; ++tile) {
+        const acc* w = packed + ((long long)matrix * tiles + tile) * k * ROWS;
+        real* out = y + ((long long)matrix * m + tile * ROWS) * y_step + y_begin + panel * PANEL;
+        if (left >= PANEL && m - tile * ROWS >= ROWS) multiply_tile<true>(w, values, out, y_step, k, ROWS, PANEL);
+        else multiply_tile<false>(w, values, out, y_step, k, m - tile * ROWS, left);
+    }
+}
+
+// Rows of dw, `depth` long, from their column `first` on, DW_COLUMNS of them at most.
+template <bool WHOLE>
+__device__ __forceinline__ void sum_rows(const real* __restrict__ dy, const real* __restrict__ cols, acc* __restrict__ dw,
+                                         int m, int depth, int first, int columns, long long step, int accumulate) {
+    // The rows of cols stay in the first cache while those of dy pass.
+    const real* cols_rows[DW_COLUMNS];  // what is beyond the last is summed as the first, and not stored
+    UNROLL for (int c = 0; c < DW_COLUMNS; ++c) cols_rows[c] = cols + (first + c < depth ? first + c : first) * step;
+    for (int row = 0; row < m; row += DW_ROWS) {
+        const real* dy_rows[DW_ROWS];
+        UNROLL for (int r = 0; r < DW_ROWS; ++r) dy_rows[r] = dy + (row + r < m ? row + r : row) * step;
+        lanes sums[DW_ROWS * DW_COLUMNS] = {};
+        LANE_LOOP(n, columns) {
+            lanes a[DW_ROWS];
+            UNROLL for (int r = 0; r < DW_ROWS; ++r) a[r] = load<WHOLE>(dy_rows[r] + n, columns - n);
+            UNROLL for (int c = 0; c < DW_COLUMNS; ++c) {
+                const lanes b = load<WHOLE>(cols_rows[c] + n, columns - n);
+                UNROLL for (int r = 0; r < DW_ROWS; ++r) sums[r * DW_COLUMNS + c] += a[r] * b;
+            }
+        }
+        acc totals[DW_ROWS * DW_COLUMNS];
+        sum_each(sums, totals);
+        UNROLL for (int r = 0; r < DW_ROWS; ++r)
+            UNROLL for (int c = 0; c < DW_COLUMNS; ++c)
+                if (threadIdx.x == 0 && row + r < m && first + c < depth) {
+                    acc* element = dw + (long long)(row + r) * depth + first + c;
+                    *element = (accumulate ? *element : acc(0)) + totals[r * DW_COLUMNS + c];
+                }
+    }
+}
+
+// dy (B, M, step), cols (B, K, step), of which the first `columns` count; dw (B, M, K) is added to or overwritten.
+// Grid: B x tiles of K.
+extern "C" __global__ void gemm_rows(const real* __restrict__ dy, const real* __restrict__ cols, acc* __restrict__ dw, int m,
+                                     int k, int columns, long long step, int accumulate) {
+    const int tiles = (k + DW_COLUMNS - 1) / DW_COLUMNS, first = blockIdx.x % tiles * DW_COLUMNS;
+    const long long matrix = blockIdx.x / tiles;
+    const real *dy_rows = dy + matrix * m * step, *cols_rows = cols + matrix * k * step;
+    acc* out = dw + matrix * m * k;
+    if (whole_lanes(columns)) sum_rows<true>(dy_rows, cols_rows, out, m, k, first, columns, step, accumulate);
+    else sum_rows<false>(dy_rows, cols_rows, out, m, k, first, columns, step, accumulate);
+}

@@ -1,0 +1,117 @@
+"""Matrix products of a convolution, in stacks of B: by BLAS, or on the CPU by kernels that read their operands packed.
+
+    product = product_for(x)
+    w = product.pack(weight)                        # (B, M, K) -> (B, tiles, K, rows)
+    cols = empty((B, panels, K, product.panel(P)))  # P columns, written by whoever unfolds x
+    product.multiply(w, cols, y, begin, P)          # y (B, M, all columns), from column `begin` on
+    product.multiply_rows(dy, rows, dw, P, False)   # dw (B, M, K) = dy (B, M, step) @ rows (B, K, step)^T
+
+To BLAS a matrix is one tile, one panel. Formulas, and what the packing is good for: packed_gemm.cu.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from minidl import blas
+from minidl.device import Array, array_module, empty
+from minidl.kernels import Kernels, acc_dtype, blocks_for
+
+KERNELS = Kernels("packed_gemm.cu")
+THREADS = 32  # of a block, where these kernels run on threads at all
+CACHE_WAY = 4096  # bytes: what lies so far apart, or a large part of it, shares the same few lines of the first cache
+
+
+class Blas:
+    """Operands are plain matrices."""
+
+    packs = False
+    unit = 1
+
+    def tile_rows(self, m: int) -> int:
+        """Rows of a tile of a matrix of m rows."""
+        return m
+
+    def panel(self, columns: int) -> int:
+        """Columns of a panel, of so many in all."""
+        return columns
+
+    def step(self, columns: int) -> int:
+        """From one row of `multiply_rows` to the next."""
+        return columns
+
+    def pack(self, w: Array) -> Array:
+        """w (B, M, K) -> (B, tiles, K, rows)."""
+        return w.transpose(0, 2, 1)[:, None]
+
+    def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int) -> None:
+        """w as packed, cols (B, panels, K, panel): overwrites those columns of y (B, M, all columns)."""
+        blas.gemm(w[:, 0].transpose(0, 2, 1), cols[:, 0], y[:, :, begin:begin + columns])
+
+    def compact(self, matrix: Array) -> Array:
+        """matrix (B, M, P), whose rows are parts of longer ones -> as `multiply_rows` needs it."""
+        return matrix
+
+    def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
+        """dy (B, M, step), cols (B, K, step), of which `columns` count: overwrites dw (B, M, K), or adds to it."""
+        blas.gemm(dy, cols.transpose(0, 2, 1), dw, beta=float(accumulate))
+
+
+class Packed:
+    """Operands are packed: the micro-tiles of packed_gemm.cu. For what each method does, see Blas."""
+
+    packs = True
+
+    def __init__(self, rows: int, panel: int, dw_columns: int, unit: int, acc_bytes: int) -> None:
+        """As gemm_sizes gives them. unit: what the number of columns of an image must be a multiple of, if it is to be
+        loaded at once."""
+        self._rows, self._panel, self._dw_columns, self.unit, self._acc_bytes = rows, panel, dw_columns, unit, acc_bytes
+
+    def tile_rows(self, m: int) -> int:
+        return self._rows
+
+    def panel(self, columns: int) -> int:
+        return self._panel
+
+    def step(self, columns: int) -> int:
+        return columns + self.unit if columns * self._acc_bytes % (CACHE_WAY // 2) == 0 else columns
+
+    def pack(self, w: Array) -> Array:
+        matrices, m, k = w.shape
+        packed = empty((matrices, -(-m // self._rows), k, self._rows), acc_dtype(w.dtype), like=w)
+        KERNELS.gemm_pack[blocks_for(packed.size), THREADS](w, packed, m, k, self._rows, packed.size)
+        return packed
+
+    def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int) -> None:
+        matrices, m, step = y.shape
+        KERNELS.gemm_panels[matrices * cols.shape[1], THREADS](w, cols, y, m, cols.shape[2], columns, begin, step)
+
+    def compact(self, matrix: Array) -> Array:
+        *shape, columns = matrix.shape
+        rows = empty((*shape, self.step(columns)), matrix.dtype, like=matrix)
+        rows[..., :columns] = matrix
+        return rows
+
+    def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
+        matrices, m, k = dw.shape
+        KERNELS.gemm_rows[matrices * -(-k // self._dw_columns), THREADS](
+            dy, cols, dw, m, k, columns, dy.shape[-1], int(accumulate))
+
+
+_BLAS = Blas()
+
+
+def product_for(like: Array) -> Blas | Packed:
+    """How convolutions of arrays like this one multiply: packed on the CPU, unless factors are to be rounded to TF32."""
+    if array_module(like) is not np or blas.allow_tf32 and like.dtype == np.float32:
+        return _BLAS
+    sizes = np.empty(4, np.int32)
+    KERNELS.gemm_sizes[1, 1](np.empty(1, like.dtype), sizes)
+    return _packed(*map(int, sizes), acc_dtype(like.dtype).itemsize)
+
+
+@functools.cache
+def _packed(*sizes: int) -> Packed:
+    return Packed(*sizes)

@@ -1,0 +1,112 @@
+"""Convolution with 3x3 windows and stride 1 by Winograd's F(2x2, 3x3), for ops/conv.py, which checks sizes and chooses.
+
+Formulas: winograd.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from minidl.device import Array, array_module, empty, run_tasks
+from minidl.kernels import Kernels, acc_dtype, blocks_for
+from minidl.ops import chunks
+from minidl.ops.packed_gemm import Blas, Packed, product_for
+from minidl.ops.window import threads_along
+
+KERNELS = Kernels("winograd.cu")
+ELEMENTS = 16           # of a tile: as many matrix products
+OUTPUTS = 2             # of a tile, along a side
+DW_COLUMNS = 256        # a sum for dweight has at least so many columns: each ends with a pass over dU
+MOST_TILES = 65535      # of a launch: CUDA's limit of a grid's second dimension
+
+
+def forward(x: Array, weight: Array, bias: Array | None, y: Array, *, padding: int, groups: int, adjoint: bool = False) -> None:
+    """x (C, H, W, N), weight (O, C/groups, 3, 3), bias (O): overwrites y (O, H', W', N).
+
+    adjoint: weight is that of the convolution which took y to x, (C, O/groups, 3, 3).
+    """
+    g = _Geometry(x, y, padding, groups)
+    u = _transform_weight(weight, g, adjoint)
+    bias = array_module(x).zeros(len(y), acc_dtype(x.dtype)) if bias is None else bias
+
+    def compute(ranges: Sequence[tuple[int, int]]) -> None:
+        for begin, end in ranges:
+            columns = (end - begin) * g.padded
+            v = g.transform_input(x, begin, end, g.product.panel(columns))
+            m = empty((ELEMENTS * groups, len(y) // groups, columns), y.dtype, like=y)
+            g.product.multiply(u, v, m, 0, columns)
+            KERNELS.winograd_output[(len(y), end - begin), threads_along(g.batch)](
+                m, bias, y, *y.shape[1:], g.padded, g.tiles_x, begin)
+
+    run_tasks([partial(compute, ranges) for ranges in g.tasks()])
+
+
+def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups: int) -> None:
+    """dy (O, H', W', N), x (C, H, W, N): overwrites dweight (O, C/groups, 3, 3), of the type of accumulation."""
+    g = _Geometry(x, dy, padding, groups)
+    tasks = g.tasks(fewest=-(-DW_COLUMNS // g.padded))
+    # Each task sums over its tiles; then the sums are added in the order of the tasks.
+    shape = ELEMENTS * groups, len(dy) // groups, len(x) // groups
+    sums = [empty(shape, dweight.dtype, like=dweight) for _ in tasks]
+
+    def accumulate(ranges: Sequence[tuple[int, int]], total: Array) -> None:
+        for i, (begin, end) in enumerate(ranges):
+            columns = (end - begin) * g.padded
+            step = g.product.step(columns)
+            v = g.transform_input(x, begin, end, step)
+            e = empty((ELEMENTS * groups, len(dy) // groups, step), dy.dtype, like=dy)
+            KERNELS.winograd_output_gradient[(len(dy), end - begin), threads_along(g.batch)](
+                dy, e, *dy.shape[1:], g.padded, g.tiles_x, begin, step)
+            g.product.multiply_rows(e, v[:, 0], total, columns, i > 0)
+
+    run_tasks([partial(accumulate, ranges, total) for ranges, total in zip(tasks, sums)])
+    du, *others = sums
+    for other in others:
+        du += other
+    windows = dweight.size // 9
+    KERNELS.winograd_weight_gradient[blocks_for(windows, 512), 128](du, dweight, windows)
+
+
+def workspace_bytes(x: Array, y: Array, *, padding: int, groups: int) -> int:
+    """Bytes of V and M that `forward` holds at a time. Of x and y, only device, shape and type matter."""
+    g = _Geometry(x, y, padding, groups)
+    return sum(max(end - begin for begin, end in ranges) for ranges in g.tasks()) * g.tile_bytes
+
+
+class _Geometry:
+    """Sizes, and how V is made."""
+
+    product: Blas | Packed
+
+    def __init__(self, x: Array, y: Array, padding: int, groups: int) -> None:
+        self.product = product_for(x)
+        self.padding, self.groups, self.batch, self._like = padding, groups, x.shape[3], x
+        self.padded = -(-self.batch // self.product.unit) * self.product.unit
+        self.tiles_x, tiles_y = (-(-size // OUTPUTS) for size in (y.shape[2], y.shape[1]))
+        self.tiles = self.tiles_x * tiles_y
+        self.tile_bytes = ELEMENTS * (len(x) + len(y)) * self.padded * x.itemsize
+
+    def tasks(self, fewest: int = 1) -> list[list[tuple[int, int]]]:
+        """Ranges of tiles, of at least `fewest`, dealt out to the workers."""
+        return chunks.tasks(self.tiles, self.tile_bytes, self._like, fewest, MOST_TILES)
+
+    def transform_input(self, x: Array, begin: int, end: int, panel: int) -> Array:
+        """V (16 * groups, panels, C/groups, panel) of the tiles begin .. end-1 of x."""
+        channels, height, width, batch = x.shape
+        columns = (end - begin) * self.padded
+        v = empty((ELEMENTS * self.groups, -(-columns // panel), channels // self.groups, panel), x.dtype, like=x)
+        KERNELS.winograd_input[(channels, end - begin), threads_along(batch)](
+            x, v, channels // self.groups, height, width, batch, self.padded, self.padding, self.tiles_x, begin, panel)
+        return v
+
+
+def _transform_weight(weight: Array, g: _Geometry, adjoint: bool) -> Array:
+    """U (16 * groups, tiles, sources, rows), packed for `g.product`."""
+    sources, results = weight.shape[1], len(weight) // g.groups
+    if adjoint:
+        sources, results = results, sources
+    rows = g.product.tile_rows(results)
+    u = empty((ELEMENTS * g.groups, -(-results // rows), sources, rows), acc_dtype(weight.dtype), like=weight)
+    KERNELS.winograd_weight[g.groups * u.shape[1] * sources, threads_along(rows)](weight, u, results, sources, rows, int(adjoint))
+    return u
