@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,17 +18,26 @@ from minidl.layers import Layer, Parameter
 # around(name of the layer, the layer, "forward" or "backward", the call, its arguments) -> what the call returns
 Around: TypeAlias = Callable[..., Any]
 
+_watched: weakref.WeakSet[Layer] = weakref.WeakSet()
+
+
+def watched(model: Layer) -> bool:
+    """Whether somebody watches the layers of this network now."""
+    return model in _watched
+
 
 @contextlib.contextmanager
 def watch(model: Layer, around: Around) -> Iterator[None]:
     """Call `around` in place of forward and backward of each layer that has no parts."""
     leaves = [(name, layer) for name, layer in model.named_layers() if not layer.children()]
     try:
+        _watched.add(model)
         for name, layer in leaves:
             for kind in ("forward", "backward"):
                 setattr(layer, kind, partial(around, name, layer, kind, getattr(layer, kind)))  # hides the method
         yield
     finally:
+        _watched.discard(model)
         for _, layer in leaves:
             for kind in ("forward", "backward"):
                 vars(layer).pop(kind, None)

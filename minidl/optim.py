@@ -49,8 +49,16 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """Update all parameters from their gradients, with learning rate `lr`."""
-        at = self.parameters
+        self.set_rate(lr)
+        self.update()
+
+    def set_rate(self, lr: float) -> None:
+        """The learning rate of the next `update`."""
         self.state[optimizer.LR] = lr
+
+    def update(self) -> None:
+        """`step`, with the learning rate that was set: whatever changes from one to the next is on the device."""
+        at = self.parameters
         optimizer.norm(at.grad, self.state, self.clip_norm)
         self._update(at.master, at.grad, *self.moments.values(), at.data, self.state, **self.settings)
         optimizer.advance(self.state, self.GROWTH_INTERVAL if self.scales_loss else 0)

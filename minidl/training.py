@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 
 from minidl import inspection, signals
 from minidl.data.batches import NO_AUGMENTATION, Augmentation, Batches
@@ -14,6 +18,7 @@ from minidl.layers import Layer
 from minidl.ops import augment, loss, optimizer as optimizer_op
 from minidl.optim import Average, Optimizer
 from minidl.parallel import ALONE, Team
+from minidl.step_graph import StepGraph
 
 READ_EVERY = 50         # steps between two looks at the loss: each waits for the device
 MOST_SKIPPED_STEPS = 20  # in a row, by the loss scaling of float16
@@ -30,8 +35,8 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step needs: indices int32 (N) of its images, the learning rate, and with mixup the share of each image beside
-    its partner's, an array of one element on the device."""
+    """What a step needs: indices int32 (N) of its images, N the batch size, the learning rate, and with mixup the share of each
+    image beside its partner's, an array of one element on the device."""
 
     indices: Array
     lr: float
@@ -42,7 +47,8 @@ class Trainer:
     """Trains a network: its step is  batch -> forward -> loss -> backward -> optimizer,  all on the device.
 
     average: of the weights, or None; team: those with whom it shares each batch. inspects: whether the last step of each
-    epoch leaves `statistics`, of the layers.
+    epoch leaves `statistics`, of the layers. On a GPU, steps are replayed (StepGraph): all settings, of the optimizer too, are
+    then those of the second step.
     """
 
     inspects = False
@@ -52,42 +58,64 @@ class Trainer:
                  label_smoothing: float = 0.0, average: Average | None = None, team: Team = ALONE) -> None:
         self.model, self.optimizer, self.batches, self.average = model, optimizer, batches, average
         self.augmentation, self.label_smoothing, self.team = augmentation, label_smoothing, team
-        self._totals: Array = model.device.xp.zeros(4)  # of loss.cu, over the epoch
-        self._totals_of_part: Array = model.device.xp.zeros(5)  # of this rank in one step; and the exit code it was asked for
+        xp, acc = model.device.xp, model.parameters.master.dtype
+        self._totals: Array = xp.zeros(4)  # of loss.cu, over the epoch
+        self._totals_of_part: Array = xp.zeros(5)  # of this rank in one step; and the exit code it was asked for
         self._stop = 0
+        # The present batch, where each step finds it.
+        self._indices: Array = xp.zeros(batches.batch_size, np.int32)
+        self._share: Array = xp.ones(1, acc)
+        self._graphs: dict[bool, StepGraph] = defaultdict(partial(StepGraph, model.device))  # with mixup or without
         model.skip_input_gradient()
 
     def step(self, batch: Batch) -> None:
-        """One step of training."""
-        if self.team.size == 1:
-            self._gradients(batch, self._totals)
+        """One step of training. Raises ValueError for a batch of another size than `batches` have."""
+        if batch.indices.shape != self._indices.shape:
+            raise ValueError(f"step: indices {batch.indices.shape} of a batch of {len(self._indices)} images")
+        mixed = batch.share is not None
+        self._indices[...] = batch.indices
+        if mixed:
+            self._share[...] = batch.share
+        self.optimizer.set_rate(batch.lr)
+        # Ranks wait for each other in the middle of a step; and who watches the layers wants them to be called.
+        if self.model.device.name == "cpu" or self.team.size > 1 or inspection.watched(self.model):
+            self._step_on_device(mixed)
         else:
-            self._gradients_of_all(batch)
-        self.optimizer.step(batch.lr)
+            self._graphs[mixed].run(partial(self._step_on_device, mixed))
+
+    def _step_on_device(self, mixed: bool) -> None:
+        """The step after what it needs has been put into its place: the host gives and takes no more numbers, so that it can be
+        replayed. But for ranks, which exchange theirs."""
+        share = self._share if mixed else None
+        if self.team.size == 1:
+            self._gradients(self._indices, share, self._totals)
+        else:
+            self._gradients_of_all(self._indices, share)
+        self.optimizer.update()
         if self.average:
             self.average.update()
         self.model.step += 1
 
-    def _gradients(self, batch: Batch, totals: Array) -> None:
-        """Forward and backward on this rank's part of the batch; adds to totals (4)."""
-        x, labels = self.batches.load(batch.indices, self.model.step, self.augmentation, self.team.part(len(batch.indices)))
+    def _gradients(self, indices: Array, share: Array | None, totals: Array) -> None:
+        """Forward and backward on this rank's part of the batch, mixed with the share if there is one; adds to totals (4)."""
+        x, labels = self.batches.load(indices, self.model.step, self.augmentation, self.team.part(len(indices)))
         others = None
-        if batch.share is not None:
-            augment.mix(x, batch.share)
+        if share is not None:
+            augment.mix(x, share)
             others = self.model.device.array(labels[::-1])
         dlogits = loss.forward_backward(self.model.forward(x), labels, totals, self.optimizer.scale,
-                                        smoothing=self.label_smoothing, other_labels=others, share=batch.share)
+                                        smoothing=self.label_smoothing, other_labels=others, share=share)
         self.model.backward(dlogits)
 
-    def _gradients_of_all(self, batch: Batch) -> None:
+    def _gradients_of_all(self, indices: Array, share: Array | None) -> None:
         """The same, and then the gradient, running statistics and totals are those of the whole batch, on all ranks."""
         team, place, parameters = self.team, self.model.device, self.model.parameters
         self._totals_of_part[...] = 0
-        self._gradients(batch, self._totals_of_part[:4])
+        self._gradients(indices, share, self._totals_of_part[:4])
         self._totals_of_part[4] = signals.asked() if team.rank == 0 else 0
-        part = team.part(len(batch.indices))
-        share = (part.stop - part.start) / len(batch.indices)
-        for array, weight in ((parameters.grad, share), (parameters.buffers, share), (self._totals_of_part, 1.0)):
+        part = team.part(len(indices))
+        part_of_all = (part.stop - part.start) / len(indices)
+        for array, weight in ((parameters.grad, part_of_all), (parameters.buffers, part_of_all), (self._totals_of_part, 1.0)):
             team.add(array, weight, place)
         self._totals += self._totals_of_part[:4]
         self._stop = int(self._totals_of_part[4])
@@ -141,7 +169,7 @@ class Trainer:
         and backward can be looked at again."""
         self.model.step -= ago + 1
         totals = self.model.device.xp.zeros(4)
-        if what := inspection.first_nonfinite(self.model, lambda: self._gradients(batch, totals)):
+        if what := inspection.first_nonfinite(self.model, lambda: self._gradients(batch.indices, batch.share, totals)):
             return f"{what} is not finite: try a lower --lr"
         if self.team.size > 1:
             return "the gradient of another rank is not finite: try a lower --lr"

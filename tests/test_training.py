@@ -10,6 +10,7 @@ from minidl.data.dataset import Dataset
 from minidl.device import select
 from minidl.errors import DivergedError
 from minidl.layers import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Sequential
+from minidl.ops import augment, loss
 from minidl.ops import optimizer as optimizer_op
 from minidl.training import MOST_SKIPPED_STEPS, Batch, Trainer, evaluate
 from reference import assert_close
@@ -145,6 +146,30 @@ def test_each_step_counts_and_uses_its_own_learning_rate():
         moved.append(np.abs(it.model.parameters.master - before - -lr * it.model.parameters.grad).max())
     assert max(moved) < 1e-15
     assert it.model.step[0] == 3, "dropout and augmentation change with it"
+
+
+@pytest.mark.parametrize("shares", [(None, None, None), (0.9, 0.6, 1.0), (0.7, None, 0.8)])
+def test_each_step_takes_its_own_images_rate_and_share(shares):
+    it, model, augmentation = trainer(augmentation=Augmentation(2, flips=True)), network().train(), Augmentation(2, flips=True)
+    optimizer, totals, one = optim.SGD(model.parameters), np.zeros(4), np.ones(1)
+    it.model.train()
+    for number, (indices, lr, share) in enumerate(zip(it.batches.epoch(0), (0.1, 0.3, 0.2), shares)):
+        share = None if share is None else np.array([share])
+        it.step(Batch(indices, lr, share))
+        x, labels = it.batches.load(indices, np.array([number]), augmentation)
+        mixed = {}
+        if share is not None:
+            augment.mix(x, share)
+            mixed = {"other_labels": np.ascontiguousarray(labels[::-1]), "share": share}
+        model.backward(loss.forward_backward(model.forward(x), labels, totals, one, **mixed))
+        optimizer.step(lr)
+        model.step += 1
+    assert np.array_equal(it.model.parameters.master, model.parameters.master)
+
+
+def test_a_batch_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"step: indices \(4,\) of a batch of 5 images"):
+        trainer().step(Batch(np.arange(4, dtype=np.int32), 0.1))
 
 
 def test_label_smoothing_reaches_the_loss():
