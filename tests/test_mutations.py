@@ -30,7 +30,7 @@ import test_pooling
 from minidl import layers, optim
 from minidl.host_build import OPS
 from minidl.kernels import KernelFault, Kernels, launch_settings
-from minidl.ops import batchnorm, conv, conv_tensor_core, linear
+from minidl.ops import batchnorm, conv, conv_tensor_core, linear, winograd
 from models import res2net, wideresnet
 from reference import assert_close
 
@@ -134,6 +134,10 @@ def on_tensor_cores(number):
 @emulated
 def rounding_for_tensor_cores(target, rng):
     test_conv_tensor_core.test_factors_are_rounded_to_tf32(target, rng)
+
+
+def by_winograd(number):
+    return convolution(number, "by Winograd")
 
 
 def pool(op, number):
@@ -257,7 +261,7 @@ BUGS = [
         "end_of_windows(ix, stride, 0, out_width)", convolution(1)),
     Bug("col2im: kx and ky swapped", "conv.cu", "* kernel_h + ky) * kernel_w + kx", "* kernel_h + kx) * kernel_w + ky",
         convolution(1)),
-    Bug("col2im: overwrites the sums of the chunk before", "conv.cu", "adds ? acc(pixel[n]) : acc(0)", "acc(0)",
+    Bug("col2im: overwrites the sums of the chunk before", "conv.cu", "adds ? load<WHOLE>(pixel + n, batch - n) : lanes{}", "lanes{}",
         convolution(1, "one pixel at a time")),
     Bug("conv: window of the adjoint not turned", conv._adjoint_weight, "[..., ::-1, ::-1]", "", convolution(0)),
     Bug("conv: height and width of the adjoint swapped", conv._adjoint_weight, "[..., ::-1, ::-1]",
@@ -266,6 +270,18 @@ BUGS = [
         "weight.reshape(outputs // groups, groups,", convolution(0)),
     Bug("conv: dweight of the last chunk only", conv._weight_gradient, "columns, i > 0)", "columns, False)",
         convolution(0, "one pixel at a time")),
+    Bug("packed products: the sum of the last chunk only", "packed_gemm.cu", "(accumulate ? *element : acc(0))", "acc(0)",
+        convolution(0, "one pixel at a time")),
+    Bug("packed products: all chunks in the first columns", "packed_gemm.cu", "y_step + y_begin + panel", "y_step + panel",
+        convolution(0, "one pixel at a time")),
+    Bug("Winograd: window of the adjoint not turned", "winograd.cu", "adjoint ? 8 - x : x", "x", by_winograd(0)),
+    Bug("Winograd: padding of the adjoint", conv.backward, "g.kernel[0] - 1 - padding", "padding", by_winograd(5)),
+    Bug("Winograd: sign in A^T", "winograd.cu", "t[1][j] = a[1] - a[2] - a[3]", "t[1][j] = a[1] - a[2] + a[3]", by_winograd(0)),
+    Bug("Winograd: sign in A", "winograd.cu", "{-c, -d}", "{c, d}", by_winograd(0)),
+    Bug("Winograd: sign in G^T", "winograd.cu", "t[1][x] = (b - c) / 2", "t[1][x] = (c - b) / 2", by_winograd(0)),
+    Bug("Winograd: the last row of y left out", "winograd.cu", "oy + 1 < height}", "oy + 2 < height}", by_winograd(0)),
+    Bug("Winograd: dweight of the last part only", winograd.backward_weight, "columns, i > 0)", "columns, False)",
+        convolution(0, "by Winograd, in parts")),
     Bug("conv: dbias dropped", conv.backward, "bias_op.gradient(dy, dbias)", "dbias[...] = 0", convolution(2)),
 
     Bug("conv in groups: groups of the weights mixed up", "group_conv.cu", "/ sources / tiles;", "/ sources / tiles / 2;",

@@ -9,6 +9,7 @@
 //
 // A chunk is a range of output pixels (oy, ox), with all their images: `cols` then has pixel_count * N columns.
 // Chellapilla, Puri, Simard, "High performance convolutional neural networks for document processing", 2006.
+#include "lanes.cuh"
 #include "window.cuh"
 
 // cols (groups, panels, K, panel): the matrix in panels of `panel` columns (packed_gemm.cu); one panel is the plain matrix.
@@ -47,30 +48,43 @@ extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__
     }
 }
 
+template <bool WHOLE>
+__device__ __forceinline__ void add_windows(const real* __restrict__ dcols, real* __restrict__ dx, int channels, int height,
+                                            int width, int out_width, int batch, int kernel_h, int kernel_w, int stride,
+                                            int padding, int row_begin, int row_count, int iy_begin, int covered) {
+    const int rows = gridDim.x / channels, c = blockIdx.x / rows, iy = iy_begin + (int)blockIdx.x % rows;
+    int oy_begin = first_window(iy, kernel_h, stride, padding);
+    if (oy_begin < row_begin) oy_begin = row_begin;
+    const int y_count = end_of_windows(iy, stride, padding, row_begin + row_count) - oy_begin;
+    const int ky = iy + padding - oy_begin * stride;
+    const bool adds = iy < covered;
+    // In dcols from one row to the next, and to what the next window, down or to the right, has for the same input.
+    const long long row_step = (long long)row_count * out_width * batch, x_step = batch - stride * row_step;
+    const long long y_step = (long long)out_width * batch - (long long)stride * kernel_w * row_step;
+    for (int ix = 0; ix < width; ++ix) {
+        const int ox_begin = first_window(ix, kernel_w, stride, padding);
+        const int x_count = end_of_windows(ix, stride, padding, out_width) - ox_begin;
+        const int kx = ix + padding - ox_begin * stride;
+        const long long row = ((long long)c * kernel_h + ky) * kernel_w + kx;
+        const long long first = row * row_step + ((oy_begin - row_begin) * (long long)out_width + ox_begin) * batch;
+        real* pixel = dx + (((long long)c * height + iy) * width + ix) * batch;
+        LANE_LOOP(n, batch) {
+            lanes sum = adds ? load<WHOLE>(pixel + n, batch - n) : lanes{};
+            for (int y = 0; y < y_count; ++y)
+                for (int x = 0; x < x_count; ++x) sum += load<WHOLE>(dcols + first + y * y_step + x * x_step + n, batch - n);
+            store<WHOLE>(pixel + n, sum, batch - n);
+        }
+    }
+}
+
 // Here a chunk is row_count whole output rows. Grid: channels x input rows; threads run along the batch.
 // dx rows iy_begin .. iy_begin + gridDim.x/channels - 1 of each channel, from the chunk's dcols. Rows below
 // `covered` hold the sums of earlier chunks and are added to; the others are overwritten.
 extern "C" __global__ void col2im(const real* __restrict__ dcols, real* __restrict__ dx, int channels, int height, int width,
                                   int out_width, int batch, int kernel_h, int kernel_w, int stride, int padding,
                                   int row_begin, int row_count, int iy_begin, int covered) {
-    const int rows = gridDim.x / channels, c = blockIdx.x / rows, iy = iy_begin + (int)blockIdx.x % rows;
-    int oy_begin = first_window(iy, kernel_h, stride, padding);
-    if (oy_begin < row_begin) oy_begin = row_begin;
-    const int oy_end = end_of_windows(iy, stride, padding, row_begin + row_count);
-    const bool adds = iy < covered;
-    for (int ix = 0; ix < width; ++ix) {
-        const int ox_begin = first_window(ix, kernel_w, stride, padding);
-        const int ox_end = end_of_windows(ix, stride, padding, out_width);
-        real* pixel = dx + (((long long)c * height + iy) * width + ix) * batch;
-        BLOCK_LOOP(n, 0, batch) {
-            acc sum = adds ? acc(pixel[n]) : acc(0);
-            for (int oy = oy_begin; oy < oy_end; ++oy)
-                for (int ox = ox_begin; ox < ox_end; ++ox) {
-                    const int ky = iy + padding - oy * stride, kx = ix + padding - ox * stride;
-                    const long long row = ((long long)c * kernel_h + ky) * kernel_w + kx;
-                    sum += acc(dcols[((row * row_count + oy - row_begin) * out_width + ox) * batch + n]);
-                }
-            pixel[n] = real(sum);
-        }
-    }
+    if (whole_lanes(batch)) add_windows<true>(dcols, dx, channels, height, width, out_width, batch, kernel_h, kernel_w, stride,
+                                              padding, row_begin, row_count, iy_begin, covered);
+    else add_windows<false>(dcols, dx, channels, height, width, out_width, batch, kernel_h, kernel_w, stride, padding, row_begin,
+                            row_count, iy_begin, covered);
 }

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from minidl import blas
-from minidl.device import Array, array_module, empty, run_tasks
+from minidl.device import Array, array_module, empty, run_tasks, workers
 from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
 from minidl.ops import chunks, group_conv, winograd
@@ -160,21 +160,38 @@ def _adjoint_weight(weight: Array, groups: int) -> Array:
 
 
 def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry) -> None:
-    dy_matrix, w_transposed = g.out_matrix(dy), g.weight_matrix(weight).transpose(0, 2, 1)
-    fitting = max(1, chunks.WORKSPACE_BYTES[array_module(dx).__name__] // (g.out_width * g.pixel_bytes))
-    covered = 0  # input rows that hold sums already
-    for row_begin, row_end in chunks.split(g.out_height, fitting):
-        # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
-        columns = slice(row_begin * g.out_width * g.batch, row_end * g.out_width * g.batch)
-        dcols = empty((g.groups, g.depth, columns.stop - columns.start), dx.dtype, like=dx)
-        blas.gemm(w_transposed, dy_matrix[:, :, columns], dcols)
-        iy_begin = max(0, min(row_begin * g.stride - g.padding, covered))
-        iy_end = g.height if row_end == g.out_height else min((row_end - 1) * g.stride - g.padding + g.kernel[0], g.height)
-        if iy_end > iy_begin:
-            KERNELS.col2im[g.channels * (iy_end - iy_begin), threads_along(g.batch)](
-                dcols, dx, g.channels, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding,
-                row_begin, row_end - row_begin, iy_begin, covered)
-            covered = max(covered, iy_end)
+    """Each task computes some channels of dx, so that nothing is added up by two."""
+    product = product_for(dy)
+    whole = weight.reshape(g.groups, -1, g.channels // g.groups, g.kernel[0] * g.kernel[1])
+
+    def compute(groups: slice, channels: slice) -> None:
+        part = whole[groups, :, channels]
+        count, outputs, group_channels, window = part.shape
+        # W^T (G, K, O/G)
+        w = product.pack(array_module(dy).ascontiguousarray(part.transpose(0, 2, 3, 1)).reshape(count, -1, outputs))
+        first = groups.start * whole.shape[2] + channels.start
+        dx_part, dy_part = dx[first:first + count * group_channels], dy[groups.start * outputs:groups.stop * outputs]
+        of_dy = _Geometry(dy_part, part[:, :, :1, :1], 1, 0, count)  # its columns are its pixels
+        row_bytes = w.shape[1] * w.shape[3] * count * g.out_width * g.batch * dx.itemsize
+        covered = 0  # input rows that hold sums already
+        for row_begin, row_end in chunks.split(g.out_height, max(1, chunks.WORKSPACE_BYTES[array_module(dx).__name__] // row_bytes)):
+            begin, end = row_begin * g.out_width, row_end * g.out_width
+            columns = (end - begin) * g.batch
+            # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
+            dcols = empty((count, group_channels * window, columns), dx.dtype, like=dx)
+            product.multiply(w, _unfold(dy_part, of_dy, begin, end, product, product.panel(columns)), dcols, 0, columns)
+            iy_begin = max(0, min(row_begin * g.stride - g.padding, covered))
+            iy_end = g.height if row_end == g.out_height else min((row_end - 1) * g.stride - g.padding + g.kernel[0], g.height)
+            if iy_end > iy_begin:
+                KERNELS.col2im[len(dx_part) * (iy_end - iy_begin), threads_along(g.batch)](
+                    dcols, dx_part, len(dx_part), g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding,
+                    row_begin, row_end - row_begin, iy_begin, covered)
+                covered = max(covered, iy_end)
+
+    parts = workers(dy)
+    groups = [slice(*bounds) for bounds in chunks.split(g.groups, -(-g.groups // parts))]
+    of_each = chunks.split(whole.shape[2], -(-whole.shape[2] // max(1, parts // g.groups)))
+    run_tasks([partial(compute, some, slice(*channels)) for some in groups for channels in of_each])
 
 
 class _Geometry:

@@ -33,10 +33,12 @@
 #endif
 #endif
 #define PANEL (VECTORS * STRIP)
+#define DW_BLOCK (16 * DW_ROWS)
 
-// sizes (4): ROWS, PANEL, DW_COLUMNS, and how many columns are loaded at once. The array `like` decides the type.
+// sizes (5): ROWS, PANEL, DW_BLOCK, DW_COLUMNS, and how many columns are loaded at once. The array `like` decides the type.
 extern "C" __global__ void gemm_sizes(const real* __restrict__ like, int* __restrict__ sizes) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) sizes[0] = ROWS, sizes[1] = PANEL, sizes[2] = DW_COLUMNS, sizes[3] = UNIT;
+    if (blockIdx.x == 0 && threadIdx.x == 0) 
+        sizes[0] = ROWS, sizes[1] = PANEL, sizes[2] = DW_BLOCK, sizes[3] = DW_COLUMNS, sizes[4] = UNIT;
 }
 
 // w (B, M, K) -> packed (B, tiles, K, rows); n: elements of packed.
@@ -84,16 +86,17 @@ extern "C" __global__ void gemm_panels(const acc* __restrict__ packed, const rea
     }
 }
 
-// Rows of dw, `depth` long, from their column `first` on, DW_COLUMNS of them at most.
+// The rows of dw, `depth` long, from row_begin to row_end; their columns `first`, ..., DW_COLUMNS of them at most.
 template <bool WHOLE>
 __device__ __forceinline__ void sum_rows(const real* __restrict__ dy, const real* __restrict__ cols, acc* __restrict__ dw,
-                                         int m, int depth, int first, int columns, long long step, int accumulate) {
-    // The rows of cols stay in the first cache while those of dy pass.
+                                         int row_begin, int row_end, int depth, int first, int columns, long long step,
+                                         int accumulate) {
+    // The rows of cols stay in the first cache while those of dy pass, which stay in the second from block to block.
     const real* cols_rows[DW_COLUMNS];  // what is beyond the last is summed as the first, and not stored
     UNROLL for (int c = 0; c < DW_COLUMNS; ++c) cols_rows[c] = cols + (first + c < depth ? first + c : first) * step;
-    for (int row = 0; row < m; row += DW_ROWS) {
+    for (int row = row_begin; row < row_end; row += DW_ROWS) {
         const real* dy_rows[DW_ROWS];
-        UNROLL for (int r = 0; r < DW_ROWS; ++r) dy_rows[r] = dy + (row + r < m ? row + r : row) * step;
+        UNROLL for (int r = 0; r < DW_ROWS; ++r) dy_rows[r] = dy + (row + r < row_end ? row + r : row) * step;
         lanes sums[DW_ROWS * DW_COLUMNS] = {};
         LANE_LOOP(n, columns) {
             lanes a[DW_ROWS];
@@ -107,7 +110,7 @@ __device__ __forceinline__ void sum_rows(const real* __restrict__ dy, const real
         sum_each(sums, totals);
         UNROLL for (int r = 0; r < DW_ROWS; ++r)
             UNROLL for (int c = 0; c < DW_COLUMNS; ++c)
-                if (threadIdx.x == 0 && row + r < m && first + c < depth) {
+                if (threadIdx.x == 0 && row + r < row_end && first + c < depth) {
                     acc* element = dw + (long long)(row + r) * depth + first + c;
                     *element = (accumulate ? *element : acc(0)) + totals[r * DW_COLUMNS + c];
                 }
@@ -115,13 +118,15 @@ __device__ __forceinline__ void sum_rows(const real* __restrict__ dy, const real
 }
 
 // dy (B, M, step), cols (B, K, step), of which the first `columns` count; dw (B, M, K) is added to or overwritten.
-// Grid: B x tiles of K.
+// Grid: B x blocks of DW_BLOCK rows x tiles of K.
 extern "C" __global__ void gemm_rows(const real* __restrict__ dy, const real* __restrict__ cols, acc* __restrict__ dw, int m,
                                      int k, int columns, long long step, int accumulate) {
     const int tiles = (k + DW_COLUMNS - 1) / DW_COLUMNS, first = blockIdx.x % tiles * DW_COLUMNS;
-    const long long matrix = blockIdx.x / tiles;
+    const int blocks = (m + DW_BLOCK - 1) / DW_BLOCK, begin = blockIdx.x / tiles % blocks * DW_BLOCK;
+    const int end = m - begin < DW_BLOCK ? m : begin + DW_BLOCK;
+    const long long matrix = blockIdx.x / tiles / blocks;
     const real *dy_rows = dy + matrix * m * step, *cols_rows = cols + matrix * k * step;
     acc* out = dw + matrix * m * k;
-    if (whole_lanes(columns)) sum_rows<true>(dy_rows, cols_rows, out, m, k, first, columns, step, accumulate);
-    else sum_rows<false>(dy_rows, cols_rows, out, m, k, first, columns, step, accumulate);
+    if (whole_lanes(columns)) sum_rows<true>(dy_rows, cols_rows, out, begin, end, k, first, columns, step, accumulate);
+    else sum_rows<false>(dy_rows, cols_rows, out, begin, end, k, first, columns, step, accumulate);
 }

@@ -64,10 +64,11 @@ class Packed:
 
     packs = True
 
-    def __init__(self, rows: int, panel: int, dw_columns: int, unit: int, acc_bytes: int) -> None:
+    def __init__(self, rows: int, panel: int, dw_block: int, dw_columns: int, unit: int, acc_bytes: int) -> None:
         """As gemm_sizes gives them. unit: what the number of columns of an image must be a multiple of, if it is to be
         loaded at once."""
-        self._rows, self._panel, self._dw_columns, self.unit, self._acc_bytes = rows, panel, dw_columns, unit, acc_bytes
+        self._rows, self._panel, self._dw_block, self._dw_columns = rows, panel, dw_block, dw_columns
+        self.unit, self._acc_bytes = unit, acc_bytes
 
     def tile_rows(self, m: int) -> int:
         return self._rows
@@ -96,7 +97,7 @@ class Packed:
 
     def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
         matrices, m, k = dw.shape
-        KERNELS.gemm_rows[matrices * -(-k // self._dw_columns), THREADS](
+        KERNELS.gemm_rows[matrices * -(-m // self._dw_block) * -(-k // self._dw_columns), THREADS](
             dy, cols, dw, m, k, columns, dy.shape[-1], int(accumulate))
 
 
@@ -107,7 +108,7 @@ def product_for(like: Array) -> Blas | Packed:
     """How convolutions of arrays like this one multiply: packed on the CPU, unless factors are to be rounded to TF32."""
     if array_module(like) is not np or blas.allow_tf32 and like.dtype == np.float32:
         return _BLAS
-    sizes = np.empty(4, np.int32)
+    sizes = np.empty(5, np.int32)
     KERNELS.gemm_sizes[1, 1](np.empty(1, like.dtype), sizes)
     return _packed(*map(int, sizes), acc_dtype(like.dtype).itemsize)
 
