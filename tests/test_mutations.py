@@ -279,7 +279,7 @@ BUGS = [
     Bug("Winograd: sign in A^T", "winograd.cu", "t[1][j] = a[1] - a[2] - a[3]", "t[1][j] = a[1] - a[2] + a[3]", by_winograd(0)),
     Bug("Winograd: sign in A", "winograd.cu", "{-c, -d}", "{c, d}", by_winograd(0)),
     Bug("Winograd: sign in G^T", "winograd.cu", "t[1][x] = (b - c) / 2", "t[1][x] = (c - b) / 2", by_winograd(0)),
-    Bug("Winograd: the last row of y left out", "winograd.cu", "oy + 1 < height}", "oy + 2 < height}", by_winograd(0)),
+    Bug("Winograd: the last column of y left out", "winograd.cu", "ox + 1 < width, oy", "ox + 2 < width, oy", by_winograd(0)),
     Bug("Winograd: dweight of the last part only", winograd.backward_weight, "columns, i > 0)", "columns, False)",
         convolution(0, "by Winograd, in parts")),
     Bug("conv: dbias dropped", conv.backward, "bias_op.gradient(dy, dbias)", "dbias[...] = 0", convolution(2)),
