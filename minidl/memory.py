@@ -35,8 +35,8 @@ def needed_bytes(run: Run, batch_size: int) -> int:
     precision = run.settings.precision
     costs = summarize(run.network, run.train_set.images.shape[1:], batch_size, STORAGE[precision], run.place)
     widest = max(row.activation_bytes for row in costs.rows)  # the gradients on the way back: an input's and an output's
-    # BLAS on the CPU has float32 alone: the factors of other products are converted before.
-    workspaces = 1 if precision == "fp32" or run.place.name != "cpu" else 3
+    # On the CPU, factors are rounded to TF32 before BLAS gets them.
+    workspaces = 3 if precision == "tf32" and run.place.name == "cpu" else 1
     return _kept_bytes(run) + costs.activation_bytes + workspaces * costs.workspace_bytes + 2 * widest
 
 
