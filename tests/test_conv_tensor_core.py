@@ -277,6 +277,8 @@ FAULTS = {
     "broken_commit": r"thread 0 reads tiles\[0\] before anyone wrote it",
     "broken_overwriting": r"race: thread 1 reads tiles\[1\], thread 0 wrote it, no barrier in between",
     "broken_alignment": r"thread 0 copies 16 bytes that are not aligned, to element 1",
+    "broken_banks": "a warp reads elements 0 and 32 at once, from the same banks",
+    "broken_banks_of_words": "a warp reads elements 0 and 32 at once, from the same banks",
 }
 
 

@@ -170,6 +170,7 @@ inline void run_block() {
     for (int i = 0; i < (int)blockDim.x; ++i) {
         Fiber& fiber = fibers[i];
         fiber.state = RUNNABLE;
+        fiber.exchanges = 0;
         fiber.copies.assign(1, {});
         if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);  // not zeroed: what is not touched costs no memory
         getcontext(&fiber.context);

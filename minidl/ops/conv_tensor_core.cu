@@ -1,7 +1,7 @@
 // Convolution with 3x3 windows and stride 1 on tensor cores, an implicit matrix product: the products of conv.cu, whose `cols`
 // exist only as tiles in shared memory. Chetlur et al., "cuDNN: efficient primitives for deep learning", arXiv 1410.0759.
 //
-// Per group, of C channels in and O out, K = 9 C rows of cols in the order (c, ky, kx), P' = H'*W'*N:
+// Per group, of C channels in and O out, K = 9 C rows of cols, P' = H'*W'*N:
 //
 //   cols[(c, ky, kx), (oy, ox, n)] = x[c, oy - padding + ky, ox - padding + kx, n], 0 outside
 //
@@ -12,13 +12,16 @@
 // A block multiplies ROWS x COLUMNS of the result, its eight warps 2 x 4 parts of it. Both factors come in chunks of 64 bytes
 // of the sum's index, by asynchronous copies of 16 bytes, STAGES - 1 chunks ahead. Since the batch is last, 16 bytes are
 // neighbours in n: a filter tap moves the pixel they come from, never their alignment, and padding is asked once for them.
-// So the batch must fill them: a multiple of 8, of 4 in float32 (TF32). The columns of a tile are a box of pixels, all with
-// the same `run` of images: the windows of a box overlap, and the first-level cache then gives most of cols.
+// So the batch must fill them: a multiple of 8, of 4 in float32 (TF32).
+//
+// For Y the sum goes over CHUNK channels at a time (the last ones filled up with zeros), and over the nine taps of each: a step
+// has one tap, so that threads have next to nothing to compute for their copies. The columns of a tile are a box of pixels, all
+// with the same `run` of images: the windows of a box overlap, and the first-level cache then gives most of cols.
 //
 // In shared memory the 16-byte pieces of a row lie permuted, so that the eight rows that a warp reads at once lie in
 // different banks.
 //
-// These kernels need blocks of THREADS threads.
+// All kernels but the first need blocks of THREADS threads.
 #include "tensor_core.cuh"
 
 #define THREADS 256
@@ -27,19 +30,30 @@
 #define STAGES 3            // of 128 x 128 tiles fill the 48 KB that a kernel may declare
 #define TAPS 9
 
-// packed (groups, row tiles, steps, rows, CHUNK): the weight as matrix W, in the order in which blocks copy it, rounded to
-// factors, its missing rows and columns 0. With `adjoint`, for dx: rows are c, columns (o, ky, kx), the windows turned.
+// The last of the indices that are left in `rest`, which counts to `size`.
+__device__ __forceinline__ int take(int& rest, int size) {
+    const int index = rest % size;
+    rest /= size;
+    return index;
+}
+
+__device__ __forceinline__ int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
+
+// packed (groups, row tiles, chunks of sources, taps, rows, CHUNK): the weight as matrix W, in the order in which blocks copy
+// it, rounded to factors, what is missing 0. With `adjoint`, for dx: rows are c, sources are o, the windows turned.
+// Grid: groups x row tiles x chunks x taps. The number of threads is free.
 extern "C" __global__ void conv_tensor_core_pack(const real* __restrict__ weight, real* __restrict__ packed, int group_outputs,
-                                                 int group_channels, int rows, int row_tiles, int steps, int adjoint,
-                                                 long long n) {
+                                                 int group_channels, int rows, int adjoint) {
     const int results = adjoint ? group_channels : group_outputs, sources = adjoint ? group_outputs : group_channels;
-    GRID_LOOP(i, n) {
-        const int row = i / CHUNK % rows, step = i / CHUNK / rows % steps, tile = i / CHUNK / rows / steps % row_tiles;
-        const long long group = i / CHUNK / rows / steps / row_tiles;
-        const int k = step * CHUNK + i % CHUNK, result = tile * rows + row, source = k / TAPS, tap = k % TAPS;
-        const long long o = group * group_outputs + (adjoint ? source : result);
-        const long long place = (o * group_channels + (adjoint ? result : source)) * TAPS + (adjoint ? TAPS - 1 - tap : tap);
-        packed[i] = result < results && source < sources ? to_factor(weight[place]) : real(acc(0));
+    int group = blockIdx.x;
+    const int tap = take(group, TAPS), first_source = take(group, tiles_of(sources, CHUNK)) * CHUNK;
+    const int first_result = take(group, tiles_of(results, rows)) * rows, place = adjoint ? TAPS - 1 - tap : tap;
+    real* tile = packed + (long long)blockIdx.x * rows * CHUNK;
+    BLOCK_LOOP(i, 0, rows * CHUNK) {
+        const int result = first_result + i / CHUNK, source = first_source + i % CHUNK;
+        const int o = adjoint ? source : result, c = adjoint ? result : source;
+        const real* window = weight + (((long long)group * group_outputs + o) * group_channels + c) * TAPS;
+        tile[i] = result < results && source < sources ? to_factor(window[place]) : real(acc(0));
     }
 }
 
@@ -60,10 +74,12 @@ template <class Tiles>
 __device__ __forceinline__ void load_right(unsigned (&words)[4], Tiles& tiles, int tile, int k, int column) {
     const int lane = threadIdx.x % WARP;
     if constexpr (sizeof(real) == 4) {  // no instruction transposes 32-bit elements: each lane reads its own four
+        int places[4];
         UNROLL for (int i = 0; i < 4; ++i) {
             const int row = k + i % 2 * 4 + lane % 4, piece = (column + i / 2 * 8 + lane / 4) / VECTOR;
-            words[i] = word_of(float(real(tiles[tile + place_in_columns(row, piece) + lane / 4 % VECTOR])));
+            places[i] = tile + place_in_columns(row, piece) + lane / 4 % VECTOR;
         }
+        load_words(words, tiles, places);
     } else {
         load_columns(words, tiles, tile + place_in_columns(k + lane % 16, column / VECTOR + lane / 16));
     }
@@ -76,17 +92,19 @@ template <int ROWS, bool RIGHT_BY_CHUNKS, class Tiles, class Load>
 __device__ __forceinline__ void sum_products(float (&sums)[ROWS / 32][2][8], Tiles& tiles, int steps, Load& load) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int first_row = warp / 4 * (ROWS / 2), first_column = warp % 4 * (COLUMNS / 4);
-    const auto stage = [](int step) { return step % STAGES * (ROWS + COLUMNS) * CHUNK; };
-    const auto fetch = [&](int step) {
-        if (step < steps) load(step, stage(step), stage(step) + ROWS * CHUNK);
+    const int stage_size = (ROWS + COLUMNS) * CHUNK;
+    const auto next = [](int stage) { return stage == (STAGES - 1) * stage_size ? 0 : stage + stage_size; };
+    const auto fetch = [&](int step, int stage) {
+        if (step < steps) load(step, stage, stage + ROWS * CHUNK);
         commit_copies();  // one group a step, if an empty one: so the wait below is always for the right one
     };
-    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < STAGES - 1; ++step) fetch(step, step * stage_size);
+    int stage = 0, filled = (STAGES - 1) * stage_size;
+    for (int step = 0; step < steps; ++step, stage = next(stage), filled = next(filled)) {
         wait_for_copies<STAGES - 2>();  // this thread's part of the step is there,
         __syncthreads();                // everybody's is, and nobody reads the stage any more that is filled next
-        fetch(step + STAGES - 1);
-        const int left_tile = stage(step), right_tile = left_tile + ROWS * CHUNK;
+        fetch(step + STAGES - 1, filled);
+        const int left_tile = stage, right_tile = stage + ROWS * CHUNK;
         UNROLL for (int k = 0; k < CHUNK; k += DEPTH) {
             unsigned left[ROWS / 32][4], right[2][4];
             UNROLL for (int m = 0; m < ROWS / 32; ++m)
@@ -117,15 +135,6 @@ __device__ __forceinline__ void for_each_pair(const float (&sums)[ROWS / 32][2][
                   sums[m / 2][n / 2][n % 2 * 4 + m % 2 * 2], sums[m / 2][n / 2][n % 2 * 4 + m % 2 * 2 + 1]);
 }
 
-// The last of the indices that are left in `rest`, which counts to `size`.
-__device__ __forceinline__ int take(int& rest, int size) {
-    const int index = rest % size;
-    rest /= size;
-    return index;
-}
-
-__device__ __forceinline__ int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
-
 // ---- y, and dx ----------------------------------------------------------------------------------------------------------
 
 // Grid: groups x boxes of pixels, from top to bottom and from left to right x runs of images x row tiles.
@@ -136,7 +145,7 @@ __device__ __forceinline__ void multiply_by_cols(const real* __restrict__ x, con
                                                  int run, int box_width) {
     REQUIRE_THREADS(THREADS);
     TILES(tiles, STAGES * (ROWS + COLUMNS) * CHUNK);
-    const int box_height = COLUMNS / run / box_width, steps = tiles_of(group_channels * TAPS, CHUNK);
+    const int box_height = COLUMNS / run / box_width, steps = tiles_of(group_channels, CHUNK) * TAPS;
     int group = blockIdx.x;
     const int row_tiles = tiles_of(group_outputs, ROWS), row_tile = take(group, row_tiles);
     const int first_n = take(group, tiles_of(batch, run)) * run;
@@ -152,22 +161,32 @@ __device__ __forceinline__ void multiply_by_cols(const real* __restrict__ x, con
         return {n, x, y, n < batch && x < out_width && y < out_height};
     };
 
-    // A thread copies the same piece of several rows of cols: one place, of which a row's tap looks at a neighbour.
-    const int pieces = COLUMNS / VECTOR, piece = threadIdx.x % pieces;
+    // A thread copies the same piece of several rows of cols, channels: one place, of which the taps look at the neighbours.
+    const int pieces = COLUMNS / VECTOR, piece = threadIdx.x % pieces, first_row = threadIdx.x / pieces;
     const Place to = place_of(piece * VECTOR);
-    const real* images = x + (long long)group * group_channels * height * width * batch;
-    const real* weights = packed + ((long long)group * row_tiles + row_tile) * steps * ROWS * CHUNK;
-    const auto load = [&](int step, int left, int right) {
-        UNROLL for (int i = threadIdx.x; i < ROWS * (CHUNK / VECTOR); i += THREADS) {
-            const real* source = weights + ((long long)step * ROWS * (CHUNK / VECTOR) + i) * VECTOR;
-            copy_async(tiles, left + place_in_chunks(i / (CHUNK / VECTOR), i % (CHUNK / VECTOR)), source, true);
+    const int top = to.y - padding, left = to.x - padding;
+    int seen = 0;  // bit `tap`: whether what it looks at is inside
+    UNROLL for (int tap = 0; tap < TAPS; ++tap) {
+        const bool inside = top + tap / 3 >= 0 && top + tap / 3 < height && left + tap % 3 >= 0 && left + tap % 3 < width;
+        seen |= (to.exists && inside) << tap;
+    }
+    const long long plane = (long long)height * width * batch;
+    const real* images = x + group * group_channels * plane;
+    const long long window = ((long long)top * width + left) * batch + to.n + first_row * plane;
+    const real* weights = packed + ((long long)group * row_tiles + row_tile) * steps * ROWS * CHUNK + threadIdx.x * VECTOR;
+    const auto load = [&](int step, int left_tile, int right_tile) {
+        UNROLL for (int i = 0; i < ROWS * CHUNK / VECTOR / THREADS; ++i) {
+            const int number = threadIdx.x + i * THREADS;
+            copy_async(tiles, left_tile + place_in_chunks(number / (CHUNK / VECTOR), number % (CHUNK / VECTOR)),
+                       weights + (long long)step * ROWS * CHUNK + i * THREADS * VECTOR, true);
         }
-        UNROLL for (int row = threadIdx.x / pieces; row < CHUNK; row += THREADS / pieces) {
-            const int k = step * CHUNK + row, c = k / TAPS;
-            const int iy = to.y - padding + k / 3 % 3, ix = to.x - padding + k % 3;
-            const bool exists = to.exists && c < group_channels && iy >= 0 && iy < height && ix >= 0 && ix < width;
-            const real* source = exists ? images + (((long long)c * height + iy) * width + ix) * batch + to.n : images;
-            copy_async(tiles, right + place_in_columns(row, piece), source, exists);
+        const int tap = step % TAPS, first_c = step / TAPS * CHUNK;
+        const long long source = window + first_c * plane + (tap / 3 * width + tap % 3) * (long long)batch;
+        UNROLL for (int i = 0; i < CHUNK * pieces / THREADS; ++i) {
+            const int row = i * (THREADS / pieces);
+            const bool exists = seen >> tap & 1 && first_c + first_row + row < group_channels;
+            copy_async(tiles, right_tile + place_in_columns(first_row + row, piece),
+                       exists ? images + (source + row * plane) : images, exists);
         }
     };
     float sums[ROWS / 32][2][8] = {};
@@ -186,16 +205,16 @@ extern "C" __launch_bounds__(THREADS, 2) __global__
 void conv_tensor_core_forward_64(const real* __restrict__ x, const real* __restrict__ packed, real* __restrict__ y,
                                  int group_channels, int height, int width, int group_outputs, int out_height, int out_width,
                                  int batch, int padding, int run, int box_width) {
-    multiply_by_cols<64>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, padding, run,
-                         box_width);
+    multiply_by_cols<64>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, padding,
+                         run, box_width);
 }
 
 extern "C" __launch_bounds__(THREADS, 2) __global__
 void conv_tensor_core_forward_128(const real* __restrict__ x, const real* __restrict__ packed, real* __restrict__ y,
                                   int group_channels, int height, int width, int group_outputs, int out_height, int out_width,
                                   int batch, int padding, int run, int box_width) {
-    multiply_by_cols<128>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, padding, run,
-                          box_width);
+    multiply_by_cols<128>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, padding,
+                          run, box_width);
 }
 
 // ---- dweight --------------------------------------------------------------------------------------------------------------
@@ -218,22 +237,35 @@ __device__ __forceinline__ void multiply_by_cols_transposed(const real* __restri
 
     // A thread copies the same piece of several rows of dY and of cols: one position (oy, ox, n), which moves on by a chunk
     // from step to step.
-    const int pieces = CHUNK / VECTOR, piece = threadIdx.x % pieces;
+    const int pieces = CHUNK / VECTOR, piece = threadIdx.x % pieces, first_row = threadIdx.x / pieces;
     int position = first_step * CHUNK + piece * VECTOR;
     int n = position % batch, ox = position / batch % out_width, oy = position / batch / out_width;
     const real* images = x + (long long)group * group_channels * height * width * batch;
-    const real* gradients = dy + (long long)group * group_outputs * positions;
-    const auto load = [&](int, int left, int right) {
-        UNROLL for (int row = threadIdx.x / pieces; row < ROWS; row += THREADS / pieces) {
-            const bool exists = position < positions && first_o + row < group_outputs;
-            const real* source = exists ? gradients + (long long)(first_o + row) * positions + position : gradients;
-            copy_async(tiles, left + place_in_chunks(row, piece), source, exists);
+    const real* gradients = dy + ((long long)group * group_outputs + first_o) * positions;
+    // What each of its rows of cols looks at: a neighbour of the position, in a channel.
+    const int cols_rows = COLUMNS * pieces / THREADS;
+    int tap_y[cols_rows], tap_x[cols_rows];
+    long long tap_place[cols_rows];
+    UNROLL for (int i = 0; i < cols_rows; ++i) {
+        const int k = first_k + first_row + i * (THREADS / pieces);
+        tap_y[i] = k < depth ? k / 3 % 3 - padding : height;  // beyond the last row: outside of every image
+        tap_x[i] = k % 3 - padding;
+        tap_place[i] = (((long long)(k / TAPS) * height + tap_y[i]) * width + tap_x[i]) * batch;
+    }
+    const auto load = [&](int, int left_tile, int right_tile) {
+        const bool inside = position < positions;
+        UNROLL for (int i = 0; i < ROWS * pieces / THREADS; ++i) {
+            const int row = first_row + i * (THREADS / pieces);
+            const bool exists = inside && first_o + row < group_outputs;
+            copy_async(tiles, left_tile + place_in_chunks(row, piece),
+                       exists ? gradients + ((long long)row * positions + position) : gradients, exists);
         }
-        UNROLL for (int row = threadIdx.x / pieces; row < COLUMNS; row += THREADS / pieces) {
-            const int k = first_k + row, c = k / TAPS, iy = oy - padding + k / 3 % 3, ix = ox - padding + k % 3;
-            const bool exists = position < positions && k < depth && iy >= 0 && iy < height && ix >= 0 && ix < width;
-            const real* source = exists ? images + (((long long)c * height + iy) * width + ix) * batch + n : images;
-            copy_async(tiles, right + place_in_chunks(row, piece), source, exists);
+        const int place = (oy * width + ox) * batch + n;
+        UNROLL for (int i = 0; i < cols_rows; ++i) {
+            const int iy = oy + tap_y[i], ix = ox + tap_x[i];
+            const bool exists = inside && iy >= 0 && iy < height && ix >= 0 && ix < width;
+            copy_async(tiles, right_tile + place_in_chunks(first_row + i * (THREADS / pieces), piece),
+                       exists ? images + (tap_place[i] + place) : images, exists);
         }
         position += CHUNK;
         n += CHUNK;

@@ -1,4 +1,4 @@
-"""Convolution with 3x3 windows and stride 1 on tensor cores, for ops/conv.py, which checks sizes. Formulas: conv_tensor_core.cu.
+"""3x3 convolution with stride 1 on tensor cores, for ops/conv.py, which checks sizes. Formulas: conv_tensor_core.cu.
 
 A path beside the portable kernels, for NVIDIA GPUs from Ampere (sm_80) on, that needs no `cols` in memory. `applies` says where
 it may be taken; the other functions do not ask again.
@@ -71,11 +71,11 @@ def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, a
     """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight."""
     sources, results = x.shape[0] // groups, y.shape[0] // groups
     rows, chunk = _tile_rows(results), CHUNK_BYTES // x.itemsize
-    row_tiles, steps = _tiles(results, rows), _tiles(sources * 9, chunk)
-    packed = empty((groups, row_tiles, steps, rows, chunk), weight.dtype, like=x)
+    row_tiles, chunks = _tiles(results, rows), _tiles(sources, chunk)
+    packed = empty((groups, row_tiles, chunks, 9, rows, chunk), weight.dtype, like=x)
     group_outputs, group_channels = (sources, results) if adjoint else (results, sources)
-    KERNELS.conv_tensor_core_pack[blocks_for(packed.size), 128](
-        weight, packed, group_outputs, group_channels, rows, row_tiles, steps, int(adjoint), packed.size)
+    KERNELS.conv_tensor_core_pack[groups * row_tiles * chunks * 9, THREADS](
+        weight, packed, group_outputs, group_channels, rows, int(adjoint))
     run, box_width, box_height = _box(y.shape[3])
     boxes = _tiles(y.shape[3], run) * _tiles(y.shape[2], box_width) * _tiles(y.shape[1], box_height)
     kernel = KERNELS.conv_tensor_core_forward_64 if rows == 64 else KERNELS.conv_tensor_core_forward_128

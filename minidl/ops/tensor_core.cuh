@@ -6,12 +6,15 @@
 //   TILES(tiles, n)                             n elements `real` of shared memory
 //   copy_async(tiles, to, source, exists)       16 bytes, VECTOR elements, aligned; zeros where they do not exist
 //   commit_copies(); wait_for_copies<n>();      the copies since the last commit are a group; all but the last n are there
-//   load_rows, load_columns                     shared memory -> fragments of factors, in registers
+//   load_rows, load_columns, load_words         shared memory -> fragments of factors, in registers
 //   multiply_add(sums, left, right)             sums (16*M, 16*N) += left (16*M, DEPTH) @ right (DEPTH, 16*N)
 //
-// All but copy_async are operations of a whole warp. Factors are bfloat16, half or TF32, float32 rounded to 10 bits of mantissa;
-// sums are float32. A fragment, 16 of M or N by DEPTH of the sum's index, is four words a lane, a 32-bit word of four matrices
-// of 8 rows of 16 bytes: with g = lane / 4, t = lane % 4,
+// All but the copies are operations of a whole warp. What it reads at once must lie in different banks: 8 rows of 16 bytes, or
+// 32 words. That is a rule here, though only for speed: the emulator holds kernels to it.
+//
+// Factors are bfloat16, half or TF32, float32 rounded to 10 bits of mantissa; sums are float32. A fragment, 16 of M or N by
+// DEPTH of the sum's index, is four words a lane, one of each of four matrices of 8 rows of 16 bytes. With g = lane / 4 and
+// t = lane % 4,
 //
 //   words 0..3 of a left factor    word t of row g of: rows 0-7, rows 8-15, and both again for the second half of DEPTH
 //   words 0, 1 of a right factor   word t of column g of: columns 0-7, both halves of DEPTH
@@ -75,7 +78,11 @@ __device__ __forceinline__ void load_columns(unsigned (&words)[4], const real* t
         : "memory");
 }
 
-__device__ __forceinline__ unsigned word_of(float value) { return __float_as_uint(value); }
+// A word from each of four places.
+__device__ __forceinline__ void load_words(unsigned (&words)[4], const real* tiles, const int (&places)[4]) {
+    UNROLL for (int i = 0; i < 4; ++i) words[i] = *(const unsigned*)(tiles + places[i]);
+}
+
 __device__ __forceinline__ float float_of_word(unsigned word) { return __uint_as_float(word); }
 
 __device__ __forceinline__ unsigned round_to_tf32(float value) {
@@ -106,7 +113,7 @@ __device__ __forceinline__ void multiply_add(float (&sums)[M][N][8], const unsig
         }
 }
 
-#else  // ---- emulator ---------------------------------------------------------------------------------------------------------
+#else  // ---- emulator ---------------------------------------------------------------------------------------------------
 
 #define UNROLL
 #define TILES(name, size) SHARED(real, name, size)
@@ -129,14 +136,35 @@ static inline void wait_for_copies() {
     emulator::wait_for_copies(UNDER_WAY);
 }
 
+// By one lane for all: `places` of elements, read at once in `bytes` each.
+static inline void check_banks(const int* places, int count, int bytes) {
+    if (threadIdx.x % WARP) return;
+    for (int i = 0; i < count; ++i) {
+        const int unit = places[i] * (int)sizeof(real) / bytes;
+        if (places[i] * (int)sizeof(real) % bytes)
+            emulator::fault("a warp reads %d bytes that are not aligned, at element %d", bytes, places[i]);
+        for (int j = 0; j < i; ++j)
+            if (places[i] != places[j] && (unit - places[j] * (int)sizeof(real) / bytes) % (128 / bytes) == 0)
+                emulator::fault("a warp reads elements %d and %d at once, from the same banks", places[j], places[i]);
+    }
+}
+
+template <class Tiles>
+static inline unsigned word_at(Tiles& tiles, int place) {
+    real elements[PER_WORD];
+    for (int i = 0; i < PER_WORD; ++i) elements[i] = tiles[place + i];
+    unsigned word;
+    memcpy(&word, elements, sizeof word);
+    return word;
+}
+
 template <class Tiles>
 static inline void load_rows(unsigned (&words)[4], Tiles& tiles, int row) {
     const int* rows = emulator::exchange(row, __FILE__, __LINE__);
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     for (int matrix = 0; matrix < 4; ++matrix) {
-        real elements[PER_WORD];
-        for (int i = 0; i < PER_WORD; ++i) elements[i] = tiles[rows[8 * matrix + g] + t * PER_WORD + i];
-        memcpy(&words[matrix], elements, sizeof elements);
+        check_banks(rows + 8 * matrix, 8, 16);
+        words[matrix] = word_at(tiles, rows[8 * matrix + g] + t * PER_WORD);
     }
 }
 
@@ -145,13 +173,21 @@ static inline void load_columns(unsigned (&words)[4], Tiles& tiles, int row) {
     const int* rows = emulator::exchange(row, __FILE__, __LINE__);
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     for (int matrix = 0; matrix < 4; ++matrix) {
+        check_banks(rows + 8 * matrix, 8, 16);
         real elements[2];
         for (int i = 0; i < 2; ++i) elements[i] = tiles[rows[8 * matrix + 2 * t + i] + g];
         memcpy(&words[matrix], elements, sizeof elements);
     }
 }
 
-static inline unsigned word_of(float value) { return bits_of(value); }
+template <class Tiles>
+static inline void load_words(unsigned (&words)[4], Tiles& tiles, const int (&places)[4]) {
+    for (int i = 0; i < 4; ++i) {
+        check_banks(emulator::exchange(places[i], __FILE__, __LINE__), WARP, 4);
+        words[i] = word_at(tiles, places[i]);
+    }
+}
+
 static inline float float_of_word(unsigned word) { return float_of(word); }
 
 static inline unsigned round_to_tf32(float value) {  // to nearest, ties away from zero

@@ -74,3 +74,23 @@ extern "C" __global__ void broken_alignment(const real* __restrict__ x, real* __
     __syncthreads();
     store_rows(tiles, y);
 }
+
+extern "C" __global__ void broken_banks(const real* __restrict__ x, real* __restrict__ y, int n) {
+    TILES(tiles, 32 * 8);
+    copy_async(tiles, 2 * ROW, x + ROW, true);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    unsigned words[4];
+    load_rows(words, tiles, 2 * ROW);
+}
+
+extern "C" __global__ void broken_banks_of_words(const real* __restrict__ x, real* __restrict__ y, int n) {
+    TILES(tiles, 128);
+    copy_async(tiles, ROW, x + ROW, true);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    unsigned words[4];
+    load_words(words, tiles, {ROW, ROW, ROW, ROW});
+}
