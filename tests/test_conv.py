@@ -234,4 +234,4 @@ def test_which_convolutions_are_computed_by_winograd(monkeypatch, dtype, tf32, o
     monkeypatch.setattr(blas, "allow_tf32", tf32)
     monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", {"numpy": 16})
     x, weight = (np.zeros(shape, kernels.storage_dtype(dtype)) for shape in ((outputs[1], 6, 6, 2), outputs))
-    assert conv._Geometry(x, weight, stride, padding, 1).winograd == chosen
+    assert (conv._Geometry(x, weight, stride, padding, 1).method is winograd) == chosen

@@ -275,7 +275,7 @@ BUGS = [
     Bug("packed products: all chunks in the first columns", "packed_gemm.cu", "y_step + y_begin + panel", "y_step + panel",
         convolution(0, "one pixel at a time")),
     Bug("Winograd: window of the adjoint not turned", "winograd.cu", "adjoint ? 8 - x : x", "x", by_winograd(0)),
-    Bug("Winograd: padding of the adjoint", conv.backward, "g.kernel[0] - 1 - padding", "padding", by_winograd(5)),
+    Bug("Winograd: padding of the adjoint", winograd.backward_x, "2 - padding", "padding", by_winograd(5)),
     Bug("Winograd: sign in A^T", "winograd.cu", "t[1][j] = a[1] - a[2] - a[3]", "t[1][j] = a[1] - a[2] + a[3]", by_winograd(0)),
     Bug("Winograd: sign in A", "winograd.cu", "{-c, -d}", "{c, d}", by_winograd(0)),
     Bug("Winograd: sign in G^T", "winograd.cu", "t[1][x] = (b - c) / 2", "t[1][x] = (c - b) / 2", by_winograd(0)),

@@ -1,12 +1,13 @@
 """Convolution: im2col and matrix products, in chunks of output pixels. Formulas: conv.cu.
 
-3x3 windows go to winograd.py, narrow groups to group_conv.py, where those are faster.
+Where they are faster, 3x3 windows go to conv_tensor_core.py or winograd.py, narrow groups to group_conv.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from minidl import blas
 from minidl.device import Array, array_module, empty, run_tasks, workers
 from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
-from minidl.ops import chunks, group_conv, winograd
+from minidl.ops import chunks, conv_tensor_core, group_conv, winograd
 from minidl.ops.packed_gemm import Blas, Packed, product_for
 from minidl.ops.window import output_size, threads_along
 
@@ -25,7 +26,7 @@ KERNELS = Kernels("conv.cu")
 # AVX2 alone the two meet near 48. cupy's is a guess.
 DIRECT_GROUP_CHANNELS = {"numpy": 50, "cupy": 16}
 # Convolutions with at least so many channels (of a group), in and out, are computed by winograd.py where it can.
-WINOGRAD_CHANNELS = {"numpy": 16, "cupy": 16}
+WINOGRAD_CHANNELS = {"numpy": 32, "cupy": 32}
 STRETCH = 32      # pixels of a row of cols that one block of im2col copies
 DW_COLUMNS = 512  # of cols, at least, in a sum for dweight: each ends with a pass over it
 
@@ -39,10 +40,8 @@ def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int =
     """
     g = _Geometry(x, weight, stride, padding, groups)
     y = _result("out", out, g.out_shape, x)
-    if g.winograd:
-        winograd.forward(x, weight, bias, y, padding=padding, groups=groups)
-    elif g.direct:
-        group_conv.forward(x, weight, y, stride=stride, padding=padding, groups=groups)
+    if g.method:
+        g.method.forward(x, weight, y, **g.settings)
         if bias is not None:
             bias_op.add(y, bias)
     else:
@@ -60,10 +59,8 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     bits wide.
     """
     g = _Geometry(x, weight, stride, padding, groups)
-    if g.winograd:
-        winograd.backward_weight(dy, x, dweight, padding=padding, groups=groups)
-    elif g.direct:
-        group_conv.backward_weight(dy, x, dweight, stride=stride, padding=padding, groups=groups)
+    if g.method:
+        g.method.backward_weight(dy, x, dweight, **g.settings)
     else:
         _weight_gradient(dy, x, dweight, g)
     if dbias is not None:
@@ -71,12 +68,10 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     if not input_gradient:
         return None
     dx = _result("dx", dx, x.shape, x)
-    if g.winograd:  # the adjoint of a convolution without strides is one
-        winograd.forward(dy, weight, None, dx, padding=g.kernel[0] - 1 - padding, groups=groups, adjoint=True)
-    elif g.direct:
-        group_conv.backward_x(dy, weight, dx, stride=stride, padding=padding, groups=groups)
+    if g.method:
+        g.method.backward_x(dy, weight, dx, **g.settings)
     elif g.adjoint_padding is not None:
-        # What col2im would add up is summed by the product.
+        # Without strides the adjoint of a convolution is one: what col2im would add up is summed by the product.
         adjoint = _adjoint_weight(weight, groups)
         _multiply(dy, adjoint, None, dx, _Geometry(dy, adjoint, 1, g.adjoint_padding, groups))
     else:
@@ -88,10 +83,10 @@ def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, group
     """Bytes of `cols`, or of what stands for it, that `forward` holds at a time. Of x and weight, only device, shape and
     type matter."""
     g = _Geometry(x, weight, stride, padding, groups)
-    if g.winograd:
+    if g.method is winograd:
         y = array_module(x).broadcast_to(x[:1, :1, :1, :1], g.out_shape)
         return winograd.workspace_bytes(x, y, padding=padding, groups=groups)
-    if g.direct or g.pointwise and not product_for(x).packs:
+    if g.method or g.pointwise and not product_for(x).packs:
         return 0
     largest = [max(end - begin for begin, end in ranges) for ranges in chunks.tasks(g.pixels, g.pixel_bytes, x)]
     return sum(largest) * g.pixel_bytes
@@ -216,12 +211,21 @@ class _Geometry:
         # The padding with which a convolution of dy covers x again; None where there is no such convolution.
         adjoint_is_convolution = stride == 1 and kernel[0] == kernel[1] and padding < kernel[0]
         self.adjoint_padding = kernel[0] - 1 - padding if adjoint_is_convolution else None
-        module, narrowest, widest = array_module(x).__name__, *sorted((group_channels, outputs // groups))
+        self.method, self.settings = self._choose(x, weight)
+
+    def _choose(self, x: Array, weight: Array) -> tuple[ModuleType | None, dict[str, int]]:
+        """The module of another method, with the settings that its functions take; or None."""
+        module, (narrowest, widest) = array_module(x).__name__, sorted((weight.shape[1], len(weight) // self.groups))
+        settings = dict(padding=self.padding, groups=self.groups)
+        if conv_tensor_core.applies(x, weight, self.stride, self.padding, self.groups):
+            return conv_tensor_core, settings
         # 16 bits, and TF32's 10 bits of mantissa, are too few for sums of transformed values.
         exact = x.dtype == np.float64 or x.dtype == np.float32 and not blas.allow_tf32
-        self.winograd = (self.kernel == (3, 3) and stride == 1 and padding <= 2 and exact
-                         and narrowest >= WINOGRAD_CHANNELS[module])
-        self.direct = groups > 1 and widest <= DIRECT_GROUP_CHANNELS[module]
+        if self.kernel == (3, 3) and self.stride == 1 and self.padding <= 2 and exact and narrowest >= WINOGRAD_CHANNELS[module]:
+            return winograd, settings
+        if self.groups > 1 and widest <= DIRECT_GROUP_CHANNELS[module]:
+            return group_conv, {"stride": self.stride, **settings}
+        return None, {}
 
     def weight_matrix(self, weight: Array) -> Array:
         return weight.reshape(self.groups, -1, self.depth)

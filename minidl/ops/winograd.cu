@@ -80,8 +80,8 @@ __device__ __forceinline__ Outputs outputs_of_tile(int height, int width, int ba
 }
 
 template <bool WHOLE>
-__device__ __forceinline__ void transform_output(const real* __restrict__ m, acc bias, real* __restrict__ y, int height, int width,
-                                                 int batch, int padded, int tiles_x, int tile_begin) {
+__device__ __forceinline__ void transform_output(const real* __restrict__ m, real* __restrict__ y, int height, int width, int batch,
+                                                 int padded, int tiles_x, int tile_begin) {
     const Outputs tile = outputs_of_tile(height, width, batch, tiles_x, tile_begin);
     const long long element = (long long)gridDim.x * gridDim.y * padded;
     const real* in = m + ((long long)blockIdx.x * gridDim.y + blockIdx.y) * padded;
@@ -94,20 +94,19 @@ __device__ __forceinline__ void transform_output(const real* __restrict__ m, acc
             t[1][j] = a[1] - a[2] - a[3];
         }
         real* out = y + tile.begin + n;
-        store<WHOLE>(out, t[0][0] + t[0][1] + t[0][2] + bias, batch - n);
-        if (tile.right) store<WHOLE>(out + batch, t[0][1] - t[0][2] - t[0][3] + bias, batch - n);
+        store<WHOLE>(out, t[0][0] + t[0][1] + t[0][2], batch - n);
+        if (tile.right) store<WHOLE>(out + batch, t[0][1] - t[0][2] - t[0][3], batch - n);
         if (!tile.below) continue;
-        store<WHOLE>(out + tile.row, t[1][0] + t[1][1] + t[1][2] + bias, batch - n);
-        if (tile.right) store<WHOLE>(out + tile.row + batch, t[1][1] - t[1][2] - t[1][3] + bias, batch - n);
+        store<WHOLE>(out + tile.row, t[1][0] + t[1][1] + t[1][2], batch - n);
+        if (tile.right) store<WHOLE>(out + tile.row + batch, t[1][1] - t[1][2] - t[1][3], batch - n);
     }
 }
 
-// m (16, O, P), bias (O) -> those tiles of y. Grid: outputs x tiles.
-extern "C" __global__ void winograd_output(const real* __restrict__ m, const acc* __restrict__ bias, real* __restrict__ y,
-                                           int height, int width, int batch, int padded, int tiles_x, int tile_begin) {
-    const acc b = bias[blockIdx.x];
-    if (whole_lanes(batch)) transform_output<true>(m, b, y, height, width, batch, padded, tiles_x, tile_begin);
-    else transform_output<false>(m, b, y, height, width, batch, padded, tiles_x, tile_begin);
+// m (16, O, P) -> those tiles of y. Grid: outputs x tiles.
+extern "C" __global__ void winograd_output(const real* __restrict__ m, real* __restrict__ y, int height, int width, int batch,
+                                           int padded, int tiles_x, int tile_begin) {
+    if (whole_lanes(batch)) transform_output<true>(m, y, height, width, batch, padded, tiles_x, tile_begin);
+    else transform_output<false>(m, y, height, width, batch, padded, tiles_x, tile_begin);
 }
 
 template <bool WHOLE>

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from minidl.device import Array, array_module, empty, run_tasks
+from minidl.device import Array, empty, run_tasks
 from minidl.kernels import Kernels, acc_dtype, blocks_for
 from minidl.ops import chunks
 from minidl.ops.packed_gemm import Blas, Packed, product_for
@@ -21,25 +21,14 @@ DW_COLUMNS = 256        # a sum for dweight has at least so many columns: each e
 MOST_TILES = 65535      # of a launch: CUDA's limit of a grid's second dimension
 
 
-def forward(x: Array, weight: Array, bias: Array | None, y: Array, *, padding: int, groups: int, adjoint: bool = False) -> None:
-    """x (C, H, W, N), weight (O, C/groups, 3, 3), bias (O): overwrites y (O, H', W', N).
+def forward(x: Array, weight: Array, y: Array, *, padding: int, groups: int) -> None:
+    """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), H' = H + 2 * padding - 2."""
+    _multiply(x, weight, y, padding, groups, adjoint=False)
 
-    adjoint: weight is that of the convolution which took y to x, (C, O/groups, 3, 3).
-    """
-    g = _Geometry(x, y, padding, groups)
-    u = _transform_weight(weight, g, adjoint)
-    bias = array_module(x).zeros(len(y), acc_dtype(x.dtype)) if bias is None else bias
 
-    def compute(ranges: Sequence[tuple[int, int]]) -> None:
-        for begin, end in ranges:
-            columns = (end - begin) * g.padded
-            v = g.transform_input(x, begin, end, g.product.panel(columns))
-            m = empty((ELEMENTS * groups, len(y) // groups, columns), y.dtype, like=y)
-            g.product.multiply(u, v, m, 0, columns)
-            KERNELS.winograd_output[(len(y), end - begin), threads_along(g.batch)](
-                m, bias, y, *y.shape[1:], g.padded, g.tiles_x, begin)
-
-    run_tasks([partial(compute, ranges) for ranges in g.tasks()])
+def backward_x(dy: Array, weight: Array, dx: Array, *, padding: int, groups: int) -> None:
+    """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N). `padding` is that of `forward`."""
+    _multiply(dy, weight, dx, 2 - padding, groups, adjoint=True)
 
 
 def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups: int) -> None:
@@ -72,6 +61,22 @@ def workspace_bytes(x: Array, y: Array, *, padding: int, groups: int) -> int:
     """Bytes of V and M that `forward` holds at a time. Of x and y, only device, shape and type matter."""
     g = _Geometry(x, y, padding, groups)
     return sum(max(end - begin for begin, end in ranges) for ranges in g.tasks()) * g.tile_bytes
+
+
+def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, adjoint: bool) -> None:
+    """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight."""
+    g = _Geometry(x, y, padding, groups)
+    u = _transform_weight(weight, g, adjoint)
+
+    def compute(ranges: Sequence[tuple[int, int]]) -> None:
+        for begin, end in ranges:
+            columns = (end - begin) * g.padded
+            v = g.transform_input(x, begin, end, g.product.panel(columns))
+            m = empty((ELEMENTS * groups, len(y) // groups, columns), y.dtype, like=y)
+            g.product.multiply(u, v, m, 0, columns)
+            KERNELS.winograd_output[(len(y), end - begin), threads_along(g.batch)](m, y, *y.shape[1:], g.padded, g.tiles_x, begin)
+
+    run_tasks([partial(compute, ranges) for ranges in g.tasks()])
 
 
 class _Geometry:
