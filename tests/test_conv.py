@@ -56,7 +56,8 @@ def choose(monkeypatch, way, shape=None, outputs=None, stride=1, padding=0, item
     products by BLAS, or packed where arrays of this kind have that."""
     everywhere = dict.fromkeys(("numpy", "cupy"))
     monkeypatch.setattr(conv, "DIRECT_GROUP_CHANNELS", dict.fromkeys(everywhere, 1 << 30 if way == "directly" else 0))
-    monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", dict.fromkeys(everywhere, 0 if "Winograd" in way else 1 << 30))
+    for limit in ("WINOGRAD_CHANNELS", "WINOGRAD_GROUP_CHANNELS"):
+        monkeypatch.setattr(conv, limit, dict.fromkeys(everywhere, 0 if "Winograd" in way else 1 << 30))
     for number_of_columns in (conv, winograd):
         monkeypatch.setattr(number_of_columns, "DW_COLUMNS", 1)
     monkeypatch.setattr(group_conv, "TILE_PIXELS", 6)
@@ -222,16 +223,18 @@ def test_chunks_of_a_layer_beyond_31_bits_of_elements():
     assert max(pixels) * geometry.pixel_bytes <= max(chunks.WORKSPACE_BYTES["numpy"], geometry.pixel_bytes)
 
 
-@pytest.mark.parametrize("dtype, tf32, outputs, stride, padding, chosen", [
-    ("float32", False, (20, 16, 3, 3), 1, 1, True), ("float64", True, (16, 20, 3, 3), 1, 2, True),
-    ("float32", True, (16, 16, 3, 3), 1, 1, False),   # 10 bits of mantissa are too few for sums of what is multiplied
-    ("bfloat16", False, (16, 16, 3, 3), 1, 1, False), ("float16", False, (16, 16, 3, 3), 1, 1, False),
-    ("float32", False, (15, 16, 3, 3), 1, 1, False), ("float32", False, (16, 15, 3, 3), 1, 1, False),
-    ("float32", False, (16, 16, 3, 3), 2, 1, False), ("float32", False, (16, 16, 3, 3), 1, 3, False),
-    ("float32", False, (16, 16, 3, 2), 1, 1, False), ("float32", False, (16, 16, 1, 1), 1, 0, False),
+@pytest.mark.parametrize("dtype, tf32, outputs, stride, padding, groups, chosen", [
+    ("float32", False, (20, 16, 3, 3), 1, 1, 1, True), ("float64", True, (16, 20, 3, 3), 1, 2, 1, True),
+    ("float32", True, (16, 16, 3, 3), 1, 1, 1, False),   # 10 bits of mantissa are too few for sums of what is multiplied
+    ("bfloat16", False, (16, 16, 3, 3), 1, 1, 1, False), ("float16", False, (16, 16, 3, 3), 1, 1, 1, False),
+    ("float32", False, (15, 16, 3, 3), 1, 1, 1, False), ("float32", False, (16, 15, 3, 3), 1, 1, 1, False),
+    ("float32", False, (16, 16, 3, 3), 2, 1, 1, False), ("float32", False, (16, 16, 3, 3), 1, 3, 1, False),
+    ("float32", False, (16, 16, 3, 2), 1, 1, 1, False), ("float32", False, (16, 16, 1, 1), 1, 0, 1, False),
+    ("float32", False, (64, 32, 3, 3), 1, 1, 2, True), ("float32", False, (62, 32, 3, 3), 1, 1, 2, False),
 ])
-def test_which_convolutions_are_computed_by_winograd(monkeypatch, dtype, tf32, outputs, stride, padding, chosen):
+def test_which_convolutions_are_computed_by_winograd(monkeypatch, dtype, tf32, outputs, stride, padding, groups, chosen):
     monkeypatch.setattr(blas, "allow_tf32", tf32)
     monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", {"numpy": 16})
-    x, weight = (np.zeros(shape, kernels.storage_dtype(dtype)) for shape in ((outputs[1], 6, 6, 2), outputs))
-    assert (conv._Geometry(x, weight, stride, padding, 1).method is winograd) == chosen
+    monkeypatch.setattr(conv, "WINOGRAD_GROUP_CHANNELS", {"numpy": 32})
+    x, weight = (np.zeros(shape, kernels.storage_dtype(dtype)) for shape in ((groups * outputs[1], 6, 6, 2), outputs))
+    assert (conv._Geometry(x, weight, stride, padding, groups).method is winograd) == chosen

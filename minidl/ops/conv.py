@@ -21,12 +21,18 @@ from minidl.ops.window import output_size, threads_along
 
 KERNELS = Kernels("conv.cu")
 
-# Groups of at most so many channels, in and out, are computed by group_conv.py, per array module. On two cores of Zen 4
-# with AVX-512, 3x3, batch 128, that is 4 times as fast at 4 channels, 1.3 to 1.9 times at 48, 1.1 to 1.5 times at 64; with
-# AVX2 alone the two meet near 48. cupy's is a guess.
-DIRECT_GROUP_CHANNELS = {"numpy": 50, "cupy": 16}
-# Convolutions with at least so many channels (of a group), in and out, are computed by winograd.py where it can.
-WINOGRAD_CHANNELS = {"numpy": 32, "cupy": 32}
+# Who computes, per array module; cupy's limits are guesses. Measured on a core of Zen 4 with AVX-512, 3x3, batches of 32 and 64,
+# GFLOP/s of the definition (forward, dweight, both gradients):
+#   channels             winograd.py     im2col        group_conv.py
+#   8 -> 8               31, 36, 38      37, 28, 35
+#   16 -> 64             79, 74, 75      76, 67, 52
+#   32 -> 32             90, 85, 90      68, 56, 62
+#   4 of 32 groups       12, 14, 14      18, 15, 17    82, 59, 63
+#   24 of 2 groups       71, 69, 73      58, 60, 62    89, 75, 83
+#   48 of 2 groups       105, 98, 109    74, 65, 72    92, 75, 81
+WINOGRAD_CHANNELS = {"numpy": 16, "cupy": 16}        # at least so many, in and out, without groups
+WINOGRAD_GROUP_CHANNELS = {"numpy": 32, "cupy": 32}  # and of each group
+DIRECT_GROUP_CHANNELS = {"numpy": 50, "cupy": 16}    # of a group at most so many, in and out, for group_conv.py
 STRETCH = 32      # pixels of a row of cols that one block of im2col copies
 DW_COLUMNS = 512  # of cols, at least, in a sum for dweight: each ends with a pass over it
 
@@ -221,7 +227,8 @@ class _Geometry:
             return conv_tensor_core, settings
         # 16 bits, and TF32's 10 bits of mantissa, are too few for sums of transformed values.
         exact = x.dtype == np.float64 or x.dtype == np.float32 and not blas.allow_tf32
-        if self.kernel == (3, 3) and self.stride == 1 and self.padding <= 2 and exact and narrowest >= WINOGRAD_CHANNELS[module]:
+        fewest = (WINOGRAD_GROUP_CHANNELS if self.groups > 1 else WINOGRAD_CHANNELS)[module]
+        if self.kernel == (3, 3) and self.stride == 1 and self.padding <= 2 and exact and narrowest >= fewest:
             return winograd, settings
         if self.groups > 1 and widest <= DIRECT_GROUP_CHANNELS[module]:
             return group_conv, {"stride": self.stride, **settings}
