@@ -1,352 +1,200 @@
 #!/usr/bin/env python3
-"""Time every kernel against the hardware's ceilings, and against its peers: a NumPy (CuPy) expression, PyTorch.
+"""Time every kernel and every matrix product of the networks against the hardware's ceilings, and beside their peers.
 
-    python benchmarks/kernels.py                        all, on the GPU if there is one
-    python benchmarks/kernels.py --filter conv --peer torch --json out.json
+    python benchmarks/kernels.py                                   what the four networks do, on the GPU if there is one
+    python benchmarks/kernels.py --peer torch --precision fp32 tf32 bf16 --json out.json --plot roofline.png
+    python benchmarks/kernels.py --networks wrn-16-4 --filter convolution
 
-Shapes are those of CIFAR networks at batch 128. Each row: the median of --repeats runs, peers in turn (A B A B ...) in
-one process with the same number of threads; first the outputs of all peers are compared. In its turn a peer runs twice
-and the second run is timed, so that it finds its inputs in the caches as it leaves them itself: in a network they have
-just been written by the layer before. GB/s counts the bytes that any implementation must move, each tensor read or
-written once a pass; per cent are of the copy bandwidth (of tensors that no cache holds) and of the GEMM rate, measured in
-the same run.
+Shapes are found by tracing the networks (works.py); equal ones appear once, with how often a training step of each network
+has them. "others" is what these networks leave out. Peers take turns (A B A B ...) in one process with the same number of
+threads; first their results are compared. Peers: a NumPy (CuPy) expression for what is bound by memory, and with --peer torch
+PyTorch, in the better of its two layouts on a CPU, in channels_last on a GPU.
+
+The ceilings are measured in the same run: bytes/s of a copy of a tensor that no cache holds, FLOP/s of the fastest large
+matrix product that either peer has. "ceiling" is the least time that they allow over the time taken. The bytes are those that
+any implementation must move, each tensor once per pass; the FLOPs of a convolution are those of its definition, so that a
+faster algorithm (Winograd's) may exceed 100 %. What is bound by memory finds its tensors in no cache: another one is read
+before each run. What multiplies runs twice in its turn, and the second run is timed.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 
 import numpy as np
 
-from minidl import blas, command, device, run_folder
-from minidl.ops import augment, batchnorm, conv, loss, maxpool, optimizer, relu
+import models
+import records
+import works
+from minidl import blas, command, device, plots, signals
+from minidl.commands.arguments import positive
+from minidl.errors import UsageError
+from minidl.kernels import storage_dtype
+from minidl.ops import conv, optimizer, relu
 
-BATCH = 128
-
-
-class Case:
-    """One row: a function and its peers.
-
-    ours, numpy, torch: functions without arguments that return arrays in one order and layout, or None where there is
-    no such peer. bytes: least traffic; flops: of matrix products. A convolution in groups has "/groups" in its name.
-    """
-
-    def __init__(self, name, shape, ours, bytes=0, flops=0, numpy=None, torch=None):
-        self.name, self.shape, self.bytes, self.flops = name, shape, bytes, flops
-        self.functions = {name: f for name, f in (("minidl", ours), ("numpy", numpy), ("torch", torch)) if f}
+ROW_SECONDS, FEWEST = 1.0, 5  # a row takes no longer, unless so many runs do
+BEYOND_CACHES = 256 << 20  # bytes
+# Most that peers may differ, in root mean square: a ReLU decides otherwise where rounding does.
+TOLERANCES = {"fp32": 3e-3, "tf32": 2e-2, "bf16": 1e-1}
 
 
 class Bench:
-    """Inputs and cases on one device."""
+    """Measures cases on one device, in one precision. copy, gemm: the ceilings, bytes/s and FLOP/s."""
 
-    def __init__(self, place, peers):
-        self.place, self.xp, self.peers = place, place.xp, peers
-        self.rng = np.random.default_rng(1)
-        if "torch" in peers:
-            import torch
+    def __init__(self, place, precision, with_torch):
+        blas.allow_tf32 = precision == "tf32"
+        self.place, self.precision = place, precision
+        dtype = storage_dtype(records.PRECISIONS[precision])
+        self.torch = records.torch_with(precision) if with_torch else None
+        self.inputs = works.Inputs(place, dtype, self.torch)
+        self.other_tensor = self.inputs.master(BEYOND_CACHES // 4)
+        self.state = place.xp.zeros(optimizer.STATE_SIZE, self.inputs.acc)
 
-            self.torch = torch
-            torch.set_num_threads(device.cpu_threads())
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cudnn.benchmark = True
-
-    def array(self, *shape):
-        return self.place.array(self.rng.standard_normal(shape, dtype=np.float32))
-
-    def to_torch(self, array, order=(3, 0, 1, 2)):
-        """An array (C, H, W, N) -> a tensor (N, C, H, W) on the same device, its own copy."""
-        tensor = self.torch.from_numpy(np.ascontiguousarray(self.place.to_host(array).transpose(order)))
-        return tensor if self.place.name == "cpu" else tensor.cuda()
-
-    def from_torch(self, *tensors):
-        """Tensors (N, C, H, W), (C,) or weights, detached -> NumPy arrays as minidl has them."""
-        return tuple(t.detach().cpu().numpy().transpose(1, 2, 3, 0) if of_images else t.detach().cpu().numpy()
-                     for of_images, t in tensors)
-
-    def cases(self):
-        for channels, size in ((64, 32), (128, 16), (256, 8)):
-            yield from self.batch_norm(channels, size)
-            yield from self.max_pool(channels, size)
-            yield from self.relu(channels, size)
-        yield self.augmentation()
-        yield from self.optimizers()
-        yield self.loss()
-        for channels, size in ((64, 32), (128, 16), (256, 8)):
-            yield from self.conv(channels, size)
-        for channels, size in ((128, 32), (256, 16), (512, 8)):  # of ResNeXt 32x4d
-            yield from self.conv(channels, size, groups=32)
-
-    # ---- memory-bound kernels
-
-    def batch_norm(self, channels, size):
-        x, dy = self.array(channels, size, size, BATCH), self.array(channels, size, size, BATCH)
-        gamma, beta = self.array(channels), self.array(channels)
-        dgamma, dbeta = self.array(channels), self.array(channels)
-        eps, m = 1e-5, x.size // channels
-        settings = dict(training=True, relu=True)
-
-        def forward():
-            running = self.xp.zeros(channels, np.float32), self.xp.ones(channels, np.float32)
-            return batchnorm.forward(x, gamma, beta, *running, momentum=0.1, eps=eps, **settings)
-
-        def forward_in_numpy():
-            g, b = gamma[:, None, None, None], beta[:, None, None, None]
-            mean, var = x.mean(axis=(1, 2, 3), keepdims=True), x.var(axis=(1, 2, 3), keepdims=True)
-            rstd = 1 / self.xp.sqrt(var + np.float32(eps))
-            return self.xp.maximum(g * (x - mean) * rstd + b, 0), mean.ravel(), rstd.ravel()
-
-        _, mean, rstd = forward()
-
-        def backward():
-            return batchnorm.backward(dy, x, gamma, beta, mean, rstd, dgamma, dbeta, **settings), dgamma, dbeta
-
-        def backward_in_numpy():
-            g, b = gamma[:, None, None, None], beta[:, None, None, None]
-            xhat = (x - mean[:, None, None, None]) * rstd[:, None, None, None]
-            masked = dy * (g * xhat + b > 0)
-            sum_dy = masked.sum(axis=(1, 2, 3), keepdims=True)
-            sum_dy_xhat = (masked * xhat).sum(axis=(1, 2, 3), keepdims=True)
-            dx = g * rstd[:, None, None, None] * (masked - (sum_dy + xhat * sum_dy_xhat) / np.float32(m))
-            return dx, sum_dy_xhat.ravel(), sum_dy.ravel()
-
-        shape = tuple(x.shape)
-        # Statistics need one pass over x before y can be written: x twice, y once; backward: x, dy twice, dx once.
-        yield Case("bn+relu forward", shape, forward, 3 * x.nbytes, numpy=forward_in_numpy)
-        yield Case("bn+relu backward", shape, backward, 5 * x.nbytes, numpy=backward_in_numpy)
-
-    def max_pool(self, channels, size):
-        x, dy = self.array(channels, size, size, BATCH), self.array(channels, size // 2, size // 2, BATCH)
-        _, winner = maxpool.forward(x, (2, 2), 2)
-
-        def windows(a):
-            """a (C, 2h, 2w, N) -> (4, C, h, w, N): the four pixels of each window."""
-            return self.xp.stack([a[:, ky::2, kx::2] for ky in range(2) for kx in range(2)])
-
-        def backward_in_numpy():
-            w = windows(x)
-            first = w.argmax(axis=0)
-            dx = self.xp.zeros_like(x)
-            for place in range(4):
-                dx[:, place // 2::2, place % 2::2] = dy * (first == place)
-            return (dx,)
-
-        shape = tuple(x.shape)
-        yield Case("max-pool forward", shape, lambda: maxpool.forward(x, (2, 2), 2)[:1],
-                   x.nbytes + dy.nbytes + winner.nbytes, numpy=lambda: (windows(x).max(axis=0),))
-        yield Case("max-pool backward", shape, lambda: (maxpool.backward(dy, winner, x.shape, (2, 2), 2),),
-                   x.nbytes + dy.nbytes + winner.nbytes, numpy=backward_in_numpy)
-
-    def relu(self, channels, size):
-        x, dy = self.array(channels, size, size, BATCH), self.array(channels, size, size, BATCH)
-        y, shape = relu.forward(x), tuple(x.shape)
-        yield Case("relu forward", shape, lambda: (relu.forward(x),), 2 * x.nbytes, numpy=lambda: (self.xp.maximum(x, 0),))
-        yield Case("relu backward", shape, lambda: (relu.backward(dy, y),), 3 * x.nbytes, numpy=lambda: (dy * (y > 0),))
-
-    def augmentation(self):
-        images = self.place.array(self.rng.integers(0, 256, (10_000, 3, 32, 32), dtype=np.uint8))
-        labels = self.place.array(self.rng.integers(0, 100, 10_000).astype(np.int32))
-        indices = self.place.array(self.rng.permutation(10_000)[:BATCH].astype(np.int32))
-        scale, shift = self.array(3), self.array(3)
-        step = self.xp.zeros(1, np.int64)
-        settings = dict(key=1, padding=4, flips=True)
-        draws = self.place.to_host(augment.draw(indices, labels, step, (32, 32), **settings)[0])
-
-        def ours():
-            drawn, _ = augment.draw(indices, labels, step, (32, 32), **settings)
-            return (augment.apply(images, indices, drawn, scale, shift, dtype=np.dtype("float32")),)
-
-        def in_numpy():
-            x = images[indices] * scale[:, None, None] + shift[:, None, None]
-            x = self.xp.pad(x, ((0, 0), (0, 0), (4, 4), (4, 4)))
-            x = self.xp.stack([image[:, 4 + dy:36 + dy, 4 + dx:36 + dx][:, :, ::-1 if flip else 1]
-                               for image, dy, dx, flip in zip(x, *draws[:3])])
-            return (self.xp.ascontiguousarray(x.transpose(1, 2, 3, 0)),)
-
-        return Case("augmentation", (3, 32, 32, BATCH), ours, BATCH * 3 * 32 * 32 * 5, numpy=in_numpy)
-
-    def optimizers(self):
-        size = 5_521_508  # simplenet-5m
-        w, grad, m, v = (self.array(size) for _ in range(4))
-        v = abs(v)
-        lr, state = np.float32(1e-3), self.xp.zeros(optimizer.STATE_SIZE, np.float32)
-        state[optimizer.LR], state[optimizer.GRAD_FACTOR] = lr, 1
-        copies = [a.copy() for a in (w, m, v)]
-
-        def restore():
-            for target, source in zip((w, m, v), copies):
-                target[...] = source
-
-        def sgd_in_numpy():
-            g = grad + np.float32(5e-4) * w
-            velocity = np.float32(0.9) * m + g
-            return w - lr * (g + np.float32(0.9) * velocity), velocity
-
-        def adam_in_numpy():
-            first = np.float32(0.9) * m + np.float32(0.1) * grad
-            second = np.float32(0.999) * v + np.float32(0.001) * grad**2
-            return w - lr * (first / np.float32(0.1)) / (self.xp.sqrt(second / np.float32(0.001)) + np.float32(1e-8)), first, second
-
-        def sgd():
-            optimizer.sgd(w, grad, m, w, state, momentum=0.9, weight_decay=5e-4, nesterov=True)
-            return w, m
-
-        def adam():
-            optimizer.adam(w, grad, m, v, w, state, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-            return w, m, v
-
-        for name, ours, in_numpy, arrays in (("sgd step", sgd, sgd_in_numpy, 5), ("adam step", adam, adam_in_numpy, 7)):
-            case = Case(name, (size,), ours, arrays * w.nbytes, numpy=in_numpy)
-            case.before_check = restore  # the step is in place: the comparison starts from the same weights
-            yield case
-
-    def loss(self):
-        logits = self.array(100, BATCH)
-        labels = self.place.array(self.rng.integers(0, 100, BATCH).astype(np.int32))
-        one, totals = self.xp.ones(1, np.float32), self.xp.zeros(4)
-
-        def in_numpy():
-            p = self.xp.exp(logits - logits.max(axis=0))
-            p /= p.sum(axis=0)
-            p[labels, self.xp.arange(BATCH)] -= 1
-            return (p / BATCH,)
-
-        return Case("softmax cross-entropy", (100, BATCH), lambda: (loss.forward_backward(logits, labels, totals, one),),
-                    2 * logits.nbytes, numpy=in_numpy)
-
-    # ---- convolution
-
-    def conv(self, channels, size, groups=1):
-        settings = dict(padding=1, groups=groups)
-        x, dy = self.array(channels, size, size, BATCH), self.array(channels, size, size, BATCH)
-        weight, dweight = (self.array(channels, channels // groups, 3, 3) for _ in range(2))
-        flops = 2 * dweight.size * size * size * BATCH
-        torch_forward = torch_both = None
-        if "torch" in self.peers:
-            layouts = [self.torch.contiguous_format, self.torch.channels_last]
-            tensors = {layout: [self.to_torch(a).to(memory_format=layout) for a in (x, dy)]
-                       + [self.to_torch(weight, (0, 1, 2, 3)).to(memory_format=layout)] for layout in layouts}
-
-            def run(layout, backward):
-                tx, tdy, tw = tensors[layout]
-                tx.requires_grad_(backward), tw.requires_grad_(backward)
-                tx.grad = tw.grad = None
-                y = self.torch.nn.functional.conv2d(tx, tw, **settings)
-                if not backward:
-                    return ((True, y),)
-                y.backward(tdy)
-                return (True, y), (True, tx.grad), (False, tw.grad)
-
-            def better(backward):
-                """PyTorch in the layout that is faster here."""
-                seconds = {layout: min(self.seconds(lambda: run(layout, backward)) for _ in range(4)) for layout in layouts}
-                layout = min(layouts, key=seconds.get)
-                return lambda: run(layout, backward)
-
-            torch_forward, torch_both = better(False), better(True)
-
-        def both():
-            y = conv.forward(x, weight, **settings)
-            dx = conv.backward(dy, x, weight, dweight, **settings)
-            return y, dx, dweight
-
-        name, shape = "conv 3x3" + (f"/{groups}" if groups > 1 else ""), tuple(x.shape)
-        yield Case(name + " forward", shape, lambda: (conv.forward(x, weight, **settings),), flops=flops, torch=torch_forward)
-        yield Case(name + " forward+backward", shape, both, flops=3 * flops, torch=torch_both)
-
-    # ---- measuring
-
-    def seconds(self, function):
-        self.place.synchronize()
-        begin = time.perf_counter()
-        function()
-        if "torch" in self.peers and self.place.name != "cpu":
-            self.torch.cuda.synchronize()
-        self.place.synchronize()
-        return time.perf_counter() - begin
-
-    def ceilings(self):
-        """Bytes/s of a copy (read + written) and FLOP/s of a float32 GEMM, the best of several, in this run."""
-        source = self.array(1 << 26 if self.place.name != "cpu" else 1 << 24)
-        # relu reads and writes each element once: a copy by as many threads as kernels use.
-        copy = min(self.seconds(lambda: relu.forward(source)) for _ in range(20))
+    def measure_ceilings(self):
+        """Of a ReLU, which is a copy by as many threads as kernels have; of the fastest product of n x n matrices, be it that
+        of BLAS, of a convolution or of PyTorch."""
+        self.copy = 2 * self.other_tensor.nbytes / min(self.seconds(lambda: relu.forward(self.other_tensor)) for _ in range(10))
         n = 8192 if self.place.name != "cpu" else 2048
-        a, b, out = self.array(n, n), self.array(n, n), self.array(n, n)
-        product = min(self.seconds(lambda: blas.gemm(a, b, out)) for _ in range(5))
-        return 2 * source.nbytes / copy, 2 * n**3 / product
+        a, b, out = (self.inputs.normal(n, n) for _ in range(3))
+        candidates = [lambda: blas.gemm(a, b, out), lambda: conv.forward(b.reshape(n, 4, 4, n // 16), a.reshape(n, n, 1, 1))]
+        if self.torch:
+            ta, tb = self.inputs.tensor(a), self.inputs.tensor(b)
+            candidates.append(lambda: ta @ tb)
+        self.gemm = max(2 * n**3 / min(self.seconds(product, product) for _ in range(4)) for product in candidates)
+
+    def seconds(self, function, before=lambda: None):
+        """Of function(), after before(). On a GPU its launches wait until that is done, and cost nothing themselves."""
+        before()
+        if self.place.name == "cpu":
+            begin = time.perf_counter()
+            function()
+            return time.perf_counter() - begin
+        start, end = (self.place.xp.cuda.Event() for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return self.place.xp.cuda.get_elapsed_time(start, end) / 1e3
+
+    def run(self, case, function):
+        return self.seconds(function, function if case.product else self.read_other_tensor)
+
+    def read_other_tensor(self):
+        """By all threads, of which each may have a cache of its own, and which are awake then, as in a network."""
+        optimizer.norm(self.other_tensor, self.state)
 
     def check(self, case):
-        """The outputs of all peers agree; ours, computed a second time into poisoned memory, too."""
-        results = {}
-        for name, function in case.functions.items():
-            getattr(case, "before_check", lambda: None)()
-            arrays = function()
-            results[name] = self.from_torch(*arrays) if name == "torch" else [self.place.to_host(a).copy() for a in arrays]
+        """Ends the program where the results of the first call of each peer differ."""
+        results = {name: self.to_host(function()) for name, function in self.without_torch(case).items()}
+        if case.torch:
+            results["torch"] = [tensor.detach().float().cpu().numpy().copy() for tensor in case.torch[-1]()]
         for name, arrays in results.items():
-            for ours, theirs in zip(results["minidl"], arrays):
-                scale = float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64)))) or 1.0
-                error = float(np.abs(ours - theirs).max()) / scale
-                if not error < 1e-3:
-                    sys.exit(f"{case.name} {case.shape}: minidl and {name} differ by {error:.2g} of a typical value")
+            for ours, theirs in zip(results["minidl"], arrays, strict=True):
+                error = float(np.linalg.norm((ours - theirs).ravel()) / np.linalg.norm(theirs.ravel()))
+                if not error < (np.inf if case.random else TOLERANCES[self.precision]):
+                    sys.exit(f"{case.name}: minidl and {name} differ by {error:.2g} of a typical value")
+
+    def without_torch(self, case):
+        """{name: function} of minidl and NumPy."""
+        return {"minidl": case.ours, **({"numpy": case.numpy} if case.numpy and self.inputs.exact else {})}
+
+    def to_host(self, arrays):
+        """Copies, as some cases write to the same array again."""
+        return [self.place.to_host(array).astype(np.float32) for array in arrays]
+
+    def peers(self, case):
+        """{name: function}: PyTorch in the layout that is faster here."""
+        peers = self.without_torch(case)
+        if case.torch:
+            peers["torch"] = min(case.torch, key=lambda candidate: min(self.run(case, candidate) for _ in range(2)))
+        return peers
 
     def measure(self, case, repeats):
-        """-> {peer: sorted seconds}, in turn; before the turn of a peer, the threads of the others may fall asleep."""
-        times = {name: [] for name in case.functions}
-        for _ in range(repeats):
-            for name, function in case.functions.items():
-                if "torch" in case.functions and self.place.name == "cpu":
-                    time.sleep(0.05)
-                function()
-                times[name].append(self.seconds(function))
-        return {name: sorted(seconds) for name, seconds in times.items()}
+        """-> {peer: seconds of each run}, in turn."""
+        self.check(case)
+        peers = self.peers(case)
+        times = {name: [] for name in peers}
+        begin = time.perf_counter()
+        while len(times["minidl"]) < repeats and (len(times["minidl"]) < FEWEST or time.perf_counter() - begin < ROW_SECONDS):
+            for name, function in peers.items():
+                signals.obey()
+                times[name].append(self.run(case, function))
+                if name == "torch":
+                    records.pause(self.place)
+        return times
+
+    def row(self, work, case, occurrences, repeats):
+        """What is recorded of a case."""
+        times = self.measure(case, repeats)
+        median = {name: statistics.median(seconds) for name, seconds in times.items()}
+        ours = median["minidl"]
+        return {
+            "kernel": case.name, "kind": work.kind, "shape": str(work), "precision": self.precision, "occurrences": occurrences,
+            "also_in": case.also_in, "runs": len(times["minidl"]), "median_us": 1e6 * ours,
+            "p10_us": 1e6 * records.quantile(times["minidl"], 0.1), "p90_us": 1e6 * records.quantile(times["minidl"], 0.9),
+            "bytes": case.bytes, "flops": case.flops,
+            "gigabytes_per_second": case.bytes / ours / 1e9, "teraflops_per_second": case.flops / ours / 1e12,
+            "bound": "memory" if case.floor(self.copy, np.inf) == case.floor(self.copy, self.gemm) else "product",
+            "share_of_ceiling": case.floor(self.copy, self.gemm) / ours,
+            **{f"{peer}_us": 1e6 * median[peer] if peer in median else None for peer in ("numpy", "torch")},
+            **{f"speed_over_{peer}": median[peer] / ours if peer in median else None for peer in ("numpy", "torch")}}
+
+
+HEAD = (f"{'kernel':34}{'shape':>36}{'times':>6}{'us':>10}{'p10':>10}{'p90':>10}{'GB/s':>8}{'TFLOP/s':>9}{'ceiling':>9}"
+        f"{'vs numpy':>10}{'torch us':>10}{'vs torch':>10}")
+
+
+def line(row):
+    """A row, for people."""
+    return f"{row['kernel']:34}{row['shape']:>36}" + records.cells(
+        (sum(row["occurrences"].values()), "d", 6), (row["median_us"], ".0f", 10), (row["p10_us"], ".0f", 10),
+        (row["p90_us"], ".0f", 10), (row["gigabytes_per_second"], ".1f", 8), (row["teraflops_per_second"], ".3f", 9),
+        (row["share_of_ceiling"], ".0%", 9), (row["speed_over_numpy"], ".2f", 10), (row["torch_us"], ".0f", 10),
+        (row["speed_over_torch"], ".2f", 10))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
-    parser.add_argument("--filter", default="", help="only rows whose name contains this")
-    parser.add_argument("--peer", choices=["torch"], action="append", default=[], help="also time PyTorch")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--networks", nargs="+", default=[*models.ALIASES.values(), works.OTHERS], metavar="NAME",
+                        help="whose kernels; default: %(default)s")
+    parser.add_argument("--precision", nargs="+", choices=records.PRECISIONS, default=["fp32"])
+    parser.add_argument("-b", "--batch-size", type=positive, help="default: 128, on a CPU 32")
+    parser.add_argument("--filter", default="", metavar="TEXT",
+                        help="only what has this in its kind or shape: convolution, 64x32x32")
+    parser.add_argument("--peer", choices=["torch"], help="also time PyTorch")
+    parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="runs of a row, at most; default: 20")
     parser.add_argument("--json", metavar="FILE", help="write the rows and the environment there")
+    parser.add_argument("--plot", metavar="FILE", help="draw the roofline there: .png, .svg or .pdf")
     args = parser.parse_args()
+    if args.plot:
+        plots.check(args.plot)
 
     place = device.select(args.device)
-    bench = Bench(place, args.peer)
-    copy, gemm = bench.ceilings()
-    print(f"{place.description} | copy {copy / 1e9:.1f} GB/s | float32 GEMM {gemm / 1e9:.0f} GFLOP/s | batch {BATCH}, float32, "
-          f"median of {args.repeats}")
-    print(f"{'kernel':28}{'shape':>20}{'us':>10}{'p10':>10}{'p90':>10}{'GB/s':>8}{'GFLOP/s':>9}{'ceiling':>9}{'vs numpy':>10}{'vs torch':>10}")
-    rows = []
-    for case in bench.cases():
-        if args.filter not in case.name:
-            continue
-        bench.check(case)
-        times = bench.measure(case, args.repeats)
-        median = {name: statistics.median(seconds) for name, seconds in times.items()}
-        ours = times["minidl"]
-        rate, ceiling = (case.flops / median["minidl"], gemm) if case.flops else (case.bytes / median["minidl"], copy)
-        row = {"kernel": case.name, "shape": case.shape, "median_us": 1e6 * median["minidl"],
-               "p10_us": 1e6 * ours[len(ours) // 10], "p90_us": 1e6 * ours[len(ours) * 9 // 10],
-               "gigabytes_per_second": case.bytes / median["minidl"] / 1e9 or None,
-               "gigaflops_per_second": case.flops / median["minidl"] / 1e9 or None, "share_of_ceiling": rate / ceiling}
-        for peer in ("numpy", "torch"):
-            row[f"speed_over_{peer}"] = median[peer] / median["minidl"] if peer in median else None
-        rows.append(row)
-        numbers = [f"{row[key]:.{digits}f}" if row[key] else "-" for key, digits in
-                   (("gigabytes_per_second", 1), ("gigaflops_per_second", 0))]
-        ratios = [f"{row[key]:.2f}x" if row[key] else "-" for key in ("speed_over_numpy", "speed_over_torch")]
-        shape = "x".join(map(str, case.shape))
-        print(f"{case.name:28}{shape:>20}{row['median_us']:>10.0f}{row['p10_us']:>10.0f}{row['p90_us']:>10.0f}"
-              f"{numbers[0]:>8}{numbers[1]:>9}{rate / ceiling:>9.0%}{ratios[0]:>10}{ratios[1]:>10}", flush=True)
+    batch = args.batch_size or (128 if place.name != "cpu" else 32)
+    found = {work: occurrences for work, occurrences in works.of(args.networks, batch).items()
+             if args.filter in f"{work.kind} {work}"}
+    if not found:
+        raise UsageError(f"--filter {args.filter!r}: nothing that these networks do has this in its kind or shape")
+    rows, ceilings = [], {}
+    for precision in args.precision:
+        bench = Bench(place, precision, args.peer == "torch")
+        bench.measure_ceilings()
+        ceilings[precision] = {"copy_gigabytes_per_second": bench.copy / 1e9, "gemm_teraflops_per_second": bench.gemm / 1e12}
+        print(f"{place.description} | {precision}, batch {batch}, medians of up to {args.repeats} | "
+              f"copy {bench.copy / 1e9:.1f} GB/s | matrix product {bench.gemm / 1e12:.3f} TFLOP/s\n{HEAD}")
+        for work, occurrences in found.items():
+            for case in work.cases(bench.inputs):
+                rows.append(bench.row(work, case, occurrences, args.repeats))
+                print(line(rows[-1]), flush=True)
+    record = dict(batch=batch, threads=device.cpu_threads() if place.name == "cpu" else None, ceilings=ceilings)
     if args.json:
-        record = {"environment": run_folder.environment(place), "copy_gigabytes_per_second": copy / 1e9,
-                  "gemm_gigaflops_per_second": gemm / 1e9, "batch": BATCH, "repeats": args.repeats, "rows": rows}
-        if "torch" in args.peer:
-            record["environment"]["versions"]["torch"] = bench.torch.__version__
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.write("\n")
+        records.write(args.json, place, rows, **record)
+    if args.plot:
+        import pictures
+
+        pictures.roofline(rows, ceilings, args.plot)
 
 
 if __name__ == "__main__":

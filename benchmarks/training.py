@@ -1,122 +1,56 @@
 #!/usr/bin/env python3
 """Images per second and peak memory of a training step, beside PyTorch's of the same network.
 
-    python benchmarks/training.py                                       the four alias networks, batch 128
+    python benchmarks/training.py                                       on a GPU the four networks, on a CPU smaller work
     python benchmarks/training.py --peer torch --precision fp32 tf32 bf16 --json out.json
-    python benchmarks/training.py --peer torch --memory                 only memory
+    python benchmarks/training.py --networks wrn-16-4:64 simplenet-5m   a batch of 64, and the one of --batch-size
+    python benchmarks/training.py --memory                              only memory
+    python benchmarks/training.py --scaling --plot scaling.png          over the batch and over the width of the network
+    python benchmarks/training.py --startup                             import, and the first step of a fresh process
 
-A step is forward, loss, backward and SGD with Nesterov momentum on a batch that is there already. Both peers have the same
-weights, and first their losses are compared. Times are medians, taken in turn (A B A B ...) in one process with the same
-number of threads; PyTorch runs eagerly, on the CPU in the better of its two layouts, on a GPU in channels_last, bf16 by
-autocast. Memory is the peak of two steps above the start. On the CPU: of the resident set, in a process of its own; on a
-GPU: of what the peer's memory pool has taken.
+steps.py says what a step is. Both peers have the same weights, and first their losses are compared. Times are medians, taken
+in turn (A B A B ...) in one warm process with the same number of threads. PyTorch runs eagerly unless --compile is given, on
+the CPU in the better of its two layouts, on a GPU in channels_last, bf16 by autocast. Memory is the peak of three steps above
+the start. On the CPU: of the resident set, in a process of its own; on a GPU: of what the peer's memory pool has taken. On a
+GPU the host's time is that until the call of a step returns, while the device is idle.
 """
 
 import argparse
 import json
-import re
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 import models
-from minidl import blas, command, device, optim, run_folder
-from minidl.kernels import acc_dtype, storage_dtype
-from minidl.ops import loss
+import records
+from minidl import command, device, plots, signals
+from minidl.commands.arguments import positive
+from minidl.errors import UsageError
+from steps import LAYOUTS, Minidl, Torch, macs
 
-# Dropout is left out: its masks would differ.
-NETWORKS = {"simplenet-5m": dict(rate=0.0), "wrn-28-4": {}, "resnext29-2x64d": {}, "res2next29-2c24w4s": {}}
-STORAGE = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
-LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
-CLASSES = 100
-
-
-class Minidl:
-    """Steps of minidl's network `name`, and the weights that it starts with."""
-
-    def __init__(self, name, place, precision, batch):
-        blas.allow_tf32 = precision == "tf32"
-        dtype = storage_dtype(STORAGE[precision])
-        self.place = place
-        self.network = models.create(name, CLASSES, **NETWORKS.get(name, {})).initialize(place, dtype)
-        self.network.skip_input_gradient()
-        self.optimizer = optim.SGD(self.network.parameters, MOMENTUM, WEIGHT_DECAY)
-        x, labels = inputs(batch)
-        self.x, self.labels = place.array(x.astype(dtype)), place.array(labels)
-        self.totals, self.one = place.xp.zeros(4), place.xp.ones(1, acc_dtype(dtype))
-
-    def step(self):
-        logits = self.network.forward(self.x)
-        self.network.backward(loss.forward_backward(logits, self.labels, self.totals, self.one))
-        self.optimizer.step(LR)
-
-    def loss(self):
-        """Of the first step."""
-        self.totals[...] = 0
-        self.step()
-        return float(self.totals[0]) / self.x.shape[-1]
-
-    def synchronize(self):
-        self.place.synchronize()
-
-    def pool_bytes(self):
-        return self.place.xp.get_default_memory_pool().total_bytes()
+ON_CPU = ("simplenet-310k:128", "wrn-16-4:64", "resnext29-2x64d:32", "res2next29-2c24w4s:32")
+WARM_UP = 2  # turns
+BATCHES = (32, 64, 127, 128, 256, 512, 1024)  # of --scaling
+WIDTHS = ("wrn-16-1", "wrn-16-2", "wrn-16-4", "wrn-16-8")
+STARTS = {"warm": 5, "cold": 3}  # processes of --startup, with a cache of kernels and without
 
 
-class Torch:
-    """The same in PyTorch, from the tests' definition of the network."""
-
-    def __init__(self, name, place, precision, batch, channels_last, state=None):
-        import torch
-
-        sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-        import torch_networks
-
-        self.torch, self.on_gpu, self.bf16 = torch, place.name != "cpu", precision == "bf16"
-        torch.set_num_threads(device.cpu_threads())
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.benchmark = True
-        where = dict(device=place.name, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        family, _, rest = name.partition("-")
-        numbers = map(int, re.findall(r"\d+", rest))
-        self.network = {"simplenet": lambda *_: torch_networks.simplenet(name, CLASSES), "wrn": torch_networks.wide_resnet,
-                        "resnext29": torch_networks.resnext29, "res2next29": torch_networks.res2next29}[family](*numbers)
-        if state:
-            self.network.load_state_dict({key: torch.from_numpy(array) for key, array in state.items()})
-        self.network.to(**where)
-        self.optimizer = torch.optim.SGD(self.network.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
-        x, labels = inputs(batch)
-        self.x = torch.from_numpy(np.ascontiguousarray(x.transpose(3, 0, 1, 2))).to(**where)
-        self.labels = torch.from_numpy(labels).long().to(place.name)
-
-    def step(self):
-        torch = self.torch
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda" if self.on_gpu else "cpu", torch.bfloat16, enabled=self.bf16):
-            self.last = torch.nn.functional.cross_entropy(self.network(self.x), self.labels)
-        self.last.backward()
-        self.optimizer.step()
-
-    def loss(self):
-        self.step()
-        return self.last.item()
-
-    def synchronize(self):
-        if self.on_gpu:
-            self.torch.cuda.synchronize()
-
-    def pool_bytes(self):
-        return self.torch.cuda.max_memory_reserved()
+def peer_names(place, compiled):
+    """What PyTorch is measured as here: the best of these counts."""
+    names = list(LAYOUTS) if place.name == "cpu" else ["torch channels_last"]
+    return [f"{name} compiled" for name in names] if compiled else names
 
 
-def inputs(batch):
-    """Images (3, 32, 32, N) and labels (N): random, as zeros would run faster than real ones."""
-    rng = np.random.default_rng(1)
-    return rng.standard_normal((3, 32, 32, batch), np.float32), rng.integers(0, CLASSES, batch, np.int32)
+def make(peer, name, place, precision, batch, state=None):
+    """The steps of a peer: minidl, or one of `peer_names`."""
+    if peer == "minidl":
+        return Minidl(name, place, precision, batch)
+    compiled = peer.endswith(" compiled")
+    return Torch(name, place, precision, batch, LAYOUTS[peer.removesuffix(" compiled")], compiled, state)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
@@ -129,24 +63,22 @@ def resident_bytes(what):
 
 
 def measure_memory(peer, name, place, precision, batch):
-    """In this process: the peak of two steps of the peer above what was there before."""
-    make = {"minidl": lambda n, b: Minidl(n, place, precision, b),
-            "torch": lambda n, b: Torch(n, place, precision, b, channels_last=False),
-            "torch channels_last": lambda n, b: Torch(n, place, precision, b, channels_last=True)}[peer]
+    """In this process: the peak of three steps of the peer above what was there before."""
     if place.name == "cpu":
-        make("wrn-10-1", 2).step()  # threads, libraries and compiled kernels are not the network's
+        make(peer, "wrn-10-1", place, precision, 2).step()  # threads, libraries and compiled kernels are not the network's
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         start = resident_bytes("VmRSS")
-    it = make(name, batch)
-    it.step(), it.step(), it.synchronize()
+    it = make(peer, name, place, precision, batch)
+    for _ in range(3):
+        it.step()
+    it.synchronize()
     return resident_bytes("VmHWM") - start if place.name == "cpu" else it.pool_bytes()
 
 
-def memory_in_a_process(peer, name, args, precision):
+def memory_in_a_process(peer, name, batch, args, precision):
     """`measure_memory` in a fresh process: what one peer has freed must not serve the next."""
-    result = subprocess.run([sys.executable, __file__, "--device", args.device, "--precision", precision, "--batch-size",
-                             str(args.batch_size), "--networks", name, "--memory-of", peer],
-                            stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run([sys.executable, __file__, "--device", args.device, "--precision", precision, "--networks",
+                             f"{name}:{batch}", "--memory-of", peer], stdout=subprocess.PIPE, text=True, check=True)
     return int(result.stdout)
 
 
@@ -154,82 +86,204 @@ def memory_in_a_process(peer, name, args, precision):
 
 
 def seconds_of_a_step(it):
+    """-> (of the step, of the host until the call returned)."""
+    signals.obey()
     it.synchronize()
     begin = time.perf_counter()
     it.step()
+    returned = time.perf_counter()
     it.synchronize()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, returned - begin
 
 
-def measure_times(name, place, precision, args):
-    """-> {peer: median seconds of a step}; PyTorch in the layout that is faster here."""
-    ours = Minidl(name, place, precision, args.batch_size)
+def measure_times(name, batch, place, precision, args):
+    """-> {peer: [(seconds of a step, of the host), ...]}; PyTorch in the layout that is faster here, as "torch"."""
+    ours = make("minidl", name, place, precision, batch)
     peers = {"minidl": ours}
     if args.peer:
         state = ours.network.state_dict()
-        layouts = [True] if place.name != "cpu" else [False, True]
-        candidates = [Torch(name, place, precision, args.batch_size, layout, state) for layout in layouts]
+        candidates = [make(peer, name, place, precision, batch, state) for peer in peer_names(place, args.compile)]
         expected, got = candidates[-1].loss(), ours.loss()
         if not abs(got - expected) < (0.05 if precision == "bf16" else 1e-3) * expected:
             sys.exit(f"{name} {precision}: the first loss of minidl is {got}, PyTorch's {expected}")
         peers["torch"] = min(candidates, key=lambda it: min(seconds_of_a_step(it) for _ in range(3)))
         del candidates
     times = {peer: [] for peer in peers}
-    for turn in range(args.repeats + 2):
+    for turn in range(args.repeats + WARM_UP):
         for peer, it in peers.items():
-            if args.peer and place.name == "cpu":
-                time.sleep(0.1)  # until the threads of the other peer sleep
             seconds = seconds_of_a_step(it)
-            if turn >= 2:
+            if turn >= WARM_UP:
                 times[peer].append(seconds)
-    return {peer: statistics.median(seconds) for peer, seconds in times.items()}
+            if peer == "torch":
+                records.pause(place)
+    return times
+
+
+def row_of(name, batch, place, precision, args, peaks, times):
+    """What is recorded: peaks {peer: bytes} and times as from `measure_times`, either of them empty if it was not asked for."""
+    peer = args.peer and ("torch compiled" if args.compile else args.peer)
+    medians = {who: [statistics.median(column) for column in zip(*seconds)] for who, seconds in times.items()}
+    speeds = {who: batch / step for who, (step, _) in medians.items()}
+    host = {who: value for who, (_, value) in medians.items()} if place.name != "cpu" else {}
+    steps = [seconds for seconds, _ in times.get("minidl", ())]
+    return {
+        "network": name, "device": place.name, "precision": precision, "batch": batch,
+        "threads": device.cpu_threads() if place.name == "cpu" else None, "images_per_second": speeds.get("minidl"),
+        "peer": peer, "peer_images_per_second": speeds.get("torch"),
+        "ratio": speeds["minidl"] / speeds["torch"] if "torch" in speeds else None, "peak_bytes": peaks.get("minidl"),
+        "peer_peak_bytes": peaks.get("torch"), "macs": macs(name), "runs": len(steps),
+        "p10_seconds": records.quantile(steps, 0.1) if steps else None,
+        "p90_seconds": records.quantile(steps, 0.9) if steps else None, "host_seconds": host.get("minidl"),
+        "peer_host_seconds": host.get("torch")}
+
+
+HEAD = (f"{'network':22}{'precision':>10}{'batch':>7}{'ms':>9}{'images/s':>10}{'torch':>10}{'ratio':>8}{'peak MB':>10}"
+        f"{'torch':>10}{'ratio':>8}{'host ms':>9}{'torch':>8}")
+
+
+def line(row):
+    """A row, for people."""
+    ours, peak, peer_peak = row["images_per_second"], row["peak_bytes"], row["peer_peak_bytes"]
+    return f"{row['network']:22}{row['precision']:>10}" + records.cells(
+        (row["batch"], "d", 7), (ours and 1e3 * row["batch"] / ours, ".1f", 9), (ours, ".1f", 10),
+        (row["peer_images_per_second"], ".1f", 10), (row["ratio"], ".2f", 8), (peak and peak / 1e6, ".0f", 10),
+        (peer_peak and peer_peak / 1e6, ".0f", 10), (peak and peer_peak and peak / peer_peak, ".2f", 8),
+        *((row[key] and 1e3 * row[key], ".3f", width) for key, width in (("host_seconds", 9), ("peer_host_seconds", 8))))
+
+
+def steps(cells, place, args):
+    """A row for each (network, batch) and precision."""
+    for name, batch in cells:
+        for precision in args.precision:
+            asked = {"minidl": ["minidl"], **({"torch": peer_names(place, args.compile)} if args.peer else {})}
+            peaks = {who: min(memory_in_a_process(peer, name, batch, args, precision) for peer in peers)
+                     for who, peers in asked.items()}
+            times = {} if args.memory else measure_times(name, batch, place, precision, args)
+            yield row_of(name, batch, place, precision, args, peaks, times)
+
+
+def scaling(cells, place, args):
+    """Rows over the batch, of the first of the networks or those that were named, and over the width."""
+    names = list(dict.fromkeys(name for name, _ in cells))
+    plan = [("batch", name, batch) for name in (names if args.networks else names[:1]) for batch in BATCHES]
+    plan += [("width", name, args.batch_size) for name in WIDTHS]
+    for precision in args.precision:
+        for series, name, batch in plan:
+            yield {**row_of(name, batch, place, precision, args, {}, measure_times(name, batch, place, precision, args)),
+                   "series": series}
+
+
+# ---- start -------------------------------------------------------------------------------------------------------
+
+
+FIRST_STEP = """
+import json, sys, time
+times = [time.perf_counter()]
+import minidl
+times.append(time.perf_counter())
+sys.path.insert(0, sys.argv[1])
+from steps import Minidl
+name, batch, device, precision = sys.argv[2:]
+it = Minidl(name, minidl.select(device), precision, int(batch))
+it.synchronize()
+times.append(time.perf_counter())
+it.step()
+it.synchronize()
+times.append(time.perf_counter())
+print(json.dumps([after - before for before, after in zip(times, times[1:])]))
+"""
+
+
+def startup(cells, place, args):
+    """A row for each network and state of the cache of kernels: medians of fresh processes."""
+    for name, batch in cells if args.networks else cells[:1]:
+        for precision in args.precision:
+            arguments = [str(Path(__file__).parent), name, str(batch), args.device, precision]
+            for cache, processes in STARTS.items():
+                if cache == "warm":
+                    start_fresh(arguments, {})  # after which there is one
+                found = []
+                for _ in range(processes):
+                    signals.obey()
+                    with tempfile.TemporaryDirectory() as folder:
+                        found.append(start_fresh(arguments, dict(MINIDL_CACHE=folder, CUPY_CACHE_DIR=folder)
+                                                 if cache == "cold" else {}))
+                imported, made, stepped = (statistics.median(column) for column in zip(*found))
+                yield {"network": name, "device": place.name, "precision": precision, "batch": batch, "cache": cache,
+                       "processes": processes, "import_seconds": imported, "network_seconds": made,
+                       "first_step_seconds": stepped}
+
+
+def start_fresh(arguments, variables):
+    """-> seconds of `import minidl`, of making the network, of its first step."""
+    result = subprocess.run([sys.executable, "-c", FIRST_STEP, *arguments], env={**os.environ, **variables},
+                            stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+STARTUP_HEAD = f"{'network':22}{'precision':>10}{'batch':>7}{'cache':>7}{'import s':>10}{'network s':>11}{'first step s':>14}"
+
+
+def startup_line(row):
+    return f"{row['network']:22}{row['precision']:>10}" + records.cells(
+        (row["batch"], "d", 7), (row["cache"], "", 7), (row["import_seconds"], ".3f", 10), (row["network_seconds"], ".3f", 11),
+        (row["first_step_seconds"], ".3f", 14))
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def cell(word, batch):
+    """"wrn-16-4:64" or "wrn-16-4" -> (full name, batch). Raises UsageError."""
+    name, colon, own = word.partition(":")
+    if colon and not (own.isdigit() and int(own)):
+        raise UsageError(f"--networks {word}: {own!r} is not a whole number of at least 1, the batch")
+    return models.find(name)[0], int(own) if colon else batch
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), metavar="NAME")
-    parser.add_argument("--precision", nargs="+", choices=STORAGE, default=["fp32"])
-    parser.add_argument("-b", "--batch-size", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--networks", nargs="+", metavar="NAME[:BATCH]",
+                        help=f"default: {' '.join(models.ALIASES.values())}, on a CPU {' '.join(ON_CPU)}")
+    parser.add_argument("--precision", nargs="+", choices=records.PRECISIONS, default=["fp32"])
+    parser.add_argument("-b", "--batch-size", type=positive, default=128, help="of networks without one; default: 128")
+    parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="steps of each peer; default: 20")
     parser.add_argument("--peer", choices=["torch"], help="also measure PyTorch")
-    parser.add_argument("--memory", action="store_true", help="measure memory only")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # one peer, in this process
+    parser.add_argument("--compile", action="store_true", help='PyTorch by torch.compile(mode="max-autotune")')
     parser.add_argument("--json", metavar="FILE", help="write the rows and the environment there")
+    parser.add_argument("--plot", metavar="FILE", help="draw what --scaling finds there: .png, .svg or .pdf")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--memory", action="store_true", help="measure memory only")
+    what.add_argument("--scaling", action="store_true", help="speed over the batch and the width, of --networks if given")
+    what.add_argument("--startup", action="store_true", help="import and first step of fresh processes")
+    what.add_argument("--memory-of", help=argparse.SUPPRESS)  # one peer, in this process
     args = parser.parse_args()
+    if args.plot and not args.scaling:
+        raise UsageError("--plot draws what --scaling finds")
+    if args.compile and not args.peer:
+        raise UsageError("--compile is for --peer torch")
+    if args.plot:
+        plots.check(args.plot)
+
     place = device.select(args.device)
+    words = args.networks or (ON_CPU if place.name == "cpu" else models.ALIASES.values())
+    cells = [cell(word, args.batch_size) for word in words]
     if args.memory_of:
-        print(measure_memory(args.memory_of, args.networks[0], place, args.precision[0], args.batch_size))
+        print(measure_memory(args.memory_of, *cells[0][:1], place, args.precision[0], cells[0][1]))
         return
-
-    print(f"{place.description} | batch {args.batch_size}, median of {args.repeats} steps in turn")
-    print(f"{'network':22}{'precision':>10}{'images/s':>10}{'torch':>10}{'ratio':>8}{'peak MB':>10}{'torch':>10}{'ratio':>8}")
+    how = "medians of fresh processes" if args.startup else f"medians of {args.repeats} steps in turn"
+    print(f"{place.description} | {how}\n{STARTUP_HEAD if args.startup else HEAD}")
     rows = []
-    for name in args.networks:
-        for precision in args.precision:
-            layouts = ("torch channels_last",) if place.name != "cpu" else ("torch", "torch channels_last")
-            peak = memory_in_a_process("minidl", name, args, precision)
-            peer_peak = min(memory_in_a_process(layout, name, args, precision) for layout in layouts) if args.peer else None
-            times = {} if args.memory else measure_times(name, place, precision, args)
-            ours, peer = (args.batch_size / times[it] if it in times else None for it in ("minidl", "torch"))
-            rows.append({
-                "network": name, "device": place.name, "precision": precision, "batch": args.batch_size,
-                "threads": device.cpu_threads() if place.name == "cpu" else None, "images_per_second": ours, "peer": args.peer,
-                "peer_images_per_second": peer, "ratio": ours / peer if ours and peer else None, "peak_bytes": peak,
-                "peer_peak_bytes": peer_peak})
-            cells = [(ours, ".1f", 10), (peer, ".1f", 10), (rows[-1]["ratio"], ".2f", 8), (peak / 1e6, ".0f", 10),
-                     (peer_peak and peer_peak / 1e6, ".0f", 10), (peer_peak and peak / peer_peak, ".2f", 8)]
-            print(f"{name:22}{precision:>10}" + "".join(f"{'-' if value is None else format(value, form):>{width}}"
-                                                        for value, form, width in cells), flush=True)
+    for row in (startup if args.startup else scaling if args.scaling else steps)(cells, place, args):
+        rows.append(row)
+        print((startup_line if args.startup else line)(row), flush=True)
     if args.json:
-        record = {"environment": run_folder.environment(place), "rows": rows}
-        if args.peer:
-            import torch
+        records.write(args.json, place, rows)
+    if args.plot:
+        import pictures
 
-            record["environment"]["versions"]["torch"] = torch.__version__
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.write("\n")
+        pictures.scaling(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_overhead(tmp_path):
 def test_a_wheel_holds_the_benchmarks_without_their_results(built):
     assert {path.name for path in built.iterdir()} == {"minidl", "models"}
     assert {path.name for path in (built / "minidl" / "benchmarks").iterdir()} == {
-        "kernels.py", "overhead.py", "training.py"}
+        path.name for path in (ROOT / "benchmarks").glob("*.py")}
 
 
 def test_a_benchmark_of_the_built_package_in_another_folder(built, tmp_path):
@@ -102,7 +102,7 @@ def test_without_benchmarks(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     ([], "the following arguments are required: benchmark"),
     (["speed"], "invalid choice: 'speed'"),
-    (["kernels", "--repeat", "many"], "argument --repeats: invalid int value: 'many'"),
+    (["kernels", "--repeat", "many"], "argument --repeats: 'many' is not a whole number of at least 1"),
 ])
 def test_refused(arguments, message):
     result = bench(*arguments)

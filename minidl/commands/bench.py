@@ -28,6 +28,7 @@ def main(args: argparse.Namespace) -> None:
     if any(word.startswith("--peer") for word in args.arguments):
         _check_peer(args.benchmark, script)
     sys.argv[1:] = args.arguments
+    sys.path.insert(0, str(script.parent))  # as Python does for a script
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -1,0 +1,254 @@
+"""The benchmarks: no kernel is left out, the work of a step is found as it is, peers compute the same, records have their form,
+and benchmarks/README.md is made of them."""
+
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import models
+from minidl import device
+from minidl.errors import UsageError
+from minidl.host_build import OPS
+from minidl.kernels import Kernel, parse_signatures
+from minidl.ops import loss
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kernels  # noqa: E402
+import report  # noqa: E402
+import training  # noqa: E402
+import works  # noqa: E402
+
+KERNELS_OF = {path.name: set(parse_signatures(path.read_text())) for path in OPS.glob("*.cu")}
+ONLY_ON_A_GPU = KERNELS_OF["conv_tensor_core.cu"]
+SMALL = ["simplenet-5m", "wrn-10-1", "resnext29-2x8d", works.OTHERS]
+KEYS = ["network", "device", "precision", "batch", "threads", "images_per_second", "peer", "peer_images_per_second", "ratio",
+        "peak_bytes", "peer_peak_bytes"]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Counter of the names of kernels that are launched."""
+    counts, real = Counter(), Kernel.__getitem__
+
+    def counting(kernel, shape):
+        counts[kernel.name] += 1
+        return real(kernel, shape)
+
+    monkeypatch.setattr(Kernel, "__getitem__", counting)
+    return counts
+
+
+def run(monkeypatch, capsys, script, *arguments):
+    """main() of a benchmark in this process -> what it printed."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    script.main()
+    return capsys.readouterr().out
+
+
+# ---- works -------------------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_is_in_a_case():
+    """A new kernel belongs into the `kernels` of the Work that launches it, in benchmarks/works.py."""
+    named = {name for work in works.WORKS for name in work.kernels}
+    assert named == set().union(*KERNELS_OF.values())
+
+
+def test_cases_launch_what_they_name_and_peers_agree(launched):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(1)
+    bench = kernels.Bench(device.select("cpu"), "fp32", with_torch=True)
+    seen, compared = set(), 0
+    for work in works.of(SMALL, batch=2):
+        for case in work.cases(bench.inputs):
+            launched.clear()
+            bench.check(case)
+            assert launched and launched.keys() <= set(work.kernels), f"{case.name} {work}"
+            seen |= launched.keys()
+            compared += bool(case.torch or case.numpy)
+    assert seen == set().union(*KERNELS_OF.values()) - ONLY_ON_A_GPU
+    assert compared > 90
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_peers_agree_in_other_precisions(precision):
+    pytest.importorskip("torch")
+    bench = kernels.Bench(device.select("cpu"), precision, with_torch=True)
+    for work in works.of(["wrn-10-1"], batch=2):
+        for case in work.cases(bench.inputs):
+            bench.check(case)
+
+
+def test_a_wrong_result_ends_the_benchmark():
+    bench = kernels.Bench(device.select("cpu"), "fp32", with_torch=False)
+    (case,) = works.Add((3, 4, 4, 2)).cases(bench.inputs)
+    right = case.numpy()[0]
+    for wrong in (right * 1.01, np.where(right == right.max(), np.nan, right)):
+        case.numpy = lambda: (wrong,)  # noqa: B023
+        with pytest.raises(SystemExit, match="add: minidl and numpy differ by"):
+            bench.check(case)
+
+
+@pytest.mark.parametrize("name", ["simplenet-5m", "wrn-10-1", "resnext29-2x8d", "res2next29-2c8w4s"])
+def test_work_of_a_step_is_that_of_a_real_one(name, launched, monkeypatch):
+    """Additions and what batch norm makes again too, which no layer tells by itself."""
+    place, batch = device.select("cpu"), 2
+    network = models.create(name).initialize(place)
+    network.skip_input_gradient()
+    x, labels = np.ones((*works.IMAGE, batch), np.float32), np.zeros(batch, np.int32)
+    launched.clear()
+    dlogits = loss.forward_backward(network.forward(x), labels, np.zeros(4), np.ones(1, np.float32))
+    network.backward(dlogits)
+
+    counts = works.of_network(name, batch)
+
+    def number(kind, **fields):
+        return sum(count for work, count in counts.items()
+                   if type(work) is kind and all(getattr(work, key) == value for key, value in fields.items()))
+
+    assert launched["add"] == number(works.Add)
+    assert launched["bn_tile_moments"] == number(works.BatchNorm)
+    assert launched["bn_apply"] == number(works.BatchNorm, relu=False, add=False) + number(works.BatchNormAgain, relu=False)
+    assert launched["bn_apply_relu"] == number(works.BatchNorm, relu=True, add=False) + number(works.BatchNormAgain, relu=True)
+    assert launched["bn_apply_add_relu"] == number(works.BatchNorm, add=True)
+    assert launched["maxpool_forward"] == number(works.Pool, mode="max") == launched["maxpool_backward"]
+    assert launched["avgpool_forward"] == number(works.Pool, mode="avg") == launched["avgpool_backward"]
+    assert launched["dropout_channels"] == number(works.Dropout)
+    convolutions = [layer for _, layer in network.named_layers() if hasattr(layer, "groups")]
+    assert number(works.Convolution) == len(convolutions)
+    macs = sum(next(work.cases(works.Inputs(place, np.dtype("float32")))).flops * count for work, count in counts.items()
+               if isinstance(work, (works.Convolution, works.Linear)))
+    assert macs == 2 * batch * network.macs(works.IMAGE)
+
+
+def test_equal_work_is_one():
+    found = works.of(["wrn-16-4", "wrn-28-4"], batch=8)
+    shapes = [str(work) for work in found if isinstance(work, works.Convolution)]
+    assert len(shapes) == len(set(shapes))
+    assert found[works.Convolution((64, 32, 32, 8), 64, (3, 3), 1, 1, 1, False, True)] == {"wrn-16-4": 3, "wrn-28-4": 7}
+
+
+# ---- what they print and record ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results as of this checkout, but without records; the report is made of it."""
+    shutil.copytree(report.RESULTS, tmp_path, ignore=shutil.ignore_patterns("*.json", "*.png"), dirs_exist_ok=True)
+    for path in report.RESULTS.glob("*/env.json"):
+        shutil.copy(path, tmp_path / path.parent.name)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    return tmp_path
+
+
+def section(name):
+    """What a new report says of the record `name`."""
+    report.main()
+    text = report.README.read_text(encoding="utf-8")
+    found = re.search(rf"^## [^\n]*: \[{name}\].*?(?=^## )", text, re.MULTILINE | re.DOTALL)[0]
+    assert not re.search(r"\b(None|nan|inf)\b", found)
+    return found
+
+
+def test_kernels(results, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    printed = run(monkeypatch, capsys, kernels, "--device", "cpu", "-b", 2, "--networks", "wrn-10-1", "--filter", "32x32",
+                  "--repeats", 1, "--json", results / "kernels-test.json", "--plot", results / "roofline.png")
+    pictured = (results / "roofline.png").read_bytes()
+    record = json.loads((results / "kernels-test.json").read_text())
+    assert record["batch"] == 2 and record["ceilings"]["fp32"]["copy_gigabytes_per_second"] > 0.1
+    assert record["environment"]["command"][0] == "kernels.py" and record["environment"]["versions"]["numpy"] == np.__version__
+    assert len(printed.splitlines()) == 2 + len(record["rows"])
+    for row in record["rows"]:
+        assert "32x32" in row["shape"] and row["median_us"] > 0 and row["p10_us"] <= row["median_us"] <= row["p90_us"]
+        seconds = row["median_us"] / 1e6
+        assert row["gigabytes_per_second"] == pytest.approx(row["bytes"] / seconds / 1e9)
+        assert row["teraflops_per_second"] == pytest.approx(row["flops"] / seconds / 1e12)
+        if row["bound"] == "memory":
+            copy = record["ceilings"]["fp32"]["copy_gigabytes_per_second"]
+            assert row["share_of_ceiling"] == pytest.approx(row["gigabytes_per_second"] / copy)
+        assert (row["numpy_us"] is None) == (row["kind"] == "convolution") and row["torch_us"] is None
+    said = section("kernels-test")
+    assert {row["kernel"] for row in record["rows"]} == set(re.findall(r"^\| ([\w, +]+) \| \d+ \|", said, re.MULTILINE))
+    assert len(pictured) > 10_000 and (results / "kernels-test.png").read_bytes() == pictured
+
+
+def test_training_beside_pytorch(results, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    printed = run(monkeypatch, capsys, training, "--device", "cpu", "--networks", "wrn-10-1:6", "--repeats", 2,
+                  "--peer", "torch", "--json", results / "training-test.json")
+    (row,) = json.loads((results / "training-test.json").read_text())["rows"]
+    assert list(row)[:len(KEYS)] == KEYS and row["network"] == "wrn-10-1" and row["batch"] == 6 and row["peer"] == "torch"
+    assert row["ratio"] == row["images_per_second"] / row["peer_images_per_second"]
+    assert row["peak_bytes"] > 1e6 and row["peer_peak_bytes"] > 1e6 and row["host_seconds"] is None
+    assert len(printed.splitlines()) == 3
+    assert f"| wrn-10-1 | fp32 | 6 | {row['images_per_second']:,.1f} | " in section("training-test")
+
+
+def test_scaling(results, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(training, "BATCHES", (2, 3, 4))
+    monkeypatch.setattr(training, "WIDTHS", ("wrn-10-1", "wrn-10-2"))
+    run(monkeypatch, capsys, training, "--device", "cpu", "--networks", "wrn-10-1", "-b", 4, "--repeats", 1, "--scaling",
+        "--json", results / "scaling-test.json", "--plot", results / "scaling.png")
+    rows = json.loads((results / "scaling-test.json").read_text())["rows"]
+    assert [(row["series"], row["network"], row["batch"]) for row in rows] == [
+        ("batch", "wrn-10-1", 2), ("batch", "wrn-10-1", 3), ("batch", "wrn-10-1", 4), ("width", "wrn-10-1", 4),
+        ("width", "wrn-10-2", 4)]
+    assert all(list(row)[:len(KEYS)] == KEYS and row["images_per_second"] > 0 for row in rows)
+    assert section("scaling-test").count("\n| wrn-10-") == 5
+    assert (results / "scaling.png").stat().st_size > 10_000
+    assert (results / "scaling-test.png").read_bytes() == (results / "scaling.png").read_bytes()
+
+
+def test_startup(results, monkeypatch, capsys):
+    monkeypatch.setattr(training, "STARTS", {"warm": 1})  # a cold cache takes seconds of compilation
+    run(monkeypatch, capsys, training, "--device", "cpu", "--networks", "wrn-10-1:2", "--startup",
+        "--json", results / "startup-test.json")
+    (row,) = json.loads((results / "startup-test.json").read_text())["rows"]
+    assert "| wrn-10-1 | 2 | warm | 1 | " in section("startup-test")
+    assert row["cache"] == "warm" and 0 < row["import_seconds"] < 10 and 0 < row["first_step_seconds"] < 10
+
+
+@pytest.mark.parametrize("script, arguments, message", [
+    (training, ["--networks", "wrn-16-4:many"], "--networks wrn-16-4:many: 'many' is not a whole number of at least 1"),
+    (training, ["--networks", "wrn-16-4:0"], "--networks wrn-16-4:0: '0' is not a whole number"),
+    (training, ["--networks", "resnxt:4"], "unknown architecture 'resnxt': did you mean resnext"),
+    (training, ["--plot", "a.png"], "--plot draws what --scaling finds"),
+    (training, ["--scaling", "--plot", "a.jpg"], "a.jpg: a picture is one of"),
+    (training, ["--compile"], "--compile is for --peer torch"),
+    (kernels, ["--networks", "resnxt"], "unknown architecture 'resnxt'"),
+    (kernels, ["--networks", "wrn-10-1", "--filter", "lstm"], "--filter 'lstm': nothing that these networks do"),
+])
+def test_refused(monkeypatch, capsys, script, arguments, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        run(monkeypatch, capsys, script, "--device", "cpu", *arguments)
+
+
+# ---- the report --------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_made_of_the_records():
+    assert report.README.read_text(encoding="utf-8") == report.text(), "run: python benchmarks/report.py"
+
+
+def test_all_runs_and_pictures_are_there():
+    text = report.README.read_text(encoding="utf-8")
+    folders = {path.name for path in report.RESULTS.iterdir() if path.is_dir()}
+    assert folders == set(re.findall(r"results/([^/)]+)/metrics", text))
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (report.FOLDER / target).exists(), target
+
+
+def test_report_where_there_are_no_records(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    with pytest.raises(UsageError, match="results is not there: the records are in a checkout of minidl"):
+        report.main()
