@@ -11,8 +11,6 @@
 #include <stdlib.h>
 #include <ucontext.h>
 
-#include <deque>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -33,6 +31,13 @@ namespace emulator {
 
 enum State { RUNNABLE, WAITING, WAITING_FOR_WARP, FINISHED };
 
+struct Copy {  // asynchronous
+    void (*finish)(const Copy&);
+    void* array;
+    const void* source;
+    int index, count, group;
+};
+
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
@@ -40,7 +45,8 @@ struct Fiber {
     const char* file;  // and line of the barrier, or operation of its warp, where it waits
     int line;
     int exchanges;     // with its warp
-    std::deque<std::vector<std::function<void()>>> copies;  // under way, in groups; the last one is not committed yet
+    std::vector<Copy> copies;  // under way
+    int copy_group;            // that is not committed yet
     void* asan_stack;
 };
 
@@ -171,7 +177,8 @@ inline void run_block() {
         Fiber& fiber = fibers[i];
         fiber.state = RUNNABLE;
         fiber.exchanges = 0;
-        fiber.copies.assign(1, {});
+        fiber.copies.clear();
+        fiber.copy_group = 0;
         if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);  // not zeroed: what is not touched costs no memory
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -247,18 +254,23 @@ class Shared {
             (*this)[index + i] = T();
             cells[index + i].block = 0;  // unwritten
         }
-        fibers[current].copies.back().push_back([=] {
-            for (int i = 0; i < count; ++i) (*this)[index + i] = source ? source[i] : T();
-        });
+        const auto finish = [](const Copy& copy) {
+            for (int i = 0; i < copy.count; ++i)
+                (*(Shared*)copy.array)[copy.index + i] = copy.source ? ((const T*)copy.source)[i] : T();
+        };
+        fibers[current].copies.push_back({finish, this, source, index, count, fibers[current].copy_group});
     }
 };
 
-inline void commit_copies() { fibers[current].copies.emplace_back(); }
+inline void commit_copies() { ++fibers[current].copy_group; }
 
 // For all committed groups of this thread's copies but the last `under_way`.
-inline void wait_for_copies(size_t under_way) {
-    for (auto& groups = fibers[current].copies; groups.size() > under_way + 1; groups.pop_front())
-        for (const auto& copy : groups.front()) copy();
+inline void wait_for_copies(int under_way) {
+    Fiber& self = fibers[current];
+    size_t done = 0;
+    for (; done < self.copies.size() && self.copies[done].group < self.copy_group - under_way; ++done)
+        self.copies[done].finish(self.copies[done]);
+    self.copies.erase(self.copies.begin(), self.copies.begin() + done);
 }
 
 }  // namespace emulator

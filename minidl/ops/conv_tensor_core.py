@@ -23,9 +23,14 @@ BLOCKS, LEAST_STEPS = 528, 32
 
 
 def applies(x: Array, weight: Array, stride: int, padding: int, groups: int) -> bool:
-    """Whether x (C, H, W, N) and weight (O, C/groups, kh, kw) may take this path, forward and in both gradients."""
+    """Whether x (C, H, W, N) and weight (O, C/groups, kh, kw) may take this path, forward and in both gradients.
+
+    All of the arrays that the functions below get must begin at a multiple of 16 bytes, as new arrays and slices of their
+    channels do.
+    """
     xp = array_module(x)
-    return xp.__name__ == "cupy" and _has_tensor_cores(xp.cuda.runtime.getDevice()) and fits(x, weight, stride, padding, groups)
+    return (fits(x, weight, stride, padding, groups) and xp.__name__ == "cupy"
+            and _has_tensor_cores(xp.cuda.runtime.getDevice()))
 
 
 def fits(x: Array, weight: Array, stride: int, padding: int, groups: int) -> bool:

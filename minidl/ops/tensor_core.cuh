@@ -182,8 +182,15 @@ static inline void load_columns(unsigned (&words)[4], Tiles& tiles, int row) {
 
 template <class Tiles>
 static inline void load_words(unsigned (&words)[4], Tiles& tiles, const int (&places)[4]) {
+    struct Places {
+        int of[4];
+    } mine;
+    memcpy(mine.of, places, sizeof places);
+    const Places* of_lane = emulator::exchange(mine, __FILE__, __LINE__);
     for (int i = 0; i < 4; ++i) {
-        check_banks(emulator::exchange(places[i], __FILE__, __LINE__), WARP, 4);
+        int of_warp[WARP];
+        for (int lane = 0; lane < WARP; ++lane) of_warp[lane] = of_lane[lane].of[i];
+        check_banks(of_warp, WARP, 4);
         words[i] = word_at(tiles, places[i]);
     }
 }
