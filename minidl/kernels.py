@@ -55,7 +55,7 @@ class _Settings:
 
 @contextmanager
 def launch_settings(mode: str = "fast", threads_per_block: int | None = None) -> Iterator[None]:
-    """Within the `with` block, host kernels run in `mode`, and all blocks have `threads_per_block` threads.
+    """Within the `with` block, host kernels run in `mode`, and all blocks have `threads_per_block` threads, where any will do.
 
     For tests: any launch shape must be right.
     """
@@ -99,9 +99,9 @@ def gpu_options(precision: str) -> tuple[str, ...]:
 class Kernels:
     """The kernels of one .cu file, as attributes. Nothing is read or compiled before the first use."""
 
-    def __init__(self, path: str | Path) -> None:
-        """`path`: a file name in minidl/ops, or a Path."""
-        self.path = OPS / path
+    def __init__(self, path: str | Path, fixed_threads: bool = False) -> None:
+        """`path`: a file name in minidl/ops, or a Path. fixed_threads: blocks have the size that the launcher says, always."""
+        self.path, self.fixed_threads = OPS / path, fixed_threads
 
     def __getattr__(self, name: str) -> Kernel:
         if name.startswith("_") or name not in self.signatures:
@@ -188,7 +188,8 @@ class Kernel:
         values = [self._check_array(parameter, argument, xp, dtype) if parameter.is_array
                   else self._convert_scalar(parameter, argument, dtype)
                   for parameter, argument, dtype in zip(self.parameters, arguments, self._dtypes(precision))]
-        threads = _Settings.threads_per_block or threads
+        if _Settings.threads_per_block and not self.kernels.fixed_threads:
+            threads = _Settings.threads_per_block
         if xp is np:
             self._launch_on_host(precision, grid, threads, values)
         else:

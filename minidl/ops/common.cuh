@@ -9,7 +9,8 @@
 // they are computed with (float; double for double). Convert on load, acc(x[i]), and on store, real(v).
 //
 // The one rule: any launch shape is right. Work is dealt out by the loops below, never by
-// `if (threadIdx.x < n)`, and no kernel may rely on the number of threads or blocks.
+// `if (threadIdx.x < n)`, and no kernel may rely on the number of threads or blocks. The exception, tensor_core.cuh: what warps
+// do together takes whole blocks of a fixed size.
 //
 // Indices: rows and whole tensors are counted in `long long`, positions within a row in `int`.
 #pragma once
@@ -23,6 +24,12 @@
 #define SIMD_SUM(...)
 #else
 #include "cuda_on_host.h"
+#endif
+
+#if defined(__CUDACC_RTC__) || defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
 #endif
 
 typedef REAL real;

@@ -13,7 +13,7 @@ from minidl.device import Array, array_module, empty
 from minidl.kernels import Kernels, blocks_for
 from minidl.ops import group_conv
 
-KERNELS = Kernels("conv_tensor_core.cu")
+KERNELS = Kernels("conv_tensor_core.cu", fixed_threads=True)
 THREADS, COLUMNS, CHUNK_BYTES = 256, 128, 64  # conv_tensor_core.cu
 # Groups of fewer channels, in or out, leave most of a tile empty. A guess, not measured.
 LEAST_CHANNELS = 16

@@ -10,12 +10,6 @@
 #pragma once
 #include "common.cuh"
 
-#if defined(__CUDACC_RTC__) || defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 32")
-#endif
-
 #ifdef MINIDL_FAST
 #include <type_traits>
 

@@ -35,7 +35,6 @@
 
 #ifdef __CUDACC_RTC__  // ---- GPU -------------------------------------------------------------------------------------------
 
-#define UNROLL _Pragma("unroll")
 #define TILES(name, size) __shared__ __align__(16) real name[size]
 #define REQUIRE_THREADS(n) \
     if (blockDim.x != (n)) __trap()
@@ -115,7 +114,6 @@ __device__ __forceinline__ void multiply_add(float (&sums)[M][N][8], const unsig
 
 #else  // ---- emulator ---------------------------------------------------------------------------------------------------
 
-#define UNROLL
 #define TILES(name, size) SHARED(real, name, size)
 #define REQUIRE_THREADS(n) \
     if (blockDim.x != (n)) emulator::fault("needs blocks of %d threads, has one of %d", n, (int)blockDim.x)
