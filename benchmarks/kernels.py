@@ -13,11 +13,12 @@ PyTorch, in the better of its two layouts on a CPU, in channels_last on a GPU.
 The ceilings are measured in the same run: bytes/s of a copy of a tensor that no cache holds, FLOP/s of the fastest large
 matrix product that either peer has. "ceiling" is the least time that they allow over the time taken. The bytes are those that
 any implementation must move, each tensor once per pass; the FLOPs of a convolution are those of its definition, so that a
-faster algorithm (Winograd's) may exceed 100 %. What is bound by memory finds its tensors in no cache: another one is read
-before each run. What multiplies runs twice in its turn, and the second run is timed.
+faster algorithm (Winograd's) may exceed 100 %. What multiplies runs twice in its turn, and the second run is timed. All else
+finds its tensors in no cache: before each run another tensor is read, and then the same is done with other arrays.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -77,12 +78,13 @@ class Bench:
         end.synchronize()
         return self.place.xp.cuda.get_elapsed_time(start, end) / 1e3
 
-    def run(self, case, function):
-        return self.seconds(function, function if case.product else self.read_other_tensor)
-
-    def read_other_tensor(self):
-        """By all threads, of which each may have a cache of its own, and which are awake then, as in a network."""
-        optimizer.norm(self.other_tensor, self.state)
+    def before(self, function, twin):
+        """What precedes a run of function(): itself; or, where it has a twin on other arrays, what leaves in the caches the code
+        of both and the arrays of function() not. Threads are awake then, as in a network."""
+        def run_twin():
+            optimizer.norm(self.other_tensor, self.state)  # reads it by all threads, each of which may have a cache of its own
+            self.kept = twin()  # so that its result does not lend its memory
+        return function if twin is None else run_twin
 
     def check(self, case):
         """Ends the program where the results of the first call of each peer differ."""
@@ -103,30 +105,33 @@ class Bench:
         """Copies, as some cases write to the same array again."""
         return [self.place.to_host(array).astype(np.float32) for array in arrays]
 
-    def peers(self, case):
-        """{name: function}: PyTorch in the layout that is faster here."""
-        peers = self.without_torch(case)
-        if case.torch:
-            peers["torch"] = min(case.torch, key=lambda candidate: min(self.run(case, candidate) for _ in range(2)))
+    def peers(self, case, twin):
+        """{name: (function, what precedes it)}: PyTorch in the layout that is faster here."""
+        functions, twins = self.without_torch(case), self.without_torch(twin) if twin else {}
+        peers = {name: (function, self.before(function, twins.get(name))) for name, function in functions.items()}
+        candidates = [(function, self.before(function, twin.torch[layout] if twin else None))
+                      for layout, function in enumerate(case.torch)]
+        if candidates:
+            peers["torch"] = min(candidates, key=lambda candidate: min(self.seconds(*candidate) for _ in range(2)))
         return peers
 
-    def measure(self, case, repeats):
+    def measure(self, case, twin, repeats):
         """-> {peer: seconds of each run}, in turn."""
         self.check(case)
-        peers = self.peers(case)
+        peers = self.peers(case, twin)
         times = {name: [] for name in peers}
         begin = time.perf_counter()
         while len(times["minidl"]) < repeats and (len(times["minidl"]) < FEWEST or time.perf_counter() - begin < ROW_SECONDS):
-            for name, function in peers.items():
+            for name, peer in peers.items():
                 signals.obey()
-                times[name].append(self.run(case, function))
+                times[name].append(self.seconds(*peer))
                 if name == "torch":
                     records.pause(self.place)
         return times
 
-    def row(self, work, case, occurrences, repeats):
-        """What is recorded of a case."""
-        times = self.measure(case, repeats)
+    def row(self, work, case, twin, occurrences, repeats):
+        """What is recorded of a case. twin: the same case with other arrays, or None for a product."""
+        times = self.measure(case, twin, repeats)
         median = {name: statistics.median(seconds) for name, seconds in times.items()}
         ours = median["minidl"]
         return {
@@ -185,8 +190,9 @@ def main():
         print(f"{place.description} | {precision}, batch {batch}, medians of up to {args.repeats} | "
               f"copy {bench.copy / 1e9:.1f} GB/s | matrix product {bench.gemm / 1e12:.3f} TFLOP/s\n{HEAD}")
         for work, occurrences in found.items():
-            for case in work.cases(bench.inputs):
-                rows.append(bench.row(work, case, occurrences, args.repeats))
+            twins = itertools.repeat(None) if isinstance(work, works.PRODUCTS) else work.cases(bench.inputs)
+            for case, twin in zip(work.cases(bench.inputs), twins):
+                rows.append(bench.row(work, case, twin, occurrences, args.repeats))
                 print(line(rows[-1]), flush=True)
     record = dict(batch=batch, threads=device.cpu_threads() if place.name == "cpu" else None, ceilings=ceilings)
     if args.json:

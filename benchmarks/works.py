@@ -641,7 +641,8 @@ class Cast(Work):
         yield Case("cast of the weights", ours, master.nbytes + data.nbytes, self.size, lambda: (master.astype(inputs.dtype),))
 
 
-WORKS = tuple(work for work in Work.__subclasses__())
+WORKS = tuple(Work.__subclasses__())
+PRODUCTS = (Convolution, Linear)
 
 
 # ---- which there is ----------------------------------------------------------------------------------------------
