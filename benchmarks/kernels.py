@@ -55,7 +55,10 @@ class Bench:
     def measure_ceilings(self):
         """Of a ReLU, which is a copy by as many threads as kernels have; of the fastest product of n x n matrices, be it that
         of BLAS, of a convolution or of PyTorch."""
-        self.copy = 2 * self.other_tensor.nbytes / min(self.seconds(lambda: relu.forward(self.other_tensor)) for _ in range(10))
+        def copy():
+            relu.forward(self.other_tensor)
+
+        self.copy = 2 * self.other_tensor.nbytes / min(self.seconds(copy, copy) for _ in range(10))
         n = 8192 if self.place.name != "cpu" else 2048
         a, b, out = (self.inputs.normal(n, n) for _ in range(3))
         candidates = [lambda: blas.gemm(a, b, out), lambda: conv.forward(b.reshape(n, 4, 4, n // 16), a.reshape(n, n, 1, 1))]
@@ -64,8 +67,9 @@ class Bench:
             candidates.append(lambda: ta @ tb)
         self.gemm = max(2 * n**3 / min(self.seconds(product, product) for _ in range(4)) for product in candidates)
 
-    def seconds(self, function, before=lambda: None):
-        """Of function(), after before(). On a GPU its launches wait until that is done, and cost nothing themselves."""
+    def seconds(self, function, before):
+        """Of function(), after before(). On a GPU its first launches are queued until that is done, so that the host does not
+        count."""
         before()
         if self.place.name == "cpu":
             begin = time.perf_counter()
@@ -79,8 +83,8 @@ class Bench:
         return self.place.xp.cuda.get_elapsed_time(start, end) / 1e3
 
     def before(self, function, twin):
-        """What precedes a run of function(): itself; or, where it has a twin on other arrays, what leaves in the caches the code
-        of both and the arrays of function() not. Threads are awake then, as in a network."""
+        """What precedes a run of function(): itself; or, where it has a twin on other arrays, what leaves in the caches the
+        code of both, and not the arrays of function(). Threads are awake then, as in a network."""
         def run_twin():
             optimizer.norm(self.other_tensor, self.state)  # reads it by all threads, each of which may have a cache of its own
             self.kept = twin()  # so that its result does not lend its memory
