@@ -2,7 +2,7 @@
 
 import math
 
-from minidl.plots import COLOURS, GRAY, SMALL, _picture
+from minidl.plots import COLOURS, GRAY, SMALL, picture
 
 KINDS = {"convolution": "o", "linear": "s", "batch norm": "^", "pooling": "v", "element-wise": "D", "optimizer": "P",
          "loss": "X", "augmentation": "*"}
@@ -10,7 +10,7 @@ KINDS = {"convolution": "o", "linear": "s", "batch norm": "^", "pooling": "v", "
 
 def roofline(rows, ceilings, path):
     """Each row of kernels.py at its FLOPs per byte and its FLOP/s, below the two ceilings; one axes for each precision."""
-    with _picture(path, 5 * len(ceilings) + 1.5, 4) as figure:
+    with picture(path, 5 * len(ceilings) + 1.5, 4) as figure:
         panels = figure.subplots(1, len(ceilings), squeeze=False)[0]
         for axes, (precision, ceiling) in zip(panels, ceilings.items()):
             points = [row for row in rows if row["precision"] == precision]
@@ -38,7 +38,7 @@ def roofline(rows, ceilings, path):
 def scaling(rows, path):
     """Images/s over the batch, a line for each network and peer, and FLOP/s over the width."""
     series = {kind: [row for row in rows if row["series"] == kind] for kind in ("batch", "width")}
-    with _picture(path, 9, 3.5) as figure:
+    with picture(path, 9, 3.5) as figure:
         left, right = figure.subplots(1, 2)
         lines = {(row["network"], peer) for row in series["batch"] for peer in ("minidl", "torch")}
         names = sorted({name for name, _ in lines})

@@ -53,7 +53,7 @@ def check(path: FilePath) -> None:
 
 
 @contextlib.contextmanager
-def _picture(path: FilePath, width: float, height: float, layout: str | None = "constrained") -> Iterator[Figure]:
+def picture(path: FilePath, width: float, height: float, layout: str | None = "constrained") -> Iterator[Figure]:
     """A Figure of that size in inches, to be drawn in the body of the `with` and written at its end."""
     check(path)
     style = library("matplotlib.style", "plot")
@@ -85,7 +85,7 @@ def curves(runs: Sequence[Run], path: FilePath) -> Figure:
     legend_columns = max(1, 120 // (8 + max(len(run.name) for run in runs)))
     legend_lines = -(-len(runs) // legend_columns)
     colours = _colours(len(runs))
-    with _picture(path, 10, 3 + 0.2 * legend_lines) as figure:
+    with picture(path, 10, 3 + 0.2 * legend_lines) as figure:
         loss, top1, rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
         for run, colour in zip(runs, colours):
             for part, style in PARTS.items():
@@ -161,7 +161,7 @@ def evaluation(matrix: Array, groups: Sequence[str], accuracies: Array, classes:
     the images of each class that were taken for this class, NaN without images.
     """
     side = 2.2 + 0.27 * len(groups)
-    with _picture(path, side + 4, side) as figure:
+    with picture(path, side + 4, side) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(side, 3))
         _confusion(left, matrix, groups)
         _per_class(right, accuracies, classes)
@@ -210,7 +210,7 @@ def words(name: str) -> str:
 def lr_find(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], suggestion: float | None,
             path: FilePath) -> Figure:
     """The losses of a run whose learning rate grows from step to step, smoothed, and the rate suggested, None for none."""
-    with _picture(path, 5.5, 3.5) as figure:
+    with picture(path, 5.5, 3.5) as figure:
         axes = figure.subplots()
         axes.plot(rates, losses, color=COLOURS[5], linewidth=0.7)
         axes.plot(rates, smoothed, color=COLOURS[0])
@@ -236,7 +236,7 @@ def contact_sheet(images: Array, titles: Sequence[str], path: FilePath, columns:
     step_x = side + gap
     step_y = side * height / width + max(map(len, lines)) * line + gap
     sheet_width, sheet_height = gap + columns * step_x, gap + -(-count // columns) * step_y
-    with _picture(path, sheet_width, sheet_height, layout=None) as figure:
+    with picture(path, sheet_width, sheet_height, layout=None) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         for index, (image, title) in enumerate(zip(images, lines, strict=True)):
             left, top = gap + index % columns * step_x, gap + index // columns * step_y
