@@ -82,8 +82,7 @@ def inputs(rng, target, shape, outputs, groups, dtype):
     return *(target.host(target.array(a, dtype)) for a in (x, weight)), rng.normal(size=outputs[0]).astype(np.float32).astype(float)
 
 
-@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way, dtype",
-                         in_precisions(EVERY_WAY, PRECISIONS[:1]) + in_precisions(EACH_WAY, PRECISIONS[1:]), ids=str)
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way, dtype", in_precisions(EVERY_WAY, PRECISIONS), ids=str)
 def test_forward(target, rng, compute, shape, outputs, stride, padding, groups, way, dtype):
     x, weight, bias = inputs(rng, target, shape, outputs, groups, dtype)
     device_x = target.array(x, dtype)
