@@ -67,6 +67,11 @@ def launch_settings(mode: str = "fast", threads_per_block: int | None = None) ->
         _Settings.mode, _Settings.threads_per_block = before
 
 
+def launch_mode() -> str:
+    """In which mode kernels on the CPU run now."""
+    return _Settings.mode
+
+
 def acc_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     """The type in which values stored as `dtype` are computed with and accumulated: float32, or float64."""
     return np.dtype(PRECISIONS[np.dtype(dtype).name][2])

@@ -92,10 +92,11 @@ def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, group
     if g.method is winograd:
         y = array_module(x).broadcast_to(x[:1, :1, :1, :1], g.out_shape)
         return winograd.workspace_bytes(x, y, padding=padding, groups=groups)
-    if g.method or g.pointwise and not product_for(x).packs:
+    product = product_for(x)
+    if g.method or g.pointwise and not product.packs:
         return 0
-    largest = [max(end - begin for begin, end in ranges) for ranges in chunks.tasks(g.pixels, g.pixel_bytes, x)]
-    return sum(largest) * g.pixel_bytes
+    largest = [max(end - begin for begin, end in ranges) * g.batch for ranges in chunks.tasks(g.pixels, g.pixel_bytes, x)]
+    return sum(g.groups * g.depth * x.itemsize * product.unfolded(columns) for columns in largest)
 
 
 def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:

@@ -12,12 +12,13 @@ To BLAS a matrix is one tile, one panel. Formulas, and what the packing is good 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 
 from minidl import blas
 from minidl.device import Array, array_module, empty
-from minidl.kernels import Kernels, acc_dtype, blocks_for
+from minidl.kernels import Kernels, acc_dtype, blocks_for, launch_mode
 
 KERNELS = Kernels("packed_gemm.cu")
 THREADS = 32  # of a block, where these kernels run on threads at all
@@ -36,6 +37,10 @@ class Blas:
 
     def panel(self, columns: int) -> int:
         """Columns of a panel, of so many in all."""
+        return columns
+
+    def unfolded(self, columns: int) -> int:
+        """Columns of all panels: so many, filled up."""
         return columns
 
     def step(self, columns: int) -> int:
@@ -76,6 +81,9 @@ class Packed:
     def panel(self, columns: int) -> int:
         return self._panel
 
+    def unfolded(self, columns: int) -> int:
+        return -(-columns // self._panel) * self._panel
+
     def step(self, columns: int) -> int:
         return columns + self.unit if columns * self._acc_bytes % (CACHE_WAY // 2) == 0 else columns
 
@@ -108,11 +116,12 @@ def product_for(like: Array) -> Blas | Packed:
     """How convolutions of arrays like this one multiply: packed on the CPU, unless factors are to be rounded to TF32."""
     if array_module(like) is not np or blas.allow_tf32 and like.dtype == np.float32:
         return _BLAS
-    sizes = np.empty(5, np.int32)
-    KERNELS.gemm_sizes[1, 1](np.empty(1, like.dtype), sizes)
-    return _packed(*map(int, sizes), acc_dtype(like.dtype).itemsize)
+    return _packed(like.dtype, launch_mode())
 
 
 @functools.cache
-def _packed(*sizes: int) -> Packed:
-    return Packed(*sizes)
+def _packed(dtype: np.dtype[Any], mode: str) -> Packed:
+    """mode: that in which the sizes, which depend on it, are asked for now."""
+    sizes = np.empty(5, np.int32)
+    KERNELS.gemm_sizes[1, 1](np.empty(1, dtype), sizes)
+    return Packed(*map(int, sizes), acc_bytes=acc_dtype(dtype).itemsize)

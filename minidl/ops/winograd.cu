@@ -50,10 +50,10 @@ __device__ __forceinline__ void transform_input(const real* __restrict__ x, real
         const int column = blockIdx.y * padded + n;
         real* out = channel + column / panel * panel_step + column % panel;
         UNROLL for (int i = 0; i < TILE; ++i) {
-            store<true>(out, t[i][0] - t[i][2], 0), out += element;
-            store<true>(out, t[i][1] + t[i][2], 0), out += element;
-            store<true>(out, t[i][2] - t[i][1], 0), out += element;
-            store<true>(out, t[i][1] - t[i][3], 0), out += element;
+            store<WHOLE>(out, t[i][0] - t[i][2], padded - n), out += element;
+            store<WHOLE>(out, t[i][1] + t[i][2], padded - n), out += element;
+            store<WHOLE>(out, t[i][2] - t[i][1], padded - n), out += element;
+            store<WHOLE>(out, t[i][1] - t[i][3], padded - n), out += element;
         }
     }
 }
@@ -89,7 +89,7 @@ __device__ __forceinline__ void transform_output(const real* __restrict__ m, rea
         lanes t[OUTPUTS][TILE];
         UNROLL for (int j = 0; j < TILE; ++j) {
             lanes a[TILE];
-            UNROLL for (int i = 0; i < TILE; ++i) a[i] = load<true>(in + (i * TILE + j) * element + n, 0);
+            UNROLL for (int i = 0; i < TILE; ++i) a[i] = load<WHOLE>(in + (i * TILE + j) * element + n, padded - n);
             t[0][j] = a[0] + a[1] + a[2];
             t[1][j] = a[1] - a[2] - a[3];
         }
@@ -123,10 +123,10 @@ __device__ __forceinline__ void transform_gradient(const real* __restrict__ dy, 
         const lanes t[TILE][OUTPUTS] = {{a, b}, {a + c, b + d}, {a - c, b - d}, {-c, -d}};
         real* out = e + (long long)blockIdx.x * step + (long long)blockIdx.y * padded + n;
         UNROLL for (int i = 0; i < TILE; ++i) {
-            store<true>(out, t[i][0], 0), out += element;
-            store<true>(out, t[i][0] + t[i][1], 0), out += element;
-            store<true>(out, t[i][0] - t[i][1], 0), out += element;
-            store<true>(out, -t[i][1], 0), out += element;
+            store<WHOLE>(out, t[i][0], padded - n), out += element;
+            store<WHOLE>(out, t[i][0] + t[i][1], padded - n), out += element;
+            store<WHOLE>(out, t[i][0] - t[i][1], padded - n), out += element;
+            store<WHOLE>(out, -t[i][1], padded - n), out += element;
         }
     }
 }

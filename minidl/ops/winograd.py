@@ -60,7 +60,8 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
 def workspace_bytes(x: Array, y: Array, *, padding: int, groups: int) -> int:
     """Bytes of V and M that `forward` holds at a time. Of x and y, only device, shape and type matter."""
     g = _Geometry(x, y, padding, groups)
-    return sum(max(end - begin for begin, end in ranges) for ranges in g.tasks()) * g.tile_bytes
+    largest = [max(end - begin for begin, end in ranges) * g.padded for ranges in g.tasks()]
+    return sum(ELEMENTS * x.itemsize * (len(x) * g.product.unfolded(columns) + len(y) * columns) for columns in largest)
 
 
 def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, adjoint: bool) -> None:
