@@ -124,4 +124,5 @@ def _packed(dtype: np.dtype[Any], mode: str) -> Packed:
     """mode: that in which the sizes, which depend on it, are asked for now."""
     sizes = np.empty(5, np.int32)
     KERNELS.gemm_sizes[1, 1](np.empty(1, dtype), sizes)
-    return Packed(*map(int, sizes), acc_bytes=acc_dtype(dtype).itemsize)
+    rows, panel, dw_block, dw_columns, unit = map(int, sizes)
+    return Packed(rows, panel, dw_block, dw_columns, unit, acc_dtype(dtype).itemsize)
