@@ -66,6 +66,13 @@ def _transposed_and_leading_dimension(name: str, array: Array) -> tuple[bool, in
 # ---- CPU -------------------------------------------------------------------------------------------------------
 
 
+def start_on_host() -> None:
+    """Let NumPy's BLAS start its threads and take its buffers before arrays take the memory: it ends a process in which it
+    finds none."""
+    factor = np.ones((512, 512), np.float32)
+    factor @ factor
+
+
 @np.errstate(all="ignore")  # overflow and NaN pass without a warning, as they do on a GPU
 def _gemm_on_host(a: Array, b: Array, out: Array, alpha: float, beta: float) -> None:
     if a.dtype.itemsize == 2:  # exact in float32

@@ -10,14 +10,11 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import ThreadpoolController
 
 from minidl import host_build, nvidia_driver
 from minidl.errors import DeviceError, UsageError
@@ -131,7 +128,7 @@ def first_line(error: Exception) -> str:
 
 
 def cpu_threads() -> int:
-    """Threads that kernels and BLAS use on the CPU: $OMP_NUM_THREADS, or all cores this process may use."""
+    """Threads that kernels use on the CPU: $OMP_NUM_THREADS, or all cores this process may use."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if setting.isdecimal() and int(setting) > 0:
         return int(setting)
@@ -147,75 +144,8 @@ def host_threads() -> ctypes.CDLL:
 
 
 def workers(like: Array) -> int:
-    """How many tasks `run_tasks` runs at a time beside `like` (an array): the CPU's threads, or 1 on a GPU."""
+    """How many threads share the blocks of a launch beside `like` (an array) on the CPU; 1 on a GPU."""
     return cpu_threads() if array_module(like) is np else 1
-
-
-def run_tasks(tasks: Sequence[Callable[[], object]]) -> None:
-    """Call each of the functions `tasks`, at most `workers` of them, and wait for all.
-
-    Several run at once, a core each: inside them, kernels and BLAS keep to their core. One alone may use all cores.
-    """
-    if len(tasks) == 1:
-        tasks[0]()
-        return
-    with _blas().limit(limits=max(1, cpu_threads() // len(tasks)), user_api="blas"):
-        others = [_executor().submit(_on_one_core, task) for task in tasks[1:]]
-        try:
-            _on_one_core(tasks[0])
-        finally:
-            wait(others)
-    for other in others:
-        other.result()  # raises what the task raised
-
-
-def start_threads() -> None:
-    """Start all threads of the CPU, and let BLAS take its buffers, before arrays take the memory: BLAS ends a process in which
-    it finds none. Raises MemoryError where there is not enough for the threads."""
-    all_run = threading.Barrier(cpu_threads())
-    factor = np.ones((512, 512), np.float32)  # which takes so long that all multiply at one time
-
-    def multiply() -> None:
-        all_run.wait()
-        for _ in range(2):
-            factor @ factor
-
-    try:
-        run_tasks([multiply] * cpu_threads())  # which each call BLAS,
-        factor @ factor  # and the threads of BLAS itself
-    except RuntimeError:
-        all_run.abort()
-        raise MemoryError(f"there is none for {cpu_threads()} threads") from None
-
-
-def on_one_core() -> bool:
-    """Whether the caller is one of several tasks, and must leave the other cores to them."""
-    return getattr(_this_thread, "on_one_core", False)
-
-
-_this_thread = threading.local()
-
-
-def _on_one_core(task: Callable[[], object]) -> None:
-    _this_thread.on_one_core = True
-    try:
-        task()
-    finally:
-        _this_thread.on_one_core = False
-
-
-@functools.cache
-def _executor() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, cpu_threads() - 1))  # whoever waits for the tasks does one of them
-
-
-@functools.cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
-# A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=_executor.cache_clear)
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike, like: Array | Device) -> Array:

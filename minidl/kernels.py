@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minidl import host_build
-from minidl.device import Array, array_module, host_threads, on_one_core
+from minidl.device import Array, array_module, host_threads
 from minidl.errors import DeviceError
 from minidl.host_build import OPS, CompileError
 
@@ -258,7 +258,7 @@ class Kernel:
                  else _HOST_SCALARS[value.dtype](value) for value in values]
         pointers = (_POINTER * len(cells))(*map(ctypes.addressof, cells))
         message = ctypes.create_string_buffer(300)
-        launch = _Launch(*grid, threads, on_one_core(), ctypes.addressof(message), len(message))
+        launch = _Launch(*grid, threads, ctypes.addressof(message), len(message))
         if function(ctypes.byref(launch), pointers):
             raise KernelFault(f"{self.name}: {message.value.decode()}")
 
@@ -279,4 +279,4 @@ _HOST_SCALARS: dict[np.dtype[Any], Any] = {np.dtype(c_type): c_type for c_type i
 
 class _Launch(ctypes.Structure):  # cuda_on_host.h: struct Launch
     _fields_ = [("grid_x", ctypes.c_uint), ("grid_y", ctypes.c_uint), ("threads", ctypes.c_uint),
-                ("on_one_core", ctypes.c_int), ("message", ctypes.c_void_p), ("message_size", ctypes.c_int)]
+                ("message", ctypes.c_void_p), ("message_size", ctypes.c_int)]

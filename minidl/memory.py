@@ -41,9 +41,9 @@ def needed_bytes(run: Run, batch_size: int) -> int:
 
 
 def largest_batch(run: Run, limit: int) -> int:
-    """The largest power of two, below the present batch size, with which a run stays within 90 % of the limit; 0 for none."""
+    """The largest power of two, below the present batch size, with which a run stays within 80 % of the limit; 0 for none."""
     size = 1
-    while size < run.settings.batch_size and needed_bytes(run, size) <= 0.9 * limit:
+    while size < run.settings.batch_size and needed_bytes(run, size) <= 0.8 * limit:
         size *= 2
     return size // 2
 

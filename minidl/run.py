@@ -13,7 +13,7 @@ from minidl import blas, optim, random_keys, weights
 from minidl.checkpoint import Checkpoint
 from minidl.data.batches import Augmentation, Batches
 from minidl.data.dataset import Dataset
-from minidl.device import Array, Device, start_threads
+from minidl.device import Array, Device
 from minidl.errors import CheckpointError, UsageError
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.layers import Layer
@@ -51,10 +51,10 @@ class Run:
                 raise UsageError(f"batch_size {settings.batch_size} is more than the {len(dataset.labels)} {what} images of "
                                  f"{dataset.name}")
         self.train_set = train_set
-        if place.name == "cpu":
-            start_threads()
         dtype = storage_dtype(STORAGE[settings.precision])
         blas.allow_tf32 = settings.precision == "tf32"
+        if blas.allow_tf32 and place.name == "cpu":
+            blas.start_on_host()
         network.initialize(place, dtype, settings.seed)
 
         def batches(dataset: Dataset, size: int) -> Batches:

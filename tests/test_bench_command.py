@@ -83,7 +83,7 @@ def test_the_built_package_has_no_pytorch_networks(built, tmp_path):
 
 def test_pytorch_is_missing(tmp_path):
     """A process with neither this environment's packages, -S, nor PyTorch; what minidl needs is linked."""
-    for name in ("numpy", "threadpoolctl", "tqdm"):
+    for name in ("numpy", "tqdm"):
         file = Path(__import__(name).__file__)
         path = file.parent if file.name == "__init__.py" else file
         for found in [path, *path.parent.glob(f"{name}.libs")]:

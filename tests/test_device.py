@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from minidl import nvidia_driver
-from minidl.device import HostPool, array_module, cpu_threads, empty, on_one_core, run_tasks, select, workers
+from minidl.device import HostPool, array_module, cpu_threads, empty, select, workers
 from minidl.errors import DeviceError, UsageError
 from minidl.nvidia_driver import Driver, Gpu
 
@@ -176,48 +175,10 @@ def test_module_of_an_array(install):
     assert array_module(cupy.ndarray()) is cupy
 
 
-# ---- tasks ---------------------------------------------------------------------------------------------------------
-
-
-def test_tasks_run_at_once_a_core_each():
-    count = workers(np.zeros(1))
-    assert count == cpu_threads()
-    meeting, alone = threading.Barrier(count), []
-
-    def task():
-        meeting.wait(timeout=20)
-        alone.append(on_one_core())
-
-    run_tasks([task] * count)
-    assert alone == [count > 1] * count
-    assert not on_one_core()
-
-
-def test_one_task_may_use_all_cores():
-    alone = []
-    run_tasks([lambda: alone.append(on_one_core())])
-    assert alone == [False]
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_error_of_a_task_is_raised_when_all_have_ended(failing):
-    ended = []
-
-    def task(number):
-        if number == failing:
-            raise ZeroDivisionError(f"task {number}")
-        ended.append(number)
-
-    with pytest.raises(ZeroDivisionError, match=f"task {failing}"):
-        run_tasks([lambda number=number: task(number) for number in range(2)])
-    assert ended == [1 - failing]
-    assert not on_one_core()
-
-
-def test_workers_of_a_gpu(install):
+def test_workers(install):
     cupy = fake_cupy()
     install(cupy)
-    assert workers(cupy.ndarray()) == 1
+    assert (workers(np.zeros(1)), workers(cupy.ndarray())) == (cpu_threads(), 1)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def packages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packages")
     for name in ("minidl", "models"):
         (folder / name).symlink_to(ROOT / name)
-    needed = {"numpy": "numpy.libs", "threadpoolctl": "", "tqdm": ""} | (
+    needed = {"numpy": "numpy.libs", "tqdm": ""} | (
         {"tomli": "*__mypyc*.so"} if sys.version_info < (3, 11) else {})  # {module: what lies beside it}
     for name, beside in needed.items():
         file = Path(__import__(name).__file__)
@@ -126,7 +126,7 @@ def test_a_machine_without_a_gpu(doctor):
     assert report["device"] == "cpu" and report["ready"] is True
     for name in ("minidl", "Python", "NumPy", "CPU", "C++ compiler", "kernel cache", "kernel on cpu", "disk"):
         assert result.checks[name]["state"] == "ok" and result.checks[name]["run"] is None
-    assert result.checks["NumPy"]["found"].startswith(f"{np.__version__}, BLAS: ")
+    assert result.checks["NumPy"]["found"] == np.__version__
     assert state(result.checks["NVIDIA driver"]) == (
         "missing", "libcuda.so.1 is not found; without a GPU, the CPU is used", None)
     assert state(result.checks["CuPy"]) == ("missing", "only a GPU needs it", None)

@@ -273,14 +273,6 @@ def test_launches_from_several_threads():
         assert (visits == 1).all()
 
 
-def test_launches_from_tasks():
-    """Each stays on its own core, and so runs all of its blocks by itself."""
-    place, results = device.select("cpu"), []
-    for _ in range(20):
-        device.run_tasks([lambda: results.append(visited(place, 999, 1, room=999)[0])] * device.workers(np.zeros(1)))
-    assert all((visits == 1).all() for visits in results) and len(results) == 20 * device.cpu_threads()
-
-
 @pytest.mark.parametrize("blocks, threads", [(0, 32), (-1, 32), (2**31, 32), ((1, 0), 32), ((1, 2**16), 32), (1, 0), (1, 1025)],
                          ids=str)
 def test_refused_launch_shapes(blocks, threads):
@@ -515,15 +507,12 @@ for package in (minidl, models):
 
 
 def test_forked_child_launches(built_cache):
-    """The child has none of the threads of its parent's team, nor of its tasks."""
+    """The child has none of the threads of its parent's team."""
     code = LAUNCH + """
 import multiprocessing, os
-from minidl.device import run_tasks
 
 def work():
-    results = [relu.forward(np.arange(-50_000.0, 50_000.0)).sum()]
-    run_tasks([lambda: results.append(relu.forward(np.arange(-50_000.0, 50_000.0)).sum())] * 3)
-    assert results == [sum(range(50_000))] * 4
+    assert relu.forward(np.arange(-50_000.0, 50_000.0)).sum() == sum(range(50_000))
 
 def child():
     work()

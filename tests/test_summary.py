@@ -10,7 +10,7 @@ import pytest
 import models
 from minidl import summary
 from minidl.layers import Conv2d
-from minidl.ops import chunks, conv, packed_gemm, winograd as winograd_op
+from minidl.ops import conv, packed_gemm, winograd as winograd_op
 from models import listing
 
 NETWORKS = [
@@ -51,8 +51,7 @@ def test_totals(name, options):
 
 @pytest.mark.parametrize("winograd", [False, True])
 def test_workspace_is_the_memory_of_cols(monkeypatch, winograd):
-    """The most that is unfolded at a time, seen at the products with one worker."""
-    monkeypatch.setattr(chunks, "workers", lambda like: 1)
+    """The most that is unfolded at a time, seen at the products."""
     monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", {"numpy": 16 if winograd else 1000})
     network = models.create("wrn-10-1").initialize()
     asked = []

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
 import minidl
 from minidl import blas, data, device, host_build, memory, nvidia_driver, run_folder
@@ -102,8 +101,7 @@ def environment() -> Iterator[Check]:
     commit = f", commit {facts['commit'][:10]}" if facts["commit"] else ""
     yield Check("minidl", "ok", f"{facts['versions']['minidl']}, {Path(minidl.__file__).parent}{commit}")
     yield Check("Python", "ok", f"{facts['versions']['python']}, {sys.executable}")
-    libraries = [f"{it['internal_api']} {it['version']}" for it in threadpool_info() if it["user_api"] == "blas"]
-    yield Check("NumPy", "ok", f"{facts['versions']['numpy']}, BLAS: {' and '.join(libraries) or 'unknown to threadpoolctl'}")
+    yield Check("NumPy", "ok", facts["versions"]["numpy"])
     limit = f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
     yield Check("CPU", "ok", f"{facts['cpu']}, {device.cpu_threads()} threads{limit}")
 

@@ -5,14 +5,12 @@ Where they are faster, 3x3 windows go to conv_tensor_core.py or winograd.py, nar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from types import ModuleType
 
 import numpy as np
 
 from minidl import blas
-from minidl.device import Array, array_module, empty, run_tasks, workers
+from minidl.device import Array, array_module, empty
 from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
 from minidl.ops import chunks, conv_tensor_core, group_conv, winograd
@@ -95,8 +93,8 @@ def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, group
     product = product_for(x)
     if g.method or g.pointwise and not product.packs:
         return 0
-    largest = [max(end - begin for begin, end in ranges) * g.batch for ranges in chunks.tasks(g.pixels, g.pixel_bytes, x)]
-    return sum(g.groups * g.depth * x.itemsize * product.unfolded(columns) for columns in largest)
+    largest = max(end - begin for begin, end in chunks.split(g.pixels, g.pixel_bytes, x)) * g.batch
+    return g.groups * g.depth * x.itemsize * product.unfolded(largest)
 
 
 def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
@@ -110,16 +108,12 @@ def _multiply(x: Array, weight: Array, bias: Array | None, y: Array, g: _Geometr
     """y = weight @ cols of x, chunk by chunk."""
     product = product_for(x)
     w, y_matrix = product.pack(g.weight_matrix(weight)), g.out_matrix(y)
-
-    def compute(ranges: Sequence[tuple[int, int]]) -> None:
-        for begin, end in ranges:
-            columns = (end - begin) * g.batch
-            # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
-            product.multiply(w, _unfold(x, g, begin, end, product, product.panel(columns)), y_matrix, begin * g.batch, columns)
-            if bias is not None:
-                bias_op.add(y, bias, slice(begin * g.batch, end * g.batch))
-
-    run_tasks([partial(compute, ranges) for ranges in chunks.tasks(g.pixels, g.pixel_bytes, x)])
+    for begin, end in chunks.split(g.pixels, g.pixel_bytes, x):
+        columns = (end - begin) * g.batch
+        # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
+        product.multiply(w, _unfold(x, g, begin, end, product, product.panel(columns)), y_matrix, begin * g.batch, columns)
+        if bias is not None:
+            bias_op.add(y, bias, slice(begin * g.batch, end * g.batch))
 
 
 def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed, panel: int) -> Array:
@@ -135,22 +129,13 @@ def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed
 
 
 def _weight_gradient(dy: Array, x: Array, dweight: Array, g: _Geometry) -> None:
-    product = product_for(x)
-    dy_matrix, dw_matrix = g.out_matrix(dy), g.weight_matrix(dweight)
-    tasks = chunks.tasks(g.pixels, g.pixel_bytes, x, fewest=-(-DW_COLUMNS // g.batch))
-    # Each task sums over its chunks; then the sums are added in the order of the tasks.
-    sums = [dw_matrix, *(empty(dw_matrix.shape, dw_matrix.dtype, like=dw_matrix) for _ in tasks[1:])]
-
-    def accumulate(ranges: Sequence[tuple[int, int]], total: Array) -> None:
-        for i, (begin, end) in enumerate(ranges):
-            columns = (end - begin) * g.batch
-            # (G, O/G, K) += (G, O/G, P) @ (G, P, K)
-            cols = _unfold(x, g, begin, end, product, product.step(columns))
-            product.multiply_rows(product.compact(dy_matrix[:, :, begin * g.batch:end * g.batch]), cols[:, 0], total, columns, i > 0)
-
-    run_tasks([partial(accumulate, ranges, total) for ranges, total in zip(tasks, sums)])
-    for other in sums[1:]:
-        dw_matrix += other
+    product, of_dy = product_for(x), _of_pixels(dy, g.groups)
+    for begin, end in chunks.split(g.pixels, g.pixel_bytes, x, fewest=-(-DW_COLUMNS // g.batch)):
+        columns = (end - begin) * g.batch
+        dy_rows, cols = (_unfold(array, its, begin, end, product, product.step(columns))[:, 0]
+                         for array, its in ((dy, of_dy), (x, g)))
+        # (G, O/G, K) += (G, O/G, P) @ (G, P, K)
+        product.multiply_rows(dy_rows, cols, g.weight_matrix(dweight), columns, begin > 0)
 
 
 def _adjoint_weight(weight: Array, groups: int) -> Array:
@@ -162,38 +147,30 @@ def _adjoint_weight(weight: Array, groups: int) -> Array:
 
 
 def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry) -> None:
-    """Each task computes some channels of dx, so that nothing is added up by two."""
-    product = product_for(dy)
-    whole = weight.reshape(g.groups, -1, g.channels // g.groups, g.kernel[0] * g.kernel[1])
+    product, of_dy = product_for(dy), _of_pixels(dy, g.groups)
+    outputs = len(dy) // g.groups
+    # W^T (G, K, O/G)
+    w = product.pack(array_module(dy).ascontiguousarray(g.weight_matrix(weight).swapaxes(1, 2)))
+    covered = 0  # input rows that hold sums already
+    row_bytes = (g.depth + outputs) * g.groups * g.out_width * g.batch * dx.itemsize
+    for row_begin, row_end in chunks.split(g.out_height, row_bytes, dx):
+        begin, end = row_begin * g.out_width, row_end * g.out_width
+        columns = (end - begin) * g.batch
+        # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
+        dcols = empty((g.groups, g.depth, columns), dx.dtype, like=dx)
+        product.multiply(w, _unfold(dy, of_dy, begin, end, product, product.panel(columns)), dcols, 0, columns)
+        iy_begin = max(0, min(row_begin * g.stride - g.padding, covered))
+        iy_end = g.height if row_end == g.out_height else min((row_end - 1) * g.stride - g.padding + g.kernel[0], g.height)
+        if iy_end > iy_begin:
+            KERNELS.col2im[g.channels * (iy_end - iy_begin), threads_along(g.batch)](
+                dcols, dx, g.channels, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding,
+                row_begin, row_end - row_begin, iy_begin, covered)
+            covered = max(covered, iy_end)
 
-    def compute(groups: slice, channels: slice) -> None:
-        part = whole[groups, :, channels]
-        count, outputs, group_channels, window = part.shape
-        # W^T (G, K, O/G)
-        w = product.pack(array_module(dy).ascontiguousarray(part.transpose(0, 2, 3, 1)).reshape(count, -1, outputs))
-        first = groups.start * whole.shape[2] + channels.start
-        dx_part, dy_part = dx[first:first + count * group_channels], dy[groups.start * outputs:groups.stop * outputs]
-        of_dy = _Geometry(dy_part, part[:, :, :1, :1], 1, 0, count)  # its columns are its pixels
-        row_bytes = w.shape[1] * w.shape[3] * count * g.out_width * g.batch * dx.itemsize
-        covered = 0  # input rows that hold sums already
-        for row_begin, row_end in chunks.split(g.out_height, max(1, chunks.WORKSPACE_BYTES[array_module(dx).__name__] // row_bytes)):
-            begin, end = row_begin * g.out_width, row_end * g.out_width
-            columns = (end - begin) * g.batch
-            # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
-            dcols = empty((count, group_channels * window, columns), dx.dtype, like=dx)
-            product.multiply(w, _unfold(dy_part, of_dy, begin, end, product, product.panel(columns)), dcols, 0, columns)
-            iy_begin = max(0, min(row_begin * g.stride - g.padding, covered))
-            iy_end = g.height if row_end == g.out_height else min((row_end - 1) * g.stride - g.padding + g.kernel[0], g.height)
-            if iy_end > iy_begin:
-                KERNELS.col2im[len(dx_part) * (iy_end - iy_begin), threads_along(g.batch)](
-                    dcols, dx_part, len(dx_part), g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding,
-                    row_begin, row_end - row_begin, iy_begin, covered)
-                covered = max(covered, iy_end)
 
-    parts = workers(dy)
-    groups = [slice(*bounds) for bounds in chunks.split(g.groups, -(-g.groups // parts))]
-    of_each = chunks.split(whole.shape[2], -(-whole.shape[2] // max(1, parts // g.groups)))
-    run_tasks([partial(compute, some, slice(*channels)) for some in groups for channels in of_each])
+def _of_pixels(dy: Array, groups: int) -> _Geometry:
+    """The geometry whose unfolded columns are the pixels of dy: that of a 1x1 convolution."""
+    return _Geometry(dy, array_module(dy).broadcast_to(dy[:1, :1, :1, :1], (groups, len(dy) // groups, 1, 1)), 1, 0, groups)
 
 
 class _Geometry:

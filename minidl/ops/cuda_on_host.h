@@ -63,7 +63,6 @@ struct __half {
 
 struct Launch {
     unsigned grid_x, grid_y, threads;
-    int on_one_core;  // the caller is one of several tasks: no team
     char* message;  // where a fault is described
     int message_size;
 };
@@ -110,7 +109,7 @@ int run_grid(const Launch& launch, const Block& block) {
             block();
         }
     };
-    if (launch.on_one_core || (long long)launch.grid_x * launch.grid_y == 1) {  // waking a team costs more than most single blocks
+    if ((long long)launch.grid_x * launch.grid_y == 1) {  // waking a team costs more than most single blocks
         run_part(0, 1);
         return 0;
     }

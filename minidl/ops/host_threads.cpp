@@ -1,7 +1,7 @@
 // The team of threads of the process: every fast kernel library hands its blocks to this one.
 //
-// Not OpenMP: its idle threads spin for a millisecond, on the cores that the BLAS needs next, and clang and zig come
-// without its runtime. Here a thread watches for the next task for as long as waking it would take, then sleeps.
+// Not OpenMP: clang and zig come without its runtime. A thread watches for the next task for as long as a training step
+// leaves it without one, then sleeps.
 #include <pthread.h>
 
 #include <atomic>
@@ -15,10 +15,11 @@ typedef void (*Body)(void* context, int part, int parts);
 
 namespace {
 
-// Whether `done` came true within the time that a sleeping thread takes to wake, about 50 us on a virtual machine.
+// Whether `done` came true soon. Between two launches of a step Python takes 10 to 100 us; to wake a sleeping thread takes 50
+// more, on a virtual machine.
 template <class Condition>
 bool watch(Condition done) {
-    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(300);
     do {
         for (int i = 0; i < 100; ++i)
             if (done()) return true;

@@ -1,22 +1,17 @@
-"""The fully connected layer: one matrix product per pass, and a bias (bias.cu).
+"""The fully connected layer: a convolution of images of one pixel.
 
     y = weight @ x + bias      dweight = dy @ x^T      dx = weight^T @ dy      dbias = sum of dy over the batch
 """
 
-from minidl.blas import gemm
-from minidl.device import Array, empty
-from minidl.ops import bias as bias_op
+from minidl.device import Array
+from minidl.ops import conv
 
 
 def forward(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x (C, N), weight (O, C), bias (O) -> y (O, N). Raises ValueError for shapes that do not fit."""
     if x.ndim != 2 or x.shape[0] != weight.shape[1]:
         raise ValueError(f"linear: input {x.shape} does not fit weight {weight.shape}: (C, N) with C = {weight.shape[1]} is needed")
-    y = empty((weight.shape[0], x.shape[1]), x.dtype, like=x)
-    gemm(weight, x, y)  # (O, N) = (O, C) @ (C, N)
-    if bias is not None:
-        bias_op.add(y, bias)
-    return y
+    return conv.forward(_image(x), _window(weight), bias).reshape(len(weight), -1)
 
 
 def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | None = None, *,
@@ -25,11 +20,15 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
 
     Overwrites dweight (O, C) and dbias (O).
     """
-    gemm(dy, x.T, dweight)  # (O, C) = (O, N) @ (N, C)
-    if dbias is not None:
-        bias_op.gradient(dy, dbias)
-    if not input_gradient:
-        return None
-    dx = empty(x.shape, x.dtype, like=x)
-    gemm(weight.T, dy, dx)  # (C, N) = (C, O) @ (O, N)
-    return dx
+    dx = conv.backward(_image(dy), _image(x), _window(weight), _window(dweight), dbias, input_gradient=input_gradient)
+    return None if dx is None else dx.reshape(x.shape)
+
+
+def _image(matrix: Array) -> Array:
+    """(C, N) -> (C, 1, 1, N)."""
+    return matrix[:, None, None]
+
+
+def _window(weight: Array) -> Array:
+    """(O, C) -> (O, C, 1, 1)."""
+    return weight[:, :, None, None]

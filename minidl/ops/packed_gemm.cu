@@ -17,9 +17,11 @@
 #define DW_COLUMNS 2
 #define STRIP 8
 #define UNIT 1
+#define SEGMENT 64
 #else
 #define STRIP LANES
 #define UNIT LANES
+#define SEGMENT 1024  // columns: with DW_BLOCK rows, of floats, 400 kB
 #ifdef FEW_REGISTERS
 #define ROWS 4
 #define VECTORS 3
@@ -86,7 +88,8 @@ extern "C" __global__ void gemm_panels(const acc* __restrict__ packed, const rea
     }
 }
 
-// The rows of dw, `depth` long, from row_begin to row_end; their columns `first`, ..., DW_COLUMNS of them at most.
+// Sums over `columns` columns: the rows of dw, `depth` long, from row_begin to row_end; there the elements `first`, ...,
+// DW_COLUMNS of them at most.
 template <bool WHOLE>
 __device__ __forceinline__ void sum_rows(const real* __restrict__ dy, const real* __restrict__ cols, acc* __restrict__ dw,
                                          int row_begin, int row_end, int depth, int first, int columns, long long step,
@@ -117,16 +120,30 @@ __device__ __forceinline__ void sum_rows(const real* __restrict__ dy, const real
     }
 }
 
+// The first row of a block: they are as equal as tiles of DW_ROWS rows allow.
+__device__ __forceinline__ int row_of_block(int m, int blocks, int block) {
+    const int tiles = (m + DW_ROWS - 1) / DW_ROWS, row = tiles * block / blocks * DW_ROWS;
+    return row < m ? row : m;
+}
+
 // dy (B, M, step), cols (B, K, step), of which the first `columns` count; dw (B, M, K) is added to or overwritten.
-// Grid: B x blocks of DW_BLOCK rows x tiles of K.
+// Grid: B x blocks of DW_BLOCK rows x strips of K, of `strip` tiles. They are summed a segment of columns at a time, so that
+// the rows of dy are in the second cache for all tiles but the first.
 extern "C" __global__ void gemm_rows(const real* __restrict__ dy, const real* __restrict__ cols, acc* __restrict__ dw, int m,
-                                     int k, int columns, long long step, int accumulate) {
-    const int tiles = (k + DW_COLUMNS - 1) / DW_COLUMNS, first = blockIdx.x % tiles * DW_COLUMNS;
-    const int blocks = (m + DW_BLOCK - 1) / DW_BLOCK, begin = blockIdx.x / tiles % blocks * DW_BLOCK;
-    const int end = m - begin < DW_BLOCK ? m : begin + DW_BLOCK;
-    const long long matrix = blockIdx.x / tiles / blocks;
-    const real *dy_rows = dy + matrix * m * step, *cols_rows = cols + matrix * k * step;
+                                     int k, int columns, long long step, int accumulate, int strip) {
+    const int tiles = (k + DW_COLUMNS - 1) / DW_COLUMNS, strips = (tiles + strip - 1) / strip;
+    const int first_tile = blockIdx.x % strips * strip, end_tile = tiles - first_tile < strip ? tiles : first_tile + strip;
+    const int blocks = (m + DW_BLOCK - 1) / DW_BLOCK, block = blockIdx.x / strips % blocks;
+    const int begin = row_of_block(m, blocks, block), end = row_of_block(m, blocks, block + 1);
+    const long long matrix = blockIdx.x / strips / blocks;
     acc* out = dw + matrix * m * k;
-    if (whole_lanes(columns)) sum_rows<true>(dy_rows, cols_rows, out, begin, end, k, first, columns, step, accumulate);
-    else sum_rows<false>(dy_rows, cols_rows, out, begin, end, k, first, columns, step, accumulate);
+    for (int column = 0; column < columns; column += SEGMENT) {
+        const int count = columns - column < SEGMENT ? columns - column : SEGMENT, adds = accumulate || column > 0;
+        const real *dy_rows = dy + matrix * m * step + column, *cols_rows = cols + matrix * k * step + column;
+        for (int tile = first_tile; tile < end_tile; ++tile) {
+            const int first = tile * DW_COLUMNS;
+            if (whole_lanes(count)) sum_rows<true>(dy_rows, cols_rows, out, begin, end, k, first, count, step, adds);
+            else sum_rows<false>(dy_rows, cols_rows, out, begin, end, k, first, count, step, adds);
+        }
+    }
 }

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from minidl import blas
-from minidl.device import Array, array_module, empty
+from minidl.device import Array, array_module, empty, workers
 from minidl.kernels import Kernels, acc_dtype, blocks_for, launch_mode
 
 KERNELS = Kernels("packed_gemm.cu")
 THREADS = 32  # of a block, where these kernels run on threads at all
+STRIP = 16  # tiles of a row of dw, at most, that are summed beside the same rows of dy
+STRIPS = 6  # for each core, at least, where there are so many: they are dealt out evenly
 CACHE_WAY = 4096  # bytes: what lies so far apart, or a large part of it, shares the same few lines of the first cache
 
 
@@ -54,10 +56,6 @@ class Blas:
     def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int) -> None:
         """w as packed, cols (B, panels, K, panel): overwrites those columns of y (B, M, all columns)."""
         blas.gemm(w[:, 0].transpose(0, 2, 1), cols[:, 0], y[:, :, begin:begin + columns])
-
-    def compact(self, matrix: Array) -> Array:
-        """matrix (B, M, P), whose rows are parts of longer ones -> as `multiply_rows` needs it."""
-        return matrix
 
     def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
         """dy (B, M, step), cols (B, K, step), of which `columns` count: overwrites dw (B, M, K), or adds to it."""
@@ -97,16 +95,12 @@ class Packed:
         matrices, m, step = y.shape
         KERNELS.gemm_panels[matrices * cols.shape[1], THREADS](w, cols, y, m, cols.shape[2], columns, begin, step)
 
-    def compact(self, matrix: Array) -> Array:
-        *shape, columns = matrix.shape
-        rows = empty((*shape, self.step(columns)), matrix.dtype, like=matrix)
-        rows[..., :columns] = matrix
-        return rows
-
     def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
         matrices, m, k = dw.shape
-        KERNELS.gemm_rows[matrices * -(-m // self._dw_block) * -(-k // self._dw_columns), THREADS](
-            dy, cols, dw, m, k, columns, dy.shape[-1], int(accumulate))
+        blocks, tiles = matrices * -(-m // self._dw_block), -(-k // self._dw_columns)
+        strip = max(1, min(STRIP, blocks * tiles // (STRIPS * workers(dy))))
+        KERNELS.gemm_rows[blocks * -(-tiles // strip), THREADS](
+            dy, cols, dw, m, k, columns, dy.shape[-1], int(accumulate), strip)
 
 
 _BLAS = Blas()

@@ -5,10 +5,7 @@ Formulas: winograd.cu.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
-from minidl.device import Array, empty, run_tasks
+from minidl.device import Array, empty
 from minidl.kernels import Kernels, acc_dtype, blocks_for
 from minidl.ops import chunks
 from minidl.ops.packed_gemm import Blas, Packed, product_for
@@ -34,25 +31,15 @@ def backward_x(dy: Array, weight: Array, dx: Array, *, padding: int, groups: int
 def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups: int) -> None:
     """dy (O, H', W', N), x (C, H, W, N): overwrites dweight (O, C/groups, 3, 3), of the type of accumulation."""
     g = _Geometry(x, dy, padding, groups)
-    tasks = g.tasks(fewest=-(-DW_COLUMNS // g.padded))
-    # Each task sums over its tiles; then the sums are added in the order of the tasks.
-    shape = ELEMENTS * groups, len(dy) // groups, len(x) // groups
-    sums = [empty(shape, dweight.dtype, like=dweight) for _ in tasks]
-
-    def accumulate(ranges: Sequence[tuple[int, int]], total: Array) -> None:
-        for i, (begin, end) in enumerate(ranges):
-            columns = (end - begin) * g.padded
-            step = g.product.step(columns)
-            v = g.transform_input(x, begin, end, step)
-            e = empty((ELEMENTS * groups, len(dy) // groups, step), dy.dtype, like=dy)
-            KERNELS.winograd_output_gradient[(len(dy), end - begin), threads_along(g.batch)](
-                dy, e, *dy.shape[1:], g.padded, g.tiles_x, begin, step)
-            g.product.multiply_rows(e, v[:, 0], total, columns, i > 0)
-
-    run_tasks([partial(accumulate, ranges, total) for ranges, total in zip(tasks, sums)])
-    du, *others = sums
-    for other in others:
-        du += other
+    du = empty((ELEMENTS * groups, len(dy) // groups, len(x) // groups), dweight.dtype, like=dweight)
+    for begin, end in g.split(fewest=-(-DW_COLUMNS // g.padded)):
+        columns = (end - begin) * g.padded
+        step = g.product.step(columns)
+        v = g.transform_input(x, begin, end, step)
+        e = empty((ELEMENTS * groups, len(dy) // groups, step), dy.dtype, like=dy)
+        KERNELS.winograd_output_gradient[(len(dy), end - begin), threads_along(g.batch)](
+            dy, e, *dy.shape[1:], g.padded, g.tiles_x, begin, step)
+        g.product.multiply_rows(e, v[:, 0], du, columns, begin > 0)
     windows = dweight.size // 9
     KERNELS.winograd_weight_gradient[blocks_for(windows, 512), 128](du, dweight, windows)
 
@@ -60,24 +47,20 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
 def workspace_bytes(x: Array, y: Array, *, padding: int, groups: int) -> int:
     """Bytes of V and M that `forward` holds at a time. Of x and y, only device, shape and type matter."""
     g = _Geometry(x, y, padding, groups)
-    largest = [max(end - begin for begin, end in ranges) * g.padded for ranges in g.tasks()]
-    return sum(ELEMENTS * x.itemsize * (len(x) * g.product.unfolded(columns) + len(y) * columns) for columns in largest)
+    largest = max(end - begin for begin, end in g.split()) * g.padded
+    return ELEMENTS * x.itemsize * (len(x) * g.product.unfolded(largest) + len(y) * largest)
 
 
 def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, adjoint: bool) -> None:
     """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight."""
     g = _Geometry(x, y, padding, groups)
     u = _transform_weight(weight, g, adjoint)
-
-    def compute(ranges: Sequence[tuple[int, int]]) -> None:
-        for begin, end in ranges:
-            columns = (end - begin) * g.padded
-            v = g.transform_input(x, begin, end, g.product.panel(columns))
-            m = empty((ELEMENTS * groups, len(y) // groups, columns), y.dtype, like=y)
-            g.product.multiply(u, v, m, 0, columns)
-            KERNELS.winograd_output[(len(y), end - begin), threads_along(g.batch)](m, y, *y.shape[1:], g.padded, g.tiles_x, begin)
-
-    run_tasks([partial(compute, ranges) for ranges in g.tasks()])
+    for begin, end in g.split():
+        columns = (end - begin) * g.padded
+        v = g.transform_input(x, begin, end, g.product.panel(columns))
+        m = empty((ELEMENTS * groups, len(y) // groups, columns), y.dtype, like=y)
+        g.product.multiply(u, v, m, 0, columns)
+        KERNELS.winograd_output[(len(y), end - begin), threads_along(g.batch)](m, y, *y.shape[1:], g.padded, g.tiles_x, begin)
 
 
 class _Geometry:
@@ -93,9 +76,9 @@ class _Geometry:
         self.tiles = self.tiles_x * tiles_y
         self.tile_bytes = ELEMENTS * (len(x) + len(y)) * self.padded * x.itemsize
 
-    def tasks(self, fewest: int = 1) -> list[list[tuple[int, int]]]:
-        """Ranges of tiles, of at least `fewest`, dealt out to the workers."""
-        return chunks.tasks(self.tiles, self.tile_bytes, self._like, fewest, MOST_TILES)
+    def split(self, fewest: int = 1) -> list[tuple[int, int]]:
+        """Ranges of tiles, of at least `fewest`, that are computed one after another."""
+        return chunks.split(self.tiles, self.tile_bytes, self._like, fewest, MOST_TILES)
 
     def transform_input(self, x: Array, begin: int, end: int, panel: int) -> Array:
         """V (16 * groups, panels, C/groups, panel) of the tiles begin .. end-1 of x."""
