@@ -228,7 +228,9 @@ class BatchNorm(Work):
     training: bool = True
 
     kind = "batch norm"
-    kernels = ("bn_tile_moments", "bn_combine_moments", "bn_rstd", "bn_apply", "bn_apply_relu", "bn_apply_add_relu",
+    kernels = ("bn_forward", "bn_forward_relu", "bn_forward_add_relu",
+               "bn_backward", "bn_backward_relu", "bn_backward_add_relu",
+               "bn_tile_moments", "bn_combine_moments", "bn_rstd", "bn_apply", "bn_apply_relu", "bn_apply_add_relu",
                "bn_backward_sums", "bn_backward_sums_relu", "bn_backward_sums_add_relu", "bn_combine_sums",
                "bn_backward_x", "bn_backward_x_relu", "bn_backward_x_add_relu")
 

@@ -10,6 +10,17 @@ from reference import assert_close, distinct, numerical_vjp, tolerance
 EPS, MOMENTUM = 1e-5, 0.1
 SHAPES = [(3, 4, 5, 2), (1, 1, 1, 2), (2, 7, 3, 33), (2, 9, 16, 32)]  # (C, H, W, N); the last has more than one tile
 VARIANTS = ["plain", "relu", "add_relu"]
+WAYS = {"a block two channels": 2, "a block a tile": 0}
+channels_together = batchnorm._channels_together  # how a launcher chooses
+
+
+def go(way, monkeypatch):
+    monkeypatch.setattr(batchnorm, "_channels_together", lambda x: WAYS[way])
+
+
+@pytest.fixture(params=WAYS, autouse=True)
+def way(request, monkeypatch):
+    go(request.param, monkeypatch)
 
 
 def definition(x, gamma, beta, z, variant, statistics=None):
@@ -126,6 +137,36 @@ def test_backward_twice_is_bit_equal(target, rng):
     case.forward()
     for first, second in zip(case.backward(), case.backward()):
         assert np.array_equal(target.host(first), target.host(second))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(3, 32, 32, 32), (5, 9, 11, 37)], ids=str)
+def test_both_ways_give_the_same_bits(machine, rng, shape, variant, training, monkeypatch):
+    case = Case(rng, shape, variant, "float32", machine, training)
+    results = []
+    for way in WAYS:
+        go(way, monkeypatch)
+        results.append((case.forward(), case.mean, case.rstd, *case.device_running, *case.backward()))
+    for by_channels, by_tiles in zip(*results):
+        assert np.array_equal(machine.host(by_channels), machine.host(by_tiles))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(3, 32, 32, 32), (5, 9, 11, 37)], ids=str)
+def test_apply_gives_the_same_bits_as_forward(machine, rng, shape, variant, dtype):
+    case = Case(rng, shape, variant, dtype, machine)
+    y = case.forward()
+    z = machine.array(case.z, dtype) if variant == "add_relu" else None
+    again = batchnorm.apply(case.device_x, *case.affine, case.mean, case.rstd, relu=variant == "relu", z=z)
+    assert np.array_equal(machine.host(y), machine.host(again))
+
+
+def test_a_block_takes_whole_channels_where_that_leaves_no_thread_without(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [channels_together(np.empty((channels, row))) for channels, row in
+            [(3, 32769), (2, 32769), (2, 32768), (100, 512)]] == [1, 0, 1, 64]
 
 
 def test_large_mean_does_not_cancel(target, rng):

@@ -5,6 +5,7 @@ same bits. What has to touch all elements, and GPUs, need the memory: they are n
 """
 
 import mmap
+import re
 
 import numpy as np
 import pytest
@@ -62,8 +63,10 @@ def values(rng, *shape):
 # ---- rows of a matrix
 
 CHANNELS, TILE, FAR_ROW = 5, 40, 2**30  # the last row begins at 2^32
+WHOLE_ROWS = re.compile("bn_(forward|backward)(_relu|_add_relu)?")  # they find them as the others do, and read all of them
 BY_ROWS = [(kernels, name) for kernels in (batchnorm.KERNELS, bias.KERNELS) for name, parameters in kernels.signatures.items()
-           if {"row", "tile"} <= {it.name for it in parameters} and name not in ("bn_combine_moments", "bias_add")]
+           if {"row", "tile"} <= {it.name for it in parameters} and name not in ("bn_combine_moments", "bias_add")
+           and not WHOLE_ROWS.fullmatch(name)]
 
 
 @pytest.mark.parametrize("kernels, name", BY_ROWS, ids=[name for _, name in BY_ROWS])

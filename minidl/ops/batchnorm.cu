@@ -11,81 +11,116 @@
 //
 // Evaluation uses the running statistics instead, which do not depend on x: the terms with 1/m vanish.
 //
-// Sums have two levels: each block takes one tile of one row (grid: tiles x channels), then the tiles of a row are
-// combined in their order, one thread a channel. Deviations are taken from the mean of the tile, and tiles are
-// combined by Chan's formula, so nothing cancels when |mean| is large beside the deviation.
-#include "common.cuh"
+// Sums have two levels: over a tile of a row, then over the row's tiles in their order. Deviations are taken from the mean
+// of the tile, and tiles are combined by Chan's formula, so nothing cancels when |mean| is large beside the deviation.
+//
+// Two ways to equal results, bit for bit. Either a block takes a group of whole channels and goes over their rows twice
+// (bn_forward*, bn_backward*; grid: groups): what fits a cache comes from memory once. Or a block takes a tile (grid: tiles x
+// channels), and kernels of their own combine the tiles of a row, one thread a channel, and apply what comes out.
+#include "sums.cuh"
 
-__device__ __forceinline__ int tile_begin(int tile) { return blockIdx.x * tile; }
-__device__ __forceinline__ int tile_end(int tile, int row) { return row - tile_begin(tile) < tile ? row : tile_begin(tile) + tile; }
+// The row of a channel in a tensor (C, row).
+template <class T>
+__device__ __forceinline__ T* row_of(T* tensor, int c, int row) { return tensor + (long long)c * row; }
+
+__device__ __forceinline__ int group_begin(int group) { return blockIdx.x * group; }
+__device__ __forceinline__ int group_end(int group, int channels) {
+    return channels - group_begin(group) < group ? channels : group_begin(group) + group;
+}
+
+__device__ __forceinline__ int tiles_of(int row, int tile) { return row / tile + (row % tile != 0); }
+__device__ __forceinline__ int tile_end(int t, int row, int tile) { return row - t * tile < tile ? row : t * tile + tile; }
+
+// ---- statistics ----------------------------------------------------------------------------------------------------
+
+struct Moments {
+    acc mean, m2, count;  // m2: the sum of squared deviations from the mean
+};
+
+__device__ __forceinline__ Moments tile_moments(const real* x_row, int t, int row, int tile) {
+    const int begin = t * tile, end = tile_end(t, row, tile);
+    const acc first = acc(x_row[begin]);  // of the size of the mean: the sum is of deviations, and small
+    acc sum[1], m2[1];
+    sum_over(sum, begin, end, [=](auto& sums, auto value) { sums[0] += value - first; }, x_row);
+    const acc mean = first + sum[0] / (end - begin);
+    sum_over(m2, begin, end, [=](auto& sums, auto value) { sums[0] += (value - mean) * (value - mean); }, x_row);
+    return {mean, m2[0], acc(end - begin)};
+}
+
+// Chan's formula. No product is added to anything: compilers would contract it to one rounding here and not there.
+__device__ __forceinline__ void combine(Moments& sum, Moments tile) {
+    const acc delta = tile.mean - sum.mean, count = sum.count + tile.count, per_tile = count / tile.count;
+    sum.mean += delta / per_tile;
+    sum.m2 += tile.m2 + delta * sum.count * delta / per_tile;
+    sum.count = count;
+}
+
+__device__ __forceinline__ acc rstd_of(acc var, acc eps) { return 1 / sqrt(var + eps); }
+
+// running = (1 - momentum) * running + momentum * batch, the variance unbiased.
+__device__ __forceinline__ void move_running(acc& running_mean, acc& running_var, Moments batch, int row, acc momentum) {
+    running_mean += momentum * (batch.mean - running_mean);
+    running_var += momentum * (batch.m2 / (row - 1) - running_var);
+}
 
 // tile_mean, tile_m2 (C, tiles): mean of each tile and its sum of squared deviations from it.
 extern "C" __global__ void bn_tile_moments(const real* __restrict__ x, acc* __restrict__ tile_mean, acc* __restrict__ tile_m2,
                                            int row, int tile) {
-    const real* x_row = x + (long long)blockIdx.y * row;
-    const int begin = tile_begin(tile), end = tile_end(tile, row);
-    const acc first = acc(x_row[begin]);  // of the size of the mean: the sum is of deviations, and small
-    acc sum = 0;
-    BLOCK_LOOP_SUM(i, begin, end, sum) sum += acc(x_row[i]) - first;
-    const acc mean = first + block_sum(sum) / (end - begin);
-    acc m2 = 0;
-    BLOCK_LOOP_SUM(i, begin, end, m2) {
-        const acc deviation = acc(x_row[i]) - mean;
-        m2 += deviation * deviation;
-    }
-    m2 = block_sum(m2);
+    const Moments moments = tile_moments(row_of(x, blockIdx.y, row), blockIdx.x, row, tile);
     if (threadIdx.x == 0) {
         const long long index = (long long)blockIdx.y * gridDim.x + blockIdx.x;
-        tile_mean[index] = mean;
-        tile_m2[index] = m2;
+        tile_mean[index] = moments.mean;
+        tile_m2[index] = moments.m2;
     }
 }
 
-// mean, rstd (C) of this batch; running = (1 - momentum) * running + momentum * batch, the variance unbiased.
+// mean, rstd (C) of this batch; the running statistics move.
 extern "C" __global__ void bn_combine_moments(const acc* __restrict__ tile_mean, const acc* __restrict__ tile_m2,
                                               acc* __restrict__ mean, acc* __restrict__ rstd, acc* __restrict__ running_mean,
                                               acc* __restrict__ running_var, int channels, int tiles, int row, int tile,
                                               acc eps, acc momentum) {
     GRID_LOOP(c, channels) {
-        acc row_mean = tile_mean[c * tiles], m2 = tile_m2[c * tiles], count = row < tile ? row : tile;
-        for (int t = 1; t < tiles; ++t) {
-            const acc added = row - t * (long long)tile < tile ? row - t * (long long)tile : tile;
-            const acc delta = tile_mean[c * tiles + t] - row_mean;
-            const acc share = added / (count + added);
-            row_mean += delta * share;
-            m2 += tile_m2[c * tiles + t] + delta * delta * count * share;
-            count += added;
-        }
-        mean[c] = row_mean;
-        rstd[c] = 1 / sqrt(m2 / row + eps);
-        running_mean[c] += momentum * (row_mean - running_mean[c]);
-        running_var[c] += momentum * (m2 / (row - 1) - running_var[c]);
+        Moments sum = {};
+        for (int t = 0; t < tiles; ++t)
+            combine(sum, {tile_mean[c * tiles + t], tile_m2[c * tiles + t], acc(tile_end(t, row, tile) - t * tile)});
+        mean[c] = sum.mean;
+        rstd[c] = rstd_of(sum.m2 / row, eps);
+        move_running(running_mean[c], running_var[c], sum, row, momentum);
     }
 }
 
 extern "C" __global__ void bn_rstd(const acc* __restrict__ var, acc* __restrict__ rstd, int channels, acc eps) {
-    GRID_LOOP(c, channels) rstd[c] = 1 / sqrt(var[c] + eps);
+    GRID_LOOP(c, channels) rstd[c] = rstd_of(var[c], eps);
 }
 
 // ---- forward: y (C, P). The three variants differ in f and z. -----------------------------------------------------
 
 // gamma * xhat + beta, in one place: the backward recomputes its sign and must get the forward's.
-__device__ __forceinline__ acc affine(acc x, acc mean, acc scale, acc beta) { return (x - mean) * scale + beta; }
+struct Channel {
+    acc mean, scale, beta;  // scale: gamma * rstd
+};
+
+__device__ __forceinline__ Channel channel_of(int c, const acc* mean, const acc* rstd, const acc* gamma, const acc* beta) {
+    return {mean[c], gamma[c] * rstd[c], beta[c]};
+}
+
+template <class T>  // acc, or lanes
+__device__ __forceinline__ T affine(T x, Channel channel) {
+    return (x - channel.mean) * channel.scale + channel.beta;
+}
 
 __device__ __forceinline__ acc relu(acc value) { return value < acc(0) ? acc(0) : value; }
 
 // `z` is read only in the variant that adds it.
 template <bool ADDS, bool RECTIFIES>
-__device__ __forceinline__ void apply_tile(const real* __restrict__ x, const real* __restrict__ z, const acc* mean,
-                                           const acc* rstd, const acc* gamma, const acc* beta, real* __restrict__ y, int row,
-                                           int tile) {
-    const int c = blockIdx.y, begin = tile_begin(tile), end = tile_end(tile, row);
-    const acc center = mean[c], scale = gamma[c] * rstd[c], shift = beta[c];
-    const long long start = (long long)c * row;
-    const real *x_row = x + start, *z_row = z + start;
-    real* y_row = y + start;
-    BLOCK_LOOP(i, begin, end) {
-        acc value = affine(acc(x_row[i]), center, scale, shift);
+__device__ __forceinline__ void apply_tile(const real* x, const real* z, const acc* mean, const acc* rstd, const acc* gamma,
+                                           const acc* beta, real* y, int c, int t, int row, int tile) {
+    const Channel channel = channel_of(c, mean, rstd, gamma, beta);
+    const real *x_row = row_of(x, c, row), *z_row = row_of(z, c, row);
+    real* y_row = row_of(y, c, row);
+    const int end = tile_end(t, row, tile);
+    BLOCK_LOOP(i, t * tile, end) {
+        acc value = affine(acc(x_row[i]), channel);
         if (ADDS) value += acc(z_row[i]);
         y_row[i] = real(RECTIFIES ? relu(value) : value);
     }
@@ -94,20 +129,67 @@ __device__ __forceinline__ void apply_tile(const real* __restrict__ x, const rea
 extern "C" __global__ void bn_apply(const real* __restrict__ x, const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                     const acc* __restrict__ gamma, const acc* __restrict__ beta, real* __restrict__ y, int row,
                                     int tile) {
-    apply_tile<false, false>(x, x, mean, rstd, gamma, beta, y, row, tile);
+    apply_tile<false, false>(x, x, mean, rstd, gamma, beta, y, blockIdx.y, blockIdx.x, row, tile);
 }
 
 extern "C" __global__ void bn_apply_relu(const real* __restrict__ x, const acc* __restrict__ mean,
                                          const acc* __restrict__ rstd, const acc* __restrict__ gamma,
                                          const acc* __restrict__ beta, real* __restrict__ y, int row, int tile) {
-    apply_tile<false, true>(x, x, mean, rstd, gamma, beta, y, row, tile);
+    apply_tile<false, true>(x, x, mean, rstd, gamma, beta, y, blockIdx.y, blockIdx.x, row, tile);
 }
 
 extern "C" __global__ void bn_apply_add_relu(const real* __restrict__ x, const real* __restrict__ z,
                                              const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                              const acc* __restrict__ gamma, const acc* __restrict__ beta,
                                              real* __restrict__ y, int row, int tile) {
-    apply_tile<true, true>(x, z, mean, rstd, gamma, beta, y, row, tile);
+    apply_tile<true, true>(x, z, mean, rstd, gamma, beta, y, blockIdx.y, blockIdx.x, row, tile);
+}
+
+// Statistics of all rows of a group, then all results: long streams through memory, where rows are short.
+template <bool ADDS, bool RECTIFIES>
+__device__ __forceinline__ void forward(const real* x, const real* z, const acc* gamma, const acc* beta, real* y, acc* mean,
+                                        acc* rstd, acc* running_mean, acc* running_var, int channels, int group, int row,
+                                        int tile, int training, acc eps, acc momentum) {
+    const int begin = group_begin(group), end = group_end(group, channels), tiles = tiles_of(row, tile);
+    for (int c = begin; c < end; ++c) {
+        Moments batch = {};
+        for (int t = 0; training && t < tiles; ++t) combine(batch, tile_moments(row_of(x, c, row), t, row, tile));
+        if (threadIdx.x == 0) {
+            mean[c] = training ? batch.mean : running_mean[c];
+            rstd[c] = rstd_of(training ? batch.m2 / row : running_var[c], eps);
+            if (training) move_running(running_mean[c], running_var[c], batch, row, momentum);
+        }
+    }
+    __syncthreads();
+    for (int c = begin; c < end; ++c)
+        for (int t = 0; t < tiles; ++t)
+            apply_tile<ADDS, RECTIFIES>(x, z, mean, rstd, gamma, beta, y, c, t, row, tile);
+}
+
+extern "C" __global__ void bn_forward(const real* __restrict__ x, const acc* __restrict__ gamma, const acc* __restrict__ beta,
+                                      real* __restrict__ y, acc* __restrict__ mean, acc* __restrict__ rstd,
+                                      acc* __restrict__ running_mean, acc* __restrict__ running_var, int channels, int group,
+                                      int row, int tile, int training, acc eps, acc momentum) {
+    forward<false, false>(x, x, gamma, beta, y, mean, rstd, running_mean, running_var, channels, group, row, tile, training,
+                          eps, momentum);
+}
+
+extern "C" __global__ void bn_forward_relu(const real* __restrict__ x, const acc* __restrict__ gamma,
+                                           const acc* __restrict__ beta, real* __restrict__ y, acc* __restrict__ mean,
+                                           acc* __restrict__ rstd, acc* __restrict__ running_mean,
+                                           acc* __restrict__ running_var, int channels, int group, int row, int tile,
+                                           int training, acc eps, acc momentum) {
+    forward<false, true>(x, x, gamma, beta, y, mean, rstd, running_mean, running_var, channels, group, row, tile, training,
+                         eps, momentum);
+}
+
+extern "C" __global__ void bn_forward_add_relu(const real* __restrict__ x, const real* __restrict__ z,
+                                               const acc* __restrict__ gamma, const acc* __restrict__ beta,
+                                               real* __restrict__ y, acc* __restrict__ mean, acc* __restrict__ rstd,
+                                               acc* __restrict__ running_mean, acc* __restrict__ running_var, int channels,
+                                               int group, int row, int tile, int training, acc eps, acc momentum) {
+    forward<true, true>(x, z, gamma, beta, y, mean, rstd, running_mean, running_var, channels, group, row, tile, training,
+                        eps, momentum);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -115,94 +197,98 @@ extern "C" __global__ void bn_apply_add_relu(const real* __restrict__ x, const r
 // How f' is known: no ReLU; from the sign recomputed from x; from the sign of y.
 enum Mask { NONE, FROM_X, FROM_Y };
 
-// g at one position. Where the mask does not need y, or no dz is wanted, another array stands in and is not touched.
-template <Mask MASK>
-__device__ __forceinline__ acc masked(acc dy, acc x, const real* y_row, int i, acc mean, acc scale, acc beta) {
-    if (MASK == FROM_X) return affine(x, mean, scale, beta) > acc(0) ? dy : acc(0);
-    if (MASK == FROM_Y) return acc(y_row[i]) > acc(0) ? dy : acc(0);
+// g, of acc or lanes. Where the mask does not need y, or no dz is wanted, another array stands in.
+template <Mask MASK, class T>
+__device__ __forceinline__ T masked(T dy, T x, T y, Channel channel) {
+    if (MASK == FROM_X) return affine(x, channel) > T{} ? dy : T{};
+    if (MASK == FROM_Y) return y > T{} ? dy : T{};
     return dy;
 }
 
+struct Sums {
+    acc g, deviation;  // of g, and of g * (x - mean)
+};
+
+__device__ __forceinline__ void combine(Sums& sum, Sums tile) {
+    sum.g += tile.g;
+    sum.deviation += tile.deviation;
+}
+
 template <Mask MASK>
-__device__ __forceinline__ void backward_tile_sums(const real* __restrict__ x, const real* __restrict__ dy,
-                                                   const real* __restrict__ y, const acc* mean, const acc* rstd,
-                                                   const acc* gamma, const acc* beta, acc* tile_dgamma, acc* tile_dbeta,
-                                                   int row, int tile) {
-    const int c = blockIdx.y, begin = tile_begin(tile), end = tile_end(tile, row);
-    const acc center = mean[c], scale = gamma[c] * rstd[c], shift = beta[c];
-    const long long start = (long long)c * row;
-    const real *x_row = x + start, *dy_row = dy + start, *y_row = y + start;
-    acc sum = 0, sum_deviation = 0;
-    BLOCK_LOOP_SUM(i, begin, end, sum, sum_deviation) {
-        const acc value = acc(x_row[i]);
-        const acc g = masked<MASK>(acc(dy_row[i]), value, y_row, i, center, scale, shift);
-        sum += g;
-        sum_deviation += g * (value - center);
-    }
-    sum = block_sum(sum);
-    sum_deviation = block_sum(sum_deviation);
+__device__ __forceinline__ Sums tile_sums(const real* x, const real* dy, const real* y, const acc* mean, const acc* rstd,
+                                          const acc* gamma, const acc* beta, int c, int t, int row, int tile) {
+    const Channel channel = channel_of(c, mean, rstd, gamma, beta);
+    acc sums[2];
+    sum_over(sums, t * tile, tile_end(t, row, tile), [=](auto& sums, auto x, auto dy, auto y) {
+        const auto g = masked<MASK>(dy, x, y, channel);
+        sums[0] += g;
+        sums[1] += g * (x - channel.mean);
+    }, row_of(x, c, row), row_of(dy, c, row), row_of(y, c, row));
+    return {sums[0], sums[1]};
+}
+
+template <Mask MASK>
+__device__ __forceinline__ void backward_sums(const real* x, const real* dy, const real* y, const acc* mean, const acc* rstd,
+                                              const acc* gamma, const acc* beta, acc* tile_deviation, acc* tile_g, int row,
+                                              int tile) {
+    const Sums sums = tile_sums<MASK>(x, dy, y, mean, rstd, gamma, beta, blockIdx.y, blockIdx.x, row, tile);
     if (threadIdx.x == 0) {
-        const long long index = (long long)c * gridDim.x + blockIdx.x;
-        tile_dbeta[index] = sum;
-        tile_dgamma[index] = sum_deviation * rstd[c];
+        const long long index = (long long)blockIdx.y * gridDim.x + blockIdx.x;
+        tile_deviation[index] = sums.deviation;
+        tile_g[index] = sums.g;
     }
 }
 
 extern "C" __global__ void bn_backward_sums(const real* __restrict__ x, const real* __restrict__ dy,
                                             const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                             const acc* __restrict__ gamma, const acc* __restrict__ beta,
-                                            acc* __restrict__ tile_dgamma, acc* __restrict__ tile_dbeta, int row, int tile) {
-    backward_tile_sums<NONE>(x, dy, dy, mean, rstd, gamma, beta, tile_dgamma, tile_dbeta, row, tile);
+                                            acc* __restrict__ tile_deviation, acc* __restrict__ tile_g, int row, int tile) {
+    backward_sums<NONE>(x, dy, dy, mean, rstd, gamma, beta, tile_deviation, tile_g, row, tile);
 }
 
 extern "C" __global__ void bn_backward_sums_relu(const real* __restrict__ x, const real* __restrict__ dy,
                                                  const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                                  const acc* __restrict__ gamma, const acc* __restrict__ beta,
-                                                 acc* __restrict__ tile_dgamma, acc* __restrict__ tile_dbeta, int row,
+                                                 acc* __restrict__ tile_deviation, acc* __restrict__ tile_g, int row,
                                                  int tile) {
-    backward_tile_sums<FROM_X>(x, dy, dy, mean, rstd, gamma, beta, tile_dgamma, tile_dbeta, row, tile);
+    backward_sums<FROM_X>(x, dy, dy, mean, rstd, gamma, beta, tile_deviation, tile_g, row, tile);
 }
 
 extern "C" __global__ void bn_backward_sums_add_relu(const real* __restrict__ x, const real* __restrict__ dy,
                                                      const real* __restrict__ y, const acc* __restrict__ mean,
                                                      const acc* __restrict__ rstd, const acc* __restrict__ gamma,
-                                                     const acc* __restrict__ beta, acc* __restrict__ tile_dgamma,
-                                                     acc* __restrict__ tile_dbeta, int row, int tile) {
-    backward_tile_sums<FROM_Y>(x, dy, y, mean, rstd, gamma, beta, tile_dgamma, tile_dbeta, row, tile);
+                                                     const acc* __restrict__ beta, acc* __restrict__ tile_deviation,
+                                                     acc* __restrict__ tile_g, int row, int tile) {
+    backward_sums<FROM_Y>(x, dy, y, mean, rstd, gamma, beta, tile_deviation, tile_g, row, tile);
 }
 
-// dgamma, dbeta (C) from their tiles (C, tiles).
-extern "C" __global__ void bn_combine_sums(const acc* __restrict__ tile_dgamma, const acc* __restrict__ tile_dbeta,
-                                           acc* __restrict__ dgamma, acc* __restrict__ dbeta, int channels, int tiles) {
+// dgamma, dbeta (C) from the sums over tiles (C, tiles).
+extern "C" __global__ void bn_combine_sums(const acc* __restrict__ tile_deviation, const acc* __restrict__ tile_g,
+                                           const acc* __restrict__ rstd, acc* __restrict__ dgamma, acc* __restrict__ dbeta,
+                                           int channels, int tiles) {
     GRID_LOOP(c, channels) {
-        acc sum_gamma = 0, sum_beta = 0;
-        for (int t = 0; t < tiles; ++t) {
-            sum_gamma += tile_dgamma[c * tiles + t];
-            sum_beta += tile_dbeta[c * tiles + t];
-        }
-        dgamma[c] = sum_gamma;
-        dbeta[c] = sum_beta;
+        Sums sums = {};
+        for (int t = 0; t < tiles; ++t) combine(sums, {tile_g[c * tiles + t], tile_deviation[c * tiles + t]});
+        dgamma[c] = sums.deviation * rstd[c];
+        dbeta[c] = sums.g;
     }
 }
 
 // inverse_m: 1/m in training, 0 in evaluation.
 template <Mask MASK>
-__device__ __forceinline__ void backward_tile_x(const real* __restrict__ x, const real* __restrict__ dy,
-                                                const real* __restrict__ y, const acc* mean, const acc* rstd, const acc* gamma,
-                                                const acc* beta, const acc* dgamma, const acc* dbeta,
-                                                real* __restrict__ dx, real* __restrict__ dz, int row, int tile,
-                                                acc inverse_m) {
-    const int c = blockIdx.y, begin = tile_begin(tile), end = tile_end(tile, row);
-    const acc center = mean[c], scale = gamma[c] * rstd[c], shift = beta[c];
+__device__ __forceinline__ void tile_dx(const real* x, const real* dy, const real* y, const acc* mean, const acc* rstd,
+                                        const acc* gamma, const acc* beta, const acc* dgamma, const acc* dbeta, real* dx,
+                                        real* dz, int c, int t, int row, int tile, acc inverse_m) {
+    const Channel channel = channel_of(c, mean, rstd, gamma, beta);
     const acc g_mean = dbeta[c] * inverse_m, slope = rstd[c] * dgamma[c] * inverse_m;
-    const long long start = (long long)c * row;
-    const real *x_row = x + start, *dy_row = dy + start, *y_row = y + start;
-    real *dx_row = dx + start, *dz_row = dz + start;
-    BLOCK_LOOP(i, begin, end) {
+    const real *x_row = row_of(x, c, row), *dy_row = row_of(dy, c, row), *y_row = row_of(y, c, row);
+    real *dx_row = row_of(dx, c, row), *dz_row = row_of(dz, c, row);
+    const int end = tile_end(t, row, tile);
+    BLOCK_LOOP(i, t * tile, end) {
         const acc value = acc(x_row[i]);
-        const acc g = masked<MASK>(acc(dy_row[i]), value, y_row, i, center, scale, shift);
+        const acc g = masked<MASK>(acc(dy_row[i]), value, acc(y_row[i]), channel);
         if (MASK == FROM_Y) dz_row[i] = real(g);
-        dx_row[i] = real(scale * (g - g_mean - (value - center) * slope));
+        dx_row[i] = real(channel.scale * (g - g_mean - (value - channel.mean) * slope));
     }
 }
 
@@ -211,7 +297,7 @@ extern "C" __global__ void bn_backward_x(const real* __restrict__ x, const real*
                                          const acc* __restrict__ gamma, const acc* __restrict__ beta,
                                          const acc* __restrict__ dgamma, const acc* __restrict__ dbeta,
                                          real* __restrict__ dx, int row, int tile, acc inverse_m) {
-    backward_tile_x<NONE>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, row, tile, inverse_m);
+    tile_dx<NONE>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, blockIdx.y, blockIdx.x, row, tile, inverse_m);
 }
 
 extern "C" __global__ void bn_backward_x_relu(const real* __restrict__ x, const real* __restrict__ dy,
@@ -219,7 +305,7 @@ extern "C" __global__ void bn_backward_x_relu(const real* __restrict__ x, const 
                                               const acc* __restrict__ gamma, const acc* __restrict__ beta,
                                               const acc* __restrict__ dgamma, const acc* __restrict__ dbeta,
                                               real* __restrict__ dx, int row, int tile, acc inverse_m) {
-    backward_tile_x<FROM_X>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, row, tile, inverse_m);
+    tile_dx<FROM_X>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, blockIdx.y, blockIdx.x, row, tile, inverse_m);
 }
 
 extern "C" __global__ void bn_backward_x_add_relu(const real* __restrict__ x, const real* __restrict__ dy,
@@ -228,5 +314,48 @@ extern "C" __global__ void bn_backward_x_add_relu(const real* __restrict__ x, co
                                                   const acc* __restrict__ beta, const acc* __restrict__ dgamma,
                                                   const acc* __restrict__ dbeta, real* __restrict__ dx,
                                                   real* __restrict__ dz, int row, int tile, acc inverse_m) {
-    backward_tile_x<FROM_Y>(x, dy, y, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, row, tile, inverse_m);
+    tile_dx<FROM_Y>(x, dy, y, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, blockIdx.y, blockIdx.x, row, tile, inverse_m);
+}
+
+template <Mask MASK>
+__device__ __forceinline__ void backward(const real* x, const real* dy, const real* y, const acc* mean, const acc* rstd,
+                                         const acc* gamma, const acc* beta, acc* dgamma, acc* dbeta, real* dx, real* dz,
+                                         int channels, int group, int row, int tile, acc inverse_m) {
+    const int begin = group_begin(group), end = group_end(group, channels), tiles = tiles_of(row, tile);
+    for (int c = begin; c < end; ++c) {
+        Sums sums = {};
+        for (int t = 0; t < tiles; ++t) combine(sums, tile_sums<MASK>(x, dy, y, mean, rstd, gamma, beta, c, t, row, tile));
+        if (threadIdx.x == 0) {
+            dgamma[c] = sums.deviation * rstd[c];
+            dbeta[c] = sums.g;
+        }
+    }
+    __syncthreads();
+    for (int c = begin; c < end; ++c)
+        for (int t = 0; t < tiles; ++t)
+            tile_dx<MASK>(x, dy, y, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, c, t, row, tile, inverse_m);
+}
+
+extern "C" __global__ void bn_backward(const real* __restrict__ x, const real* __restrict__ dy, const acc* __restrict__ mean,
+                                       const acc* __restrict__ rstd, const acc* __restrict__ gamma,
+                                       const acc* __restrict__ beta, acc* __restrict__ dgamma, acc* __restrict__ dbeta,
+                                       real* __restrict__ dx, int channels, int group, int row, int tile, acc inverse_m) {
+    backward<NONE>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, channels, group, row, tile, inverse_m);
+}
+
+extern "C" __global__ void bn_backward_relu(const real* __restrict__ x, const real* __restrict__ dy,
+                                            const acc* __restrict__ mean, const acc* __restrict__ rstd,
+                                            const acc* __restrict__ gamma, const acc* __restrict__ beta,
+                                            acc* __restrict__ dgamma, acc* __restrict__ dbeta, real* __restrict__ dx,
+                                            int channels, int group, int row, int tile, acc inverse_m) {
+    backward<FROM_X>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, channels, group, row, tile, inverse_m);
+}
+
+extern "C" __global__ void bn_backward_add_relu(const real* __restrict__ x, const real* __restrict__ dy,
+                                                const real* __restrict__ y, const acc* __restrict__ mean,
+                                                const acc* __restrict__ rstd, const acc* __restrict__ gamma,
+                                                const acc* __restrict__ beta, acc* __restrict__ dgamma,
+                                                acc* __restrict__ dbeta, real* __restrict__ dx, real* __restrict__ dz,
+                                                int channels, int group, int row, int tile, acc inverse_m) {
+    backward<FROM_Y>(x, dy, y, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, channels, group, row, tile, inverse_m);
 }
