@@ -95,7 +95,6 @@ extern "C" __global__ void bn_rstd(const acc* __restrict__ var, acc* __restrict_
 
 // ---- forward: y (C, P). The three variants differ in f and z. -----------------------------------------------------
 
-// gamma * xhat + beta, in one place: the backward recomputes its sign and must get the forward's.
 struct Channel {
     acc mean, scale, beta;  // scale: gamma * rstd
 };
@@ -104,7 +103,8 @@ __device__ __forceinline__ Channel channel_of(int c, const acc* mean, const acc*
     return {mean[c], gamma[c] * rstd[c], beta[c]};
 }
 
-template <class T>  // acc, or lanes
+// gamma * xhat + beta, of acc or lanes, in one place: the backward recomputes its sign and must get the forward's.
+template <class T>
 __device__ __forceinline__ T affine(T x, Channel channel) {
     return (x - channel.mean) * channel.scale + channel.beta;
 }
