@@ -14,6 +14,8 @@ CASES = [
     ((2, 6, 5, 1), (3, 2), 1, 1),
     ((1, 7, 4, 33), (2, 2), 3, 0),  # gaps between windows
     ((2, 4, 3, 2), (4, 3), 1, 0),   # global
+    ((1, 4, 5, 32), (2, 2), 2, 0),  # whole vectors of images
+    ((1, 5, 5, 16), (3, 3), 2, 1),
 ]
 OPS = {"max": reference.max_pool, "average": reference.avg_pool}
 
@@ -58,12 +60,27 @@ def test_of_equal_values_the_first_gets_the_gradient(target):
     assert np.array_equal(dx, expected)
 
 
-def test_minus_infinity_and_nan(target):
-    x = np.full((1, 2, 4, 1), -np.inf)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_minus_infinity_and_nan(target, batch):
+    x = np.full((1, 2, 4, batch), -np.inf)
     x[0, 1, 3] = np.nan
-    y, dx = forward_backward("max", target, x, np.ones((1, 1, 2, 1)), "float32", (2, 2), 2, 0)
-    assert y[0, 0, 0, 0] == -np.inf and np.isnan(y[0, 0, 1, 0])
-    assert dx[0, :, :, 0].tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    y, dx = forward_backward("max", target, x, np.ones((1, 1, 2, batch)), "float32", (2, 2), 2, 0)
+    assert (y[0, 0, 0] == -np.inf).all() and np.isnan(y[0, 0, 1]).all()
+    for n in range(batch):
+        assert dx[0, :, :, n].tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("side", [2, 3, 4])
+def test_the_first_nan_wins(target, side):
+    """Image n has its first NaN at place n, a second one behind it, and larger numbers before and after."""
+    places = side * side
+    x = np.zeros((places, places))
+    for n in range(places):
+        x[:, n] = np.arange(places)
+        x[[n, min(n + 2, places - 1)], n] = np.nan
+    y, dx = forward_backward("max", target, x.reshape(1, side, side, places), np.ones((1, 1, 1, places)), "float32",
+                             (side, side), side, 0)
+    assert np.isnan(y).all() and np.array_equal(dx.reshape(places, places), np.eye(places))
 
 
 @pytest.mark.parametrize("forward", [maxpool.forward, avgpool.forward])

@@ -3,47 +3,75 @@
 //   y[c, oy, ox, n]  = sum over the window / (kernel_h * kernel_w)
 //   dx[c, iy, ix, n] = sum of dy over the windows that hold (iy, ix) / (kernel_h * kernel_w)
 //
-// Grid: one block per row of pixels, (c, oy) forward and (c, iy) backward. Threads run along the batch.
+// Grid: one block per row of pixels, (c, oy) forward and (c, iy) backward. Threads run along the batch, in lanes.
 #include "window.cuh"
+
+// share * the sum of rows x columns pixels from `first` on, in images of that width.
+// ROWS, COLUMNS: their number, where the compiler shall know it and unroll the loops; else 0.
+template <int ROWS, int COLUMNS, bool WHOLE>
+__device__ __forceinline__ void weigh(const real* __restrict__ first, real* __restrict__ result, int rows, int columns,
+                                      int width, int batch, acc share) {
+    if (ROWS) rows = ROWS, columns = COLUMNS;
+    LANE_LOOP(n, batch) {
+        lanes sum{};
+        for (int r = 0; r < rows; ++r)
+            for (int k = 0; k < columns; ++k) sum += load<WHOLE>(first + ((long long)r * width + k) * batch + n, batch - n);
+        store<WHOLE>(result + n, sum * share, batch - n);
+    }
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void weigh(const real* first, real* result, int rows, int columns, int width, int batch, acc share) {
+    if (rows == 1 && columns == 1) weigh<1, 1, WHOLE>(first, result, rows, columns, width, batch, share);
+    else if (rows == 2 && columns == 2) weigh<2, 2, WHOLE>(first, result, rows, columns, width, batch, share);
+    else weigh<0, 0, WHOLE>(first, result, rows, columns, width, batch, share);
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void forward_row(const real* __restrict__ x, real* __restrict__ y, const Pooling& size) {
+    const int c = blockIdx.x / size.out_height, oy = blockIdx.x % size.out_height, batch = size.batch;
+    const acc share = acc(1) / (size.kernel_h * size.kernel_w);
+    const int y_origin = oy * size.stride - size.padding;
+    const int iy_begin = y_origin < 0 ? 0 : y_origin;
+    const int iy_end = y_origin + size.kernel_h < size.height ? y_origin + size.kernel_h : size.height;
+    const real* row = x + ((long long)c * size.height + iy_begin) * size.width * batch;
+    for (int ox = 0; ox < size.out_width; ++ox) {
+        const int x_origin = ox * size.stride - size.padding;
+        const int ix_begin = x_origin < 0 ? 0 : x_origin;
+        const int ix_end = x_origin + size.kernel_w < size.width ? x_origin + size.kernel_w : size.width;
+        prefetch_next_row(row, ox, size);
+        weigh<WHOLE>(row + (long long)ix_begin * batch, y + ((long long)blockIdx.x * size.out_width + ox) * batch,
+                     iy_end - iy_begin, ix_end - ix_begin, size.width, batch, share);
+    }
+}
 
 extern "C" __global__ void avgpool_forward(const real* __restrict__ x, real* __restrict__ y, int height, int width,
                                            int out_height, int out_width, int batch, int kernel_h, int kernel_w, int stride,
                                            int padding) {
-    const int c = blockIdx.x / out_height, oy = blockIdx.x % out_height;
-    const int y_origin = oy * stride - padding;
-    const int iy_begin = y_origin < 0 ? 0 : y_origin;
-    const int iy_end = y_origin + kernel_h < height ? y_origin + kernel_h : height;
-    for (int ox = 0; ox < out_width; ++ox) {
-        const int x_origin = ox * stride - padding;
-        const int ix_begin = x_origin < 0 ? 0 : x_origin;
-        const int ix_end = x_origin + kernel_w < width ? x_origin + kernel_w : width;
-        real* y_pixel = y + ((long long)blockIdx.x * out_width + ox) * batch;
-        BLOCK_LOOP(n, 0, batch) {
-            acc sum = 0;
-            for (int iy = iy_begin; iy < iy_end; ++iy)
-                for (int ix = ix_begin; ix < ix_end; ++ix)
-                    sum += acc(x[(((long long)c * height + iy) * width + ix) * batch + n]);
-            y_pixel[n] = real(sum / (kernel_h * kernel_w));
-        }
+    const Pooling size{height, width, out_height, out_width, batch, kernel_h, kernel_w, stride, padding};
+    if (whole_lanes(batch)) forward_row<true>(x, y, size);
+    else forward_row<false>(x, y, size);
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void backward_row(const real* __restrict__ dy, real* __restrict__ dx, const Pooling& size) {
+    const int c = blockIdx.x / size.height, iy = blockIdx.x % size.height, batch = size.batch;
+    const acc share = acc(1) / (size.kernel_h * size.kernel_w);
+    const int oy_begin = first_window(iy, size.kernel_h, size.stride, size.padding);
+    const int rows = end_of_windows(iy, size.stride, size.padding, size.out_height) - oy_begin;
+    const real* row = dy + ((long long)c * size.out_height + oy_begin) * size.out_width * batch;
+    WindowsAt windows;
+    for (int ix = 0; ix < size.width; ++ix) {
+        windows.move_to(ix, size.kernel_w, size.stride, size.padding, size.out_width);
+        weigh<WHOLE>(row + (long long)windows.begin * batch, dx + ((long long)blockIdx.x * size.width + ix) * batch,
+                     rows, windows.end - windows.begin, size.out_width, batch, share);
     }
 }
 
 extern "C" __global__ void avgpool_backward(const real* __restrict__ dy, real* __restrict__ dx, int height, int width,
                                             int out_height, int out_width, int batch, int kernel_h, int kernel_w, int stride,
                                             int padding) {
-    const int c = blockIdx.x / height, iy = blockIdx.x % height;
-    const int oy_begin = first_window(iy, kernel_h, stride, padding);
-    const int oy_end = end_of_windows(iy, stride, padding, out_height);
-    for (int ix = 0; ix < width; ++ix) {
-        const int ox_begin = first_window(ix, kernel_w, stride, padding);
-        const int ox_end = end_of_windows(ix, stride, padding, out_width);
-        real* dx_pixel = dx + ((long long)blockIdx.x * width + ix) * batch;
-        BLOCK_LOOP(n, 0, batch) {
-            acc sum = 0;
-            for (int oy = oy_begin; oy < oy_end; ++oy)
-                for (int ox = ox_begin; ox < ox_end; ++ox)
-                    sum += acc(dy[(((long long)c * out_height + oy) * out_width + ox) * batch + n]);
-            dx_pixel[n] = real(sum / (kernel_h * kernel_w));
-        }
-    }
+    const Pooling size{height, width, out_height, out_width, batch, kernel_h, kernel_w, stride, padding};
+    if (whole_lanes(batch)) backward_row<true>(dy, dx, size);
+    else backward_row<false>(dy, dx, size);
 }

@@ -7,6 +7,9 @@
 //   }
 //
 // WHOLE: whole_lanes(batch), asked once and outside: tests for the end of the batch cost up to a fifth of such a loop.
+//
+// `integers` go with them, one for each lane: what is counted for each image, and what comparisons give. So `a > b ? a : b`
+// chooses lane by lane. Comparisons are joined by & and |, as && does not exist for vectors everywhere.
 #pragma once
 #include "common.cuh"
 
@@ -22,6 +25,8 @@
 #endif
 typedef acc lanes __attribute__((vector_size(VECTOR_BYTES)));
 typedef lanes lanes_in_memory __attribute__((aligned(alignof(acc)), may_alias));  // where a batch begins anywhere
+typedef decltype(lanes{} > lanes{}) integers;
+typedef std::remove_reference_t<decltype(integers{}[0])> lane_integer;
 #if defined(__x86_64__) && !defined(__AVX512F__)
 #define FEW_REGISTERS  // 16 of them for vectors, where others have 32: a tile of sums must be smaller
 #endif
@@ -31,12 +36,14 @@ typedef lanes lanes_in_memory __attribute__((aligned(alignof(acc)), may_alias));
 __device__ __forceinline__ bool whole_lanes(int batch) { return batch % LANES == 0; }
 
 // Not inlined: sixteen tests and loads at each place would crowd out the loop, and they are for the last lanes of a batch.
-__attribute__((noinline)) static void load_part(const real* source, int left, acc* values) {
-    for (int i = 0; i < LANES; ++i) values[i] = i < left ? acc(source[i]) : acc(0);
+template <class Stored, class Value>
+__attribute__((noinline)) static void load_part(const Stored* source, int left, Value* values) {
+    for (int i = 0; i < LANES; ++i) values[i] = i < left ? Value(source[i]) : Value(0);
 }
 
-__attribute__((noinline)) static void store_part(real* target, const acc* values, int left) {
-    for (int i = 0; i < left; ++i) target[i] = real(values[i]);
+template <class Stored, class Value>
+__attribute__((noinline)) static void store_part(Stored* target, const Value* values, int left) {
+    for (int i = 0; i < left; ++i) target[i] = Stored(values[i]);
 }
 
 template <bool WHOLE>
@@ -66,6 +73,23 @@ __device__ __forceinline__ void store(real* target, lanes value, int left) {
     else SIMD for (int i = 0; i < LANES; ++i) target[i] = real(values[i]);
 }
 
+// Integers are stored in fewer bits.
+template <bool WHOLE, class Stored>
+__device__ __forceinline__ integers load_integers(const Stored* source, int left) {
+    typedef Stored Vector __attribute__((vector_size(LANES * sizeof(Stored)), aligned(alignof(Stored)), may_alias));
+    if (WHOLE || left >= LANES) return __builtin_convertvector(*(const Vector*)source, integers);
+    integers value;
+    load_part(source, left, (lane_integer*)&value);
+    return value;
+}
+
+template <bool WHOLE, class Stored>
+__device__ __forceinline__ void store_integers(Stored* target, integers value, int left) {
+    typedef Stored Vector __attribute__((vector_size(LANES * sizeof(Stored)), aligned(alignof(Stored)), may_alias));
+    if (WHOLE || left >= LANES) *(Vector*)target = __builtin_convertvector(value, Vector);
+    else store_part(target, (const lane_integer*)&value, left);
+}
+
 // The lane of (a, b), one behind the other, that holds the first (HALF 0) or second half of what becomes lane `i`: sums of
 // 2 * WIDTH lanes each become sums of WIDTH lanes, those of a before those of b.
 template <int WIDTH, int HALF>
@@ -78,9 +102,7 @@ __device__ __forceinline__ lanes half_of_sums(lanes a, lanes b, std::index_seque
 #ifdef __clang__
     return __builtin_shufflevector(a, b, folded_lane<WIDTH, HALF>(I)...);
 #else
-    typedef std::conditional_t<sizeof(acc) == 4, int, long long> index;
-    typedef index indices __attribute__((vector_size(VECTOR_BYTES)));
-    return __builtin_shuffle(a, b, indices{folded_lane<WIDTH, HALF>(I)...});
+    return __builtin_shuffle(a, b, integers{folded_lane<WIDTH, HALF>(I)...});
 #endif
 }
 
@@ -107,11 +129,14 @@ __device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sum
     }
 }
 
-__device__ __forceinline__ void prefetch(const real* source) { __builtin_prefetch(source); }
+__device__ __forceinline__ void prefetch(const real* source, long long count = 1) {
+    for (long long i = 0; i < count; i += 64 / sizeof(real)) __builtin_prefetch(source + i);
+}
 
 #else
 
 typedef acc lanes;
+typedef int integers;
 #define LANE_LOOP(n, batch) for (int n = threadIdx.x; n < (batch); n += (int)blockDim.x)
 
 __device__ __forceinline__ bool whole_lanes(int) { return true; }
@@ -126,12 +151,22 @@ __device__ __forceinline__ void store(real* target, lanes value, int) {
     *target = real(value);
 }
 
+template <bool WHOLE, class Stored>
+__device__ __forceinline__ integers load_integers(const Stored* source, int) {
+    return *source;
+}
+
+template <bool WHOLE, class Stored>
+__device__ __forceinline__ void store_integers(Stored* target, integers value, int) {
+    *target = value;
+}
+
 // Over the block's threads, for all of which this is the same: all must call it.
 template <int COUNT>
 __device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sums)[COUNT]) {
     UNROLL for (int i = 0; i < COUNT; ++i) sums[i] = block_sum(values[i]);
 }
 
-__device__ __forceinline__ void prefetch(const real*) {}  // a GPU waits for memory in other threads
+__device__ __forceinline__ void prefetch(const real*, long long = 1) {}  // a GPU waits for memory in other threads
 
 #endif

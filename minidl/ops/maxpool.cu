@@ -6,78 +6,105 @@
 // Of equal values the first in reading order wins, and NaN wins over all, as in PyTorch. Forward notes the
 // winner's place in its window, ky*kernel_w + kx; backward gathers, one writer per element.
 //
-// Grid: one block per row of pixels, (c, oy) forward and (c, iy) backward. Threads run along the batch.
+// Grid: one block per row of pixels, (c, oy) forward and (c, iy) backward. Threads run along the batch, in lanes.
 #include "window.cuh"
 
-// One output pixel of all images. The window's part inside the image: ky_begin .. ky_end-1, kx_begin .. kx_end-1.
-// ROWS, COLUMNS: the size of a part that is known at compile time, so that the loop over the batch vectorizes; else 0.
-template <int ROWS, int COLUMNS>
-__device__ __forceinline__ void max_of_window(const real* __restrict__ window, real* __restrict__ y,
-                                              unsigned short* __restrict__ winner, int ky_begin, int ky_end, int kx_begin,
-                                              int kx_end, int width, int batch, int kernel_w) {
-    const int rows = ROWS ? ROWS : ky_end - ky_begin, columns = COLUMNS ? COLUMNS : kx_end - kx_begin;
-    const real* first = window + ((long long)ky_begin * width + kx_begin) * batch;
-    const int first_place = ky_begin * kernel_w + kx_begin;
-    BLOCK_LOOP(n, 0, batch) {
-        acc best = acc(first[n]);
-        int best_place = first_place;
+// The part of a window that lies inside the image: rows x columns pixels from `first` on, whose place is first_place.
+struct Part {
+    const real* first;
+    int rows, columns, first_place;
+};
+
+// ROWS, COLUMNS: those of the part, where the compiler shall know them and unroll the loops; else 0.
+template <int ROWS, int COLUMNS, bool WHOLE>
+__device__ __forceinline__ void max_of(const Part& part, real* __restrict__ y, unsigned short* __restrict__ winner,
+                                       const Pooling& size) {
+    const int rows = ROWS ? ROWS : part.rows, columns = COLUMNS ? COLUMNS : part.columns, batch = size.batch;
+    LANE_LOOP(n, batch) {
+        lanes best = load<WHOLE>(part.first + n, batch - n);
+        integers best_place = integers{} + part.first_place;
         for (int r = 0; r < rows; ++r)
             for (int k = 0; k < columns; ++k) {
-                const acc value = acc(first[(r * width + k) * (long long)batch + n]);
-                const bool wins = value > best || (value != value && best == best);
+                const lanes value = load<WHOLE>(part.first + ((long long)r * size.width + k) * batch + n, batch - n);
+                const auto wins = !(value <= best) & (best == best);  // larger, or the first NaN
                 best = wins ? value : best;
-                best_place = wins ? first_place + r * kernel_w + k : best_place;
+                best_place = wins ? integers{} + (part.first_place + r * size.kernel_w + k) : best_place;
             }
-        y[n] = real(best);
-        winner[n] = best_place;
+        store<WHOLE>(y + n, best, batch - n);
+        store_integers<WHOLE>(winner + n, best_place, batch - n);
+    }
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void forward_row(const real* __restrict__ x, real* __restrict__ y,
+                                            unsigned short* __restrict__ winner, const Pooling& size) {
+    const int c = blockIdx.x / size.out_height, oy = blockIdx.x % size.out_height;
+    const int y_origin = oy * size.stride - size.padding;
+    const int ky_begin = y_origin < 0 ? -y_origin : 0;
+    const int ky_end = size.height - y_origin < size.kernel_h ? size.height - y_origin : size.kernel_h;
+    const long long row = (long long)size.width * size.batch;
+    const real* first_row = x + ((long long)c * size.height + y_origin + ky_begin) * row;
+    for (int ox = 0; ox < size.out_width; ++ox) {
+        const int x_origin = ox * size.stride - size.padding;
+        const int kx_begin = x_origin < 0 ? -x_origin : 0;
+        const int kx_end = size.width - x_origin < size.kernel_w ? size.width - x_origin : size.kernel_w;
+        const Part part{first_row + (long long)(x_origin + kx_begin) * size.batch, ky_end - ky_begin, kx_end - kx_begin,
+                        ky_begin * size.kernel_w + kx_begin};
+        const long long out = ((long long)blockIdx.x * size.out_width + ox) * size.batch;
+        prefetch_next_row(first_row, ox, size);
+        if (part.rows == 2 && part.columns == 2) max_of<2, 2, WHOLE>(part, y + out, winner + out, size);
+        else if (part.rows == 3 && part.columns == 3) max_of<3, 3, WHOLE>(part, y + out, winner + out, size);
+        else max_of<0, 0, WHOLE>(part, y + out, winner + out, size);
     }
 }
 
 extern "C" __global__ void maxpool_forward(const real* __restrict__ x, real* __restrict__ y,
                                            unsigned short* __restrict__ winner, int height, int width, int out_height,
                                            int out_width, int batch, int kernel_h, int kernel_w, int stride, int padding) {
-    const int c = blockIdx.x / out_height, oy = blockIdx.x % out_height;
-    const int y_origin = oy * stride - padding;
-    const int ky_begin = y_origin < 0 ? -y_origin : 0;
-    const int ky_end = height - y_origin < kernel_h ? height - y_origin : kernel_h;
-    for (int ox = 0; ox < out_width; ++ox) {
-        const int x_origin = ox * stride - padding;
-        const int kx_begin = x_origin < 0 ? -x_origin : 0;
-        const int kx_end = width - x_origin < kernel_w ? width - x_origin : kernel_w;
-        const real* window = x + (((long long)c * height + y_origin) * width + x_origin) * batch;
-        const long long out = ((long long)blockIdx.x * out_width + ox) * batch;
-        if (ky_end - ky_begin == 2 && kx_end - kx_begin == 2)
-            max_of_window<2, 2>(window, y + out, winner + out, ky_begin, ky_end, kx_begin, kx_end, width, batch, kernel_w);
-        else
-            max_of_window<0, 0>(window, y + out, winner + out, ky_begin, ky_end, kx_begin, kx_end, width, batch, kernel_w);
+    const Pooling size{height, width, out_height, out_width, batch, kernel_h, kernel_w, stride, padding};
+    if (whole_lanes(batch)) forward_row<true>(x, y, winner, size);
+    else forward_row<false>(x, y, winner, size);
+}
+
+// dy where the place has won in the window whose pixel is at `out`, else 0.
+template <bool WHOLE>
+__device__ __forceinline__ lanes won(const real* dy, const unsigned short* winner, long long out, int place, int left) {
+    return load_integers<WHOLE>(winner + out, left) == place ? load<WHOLE>(dy + out, left) : lanes{};
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void backward_row(const real* __restrict__ dy, const unsigned short* __restrict__ winner,
+                                             real* __restrict__ dx, const Pooling& size) {
+    const int c = blockIdx.x / size.height, iy = blockIdx.x % size.height, batch = size.batch;
+    const int oy_begin = first_window(iy, size.kernel_h, size.stride, size.padding);
+    const int rows = end_of_windows(iy, size.stride, size.padding, size.out_height) - oy_begin;
+    const int ky = iy + size.padding - oy_begin * size.stride;
+    WindowsAt windows;
+    for (int ix = 0; ix < size.width; ++ix) {
+        windows.move_to(ix, size.kernel_w, size.stride, size.padding, size.out_width);
+        const int columns = windows.end - windows.begin;
+        const int place = ky * size.kernel_w + ix + size.padding - windows.begin * size.stride;  // in the first of the windows
+        const long long first = (((long long)c * size.out_height + oy_begin) * size.out_width + windows.begin) * batch;
+        real* dx_pixel = dx + ((long long)blockIdx.x * size.width + ix) * batch;
+        if (rows == 1 && columns == 1) {  // as everywhere if windows do not overlap
+            LANE_LOOP(n, batch) store<WHOLE>(dx_pixel + n, won<WHOLE>(dy, winner, first + n, place, batch - n), batch - n);
+            continue;
+        }
+        LANE_LOOP(n, batch) {
+            lanes sum{};
+            for (int r = 0; r < rows; ++r)
+                for (int k = 0; k < columns; ++k)
+                    sum += won<WHOLE>(dy, winner, first + ((long long)r * size.out_width + k) * batch + n,
+                                      place - (r * size.kernel_w + k) * size.stride, batch - n);
+            store<WHOLE>(dx_pixel + n, sum, batch - n);
+        }
     }
 }
 
 extern "C" __global__ void maxpool_backward(const real* __restrict__ dy, const unsigned short* __restrict__ winner,
                                             real* __restrict__ dx, int height, int width, int out_height, int out_width,
                                             int batch, int kernel_h, int kernel_w, int stride, int padding) {
-    const int c = blockIdx.x / height, iy = blockIdx.x % height;
-    const int oy_begin = first_window(iy, kernel_h, stride, padding);
-    const int oy_end = end_of_windows(iy, stride, padding, out_height);
-    for (int ix = 0; ix < width; ++ix) {
-        const int ox_begin = first_window(ix, kernel_w, stride, padding);
-        const int ox_end = end_of_windows(ix, stride, padding, out_width);
-        real* dx_pixel = dx + ((long long)blockIdx.x * width + ix) * batch;
-        if (oy_end - oy_begin == 1 && ox_end - ox_begin == 1) {  // one window, as everywhere if they do not overlap
-            const int place = (iy + padding - oy_begin * stride) * kernel_w + ix + padding - ox_begin * stride;
-            const long long out = (((long long)c * out_height + oy_begin) * out_width + ox_begin) * batch;
-            BLOCK_LOOP(n, 0, batch) dx_pixel[n] = real(winner[out + n] == place ? acc(dy[out + n]) : acc(0));
-            continue;
-        }
-        BLOCK_LOOP(n, 0, batch) {
-            acc sum = 0;
-            for (int oy = oy_begin; oy < oy_end; ++oy)
-                for (int ox = ox_begin; ox < ox_end; ++ox) {
-                    const int place = (iy + padding - oy * stride) * kernel_w + ix + padding - ox * stride;
-                    const long long out = (((long long)c * out_height + oy) * out_width + ox) * batch + n;
-                    sum += winner[out] == place ? acc(dy[out]) : acc(0);
-                }
-            dx_pixel[n] = real(sum);
-        }
-    }
+    const Pooling size{height, width, out_height, out_width, batch, kernel_h, kernel_w, stride, padding};
+    if (whole_lanes(batch)) backward_row<true>(dy, winner, dx, size);
+    else backward_row<false>(dy, winner, dx, size);
 }

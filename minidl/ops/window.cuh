@@ -1,7 +1,7 @@
 // Sliding windows, for convolution and pooling: output position `out` looks at the inputs
 // out * stride - padding + (0 .. window - 1), of which those in 0 .. size-1 exist.
 #pragma once
-#include "common.cuh"
+#include "lanes.cuh"
 
 // The first and one past the last output position whose window holds input position `in`.
 __device__ __forceinline__ int first_window(int in, int window, int stride, int padding) {
@@ -13,3 +13,27 @@ __device__ __forceinline__ int end_of_windows(int in, int stride, int padding, i
     const int end = (in + padding) / stride + 1;
     return end < out_size ? end : out_size;
 }
+
+// Pooling of images height x width to out_height x out_width.
+struct Pooling {
+    int height, width, out_height, out_width, batch, kernel_h, kernel_w, stride, padding;
+};
+
+// To be called for each window `out` of a row of windows, whose first row of the source is `row`: a share of what the next row
+// of windows meets first, in the order of memory. Processors foresee that order, and not that of a window's rows taking turns.
+__device__ __forceinline__ void prefetch_next_row(const real* row, int out, const Pooling& size) {
+    if (size.stride > size.kernel_w || size.stride > size.kernel_h) return;  // gaps, which nobody reads
+    const int rows = size.out_height > 1 ? size.stride : size.height, columns = size.out_width > 1 ? size.stride : size.width;
+    const long long share = (long long)rows * columns * size.batch;
+    prefetch(row + (long long)size.kernel_h * size.width * size.batch + out * share, share);
+}
+
+// Those positions again for one `in` after the other, from 0 on: begin .. end-1, without divisions.
+struct WindowsAt {
+    int begin = 0, end = 0;
+
+    __device__ void move_to(int in, int window, int stride, int padding, int out_size) {
+        while (end < out_size && end * stride - padding <= in) ++end;
+        while (begin < end && begin * stride - padding + window <= in) ++begin;
+    }
+};
