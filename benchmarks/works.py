@@ -194,7 +194,7 @@ class Linear(Work):
     bias: bool
 
     kind = "linear"
-    kernels = ("bias_add", "bias_tile_sums", "bias_combine_sums")
+    kernels = ("im2col", "gemm_sizes", "gemm_pack", "gemm_panels", "gemm_rows", "bias_add", "bias_tile_sums", "bias_combine_sums")
 
     def __str__(self):
         return f"{self.shape[0]} > {self.outputs}"

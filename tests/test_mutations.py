@@ -268,7 +268,7 @@ BUGS = [
         "[..., ::-1, ::-1].swapaxes(3, 4)", convolution(0)),
     Bug("conv: groups of the adjoint mixed up", conv._adjoint_weight, "weight.reshape(groups, outputs // groups,",
         "weight.reshape(outputs // groups, groups,", convolution(0)),
-    Bug("conv: dweight of the last chunk only", conv._weight_gradient, "columns, i > 0)", "columns, False)",
+    Bug("conv: dweight of the last chunk only", conv._weight_gradient, "columns, begin > 0)", "columns, False)",
         convolution(0, "one pixel at a time")),
     Bug("packed products: the sum of the last chunk only", "packed_gemm.cu", "(accumulate ? *element : acc(0))", "acc(0)",
         convolution(0, "one pixel at a time")),
@@ -280,7 +280,7 @@ BUGS = [
     Bug("Winograd: sign in A", "winograd.cu", "{-c, -d}", "{c, d}", by_winograd(0)),
     Bug("Winograd: sign in G^T", "winograd.cu", "t[1][x] = (b - c) / 2", "t[1][x] = (c - b) / 2", by_winograd(0)),
     Bug("Winograd: the last column of y left out", "winograd.cu", "ox + 1 < width, oy", "ox + 2 < width, oy", by_winograd(0)),
-    Bug("Winograd: dweight of the last part only", winograd.backward_weight, "columns, i > 0)", "columns, False)",
+    Bug("Winograd: dweight of the last part only", winograd.backward_weight, "columns, begin > 0)", "columns, False)",
         convolution(0, "by Winograd, in parts")),
     Bug("conv: dbias dropped", conv.backward, "bias_op.gradient(dy, dbias)", "dbias[...] = 0", convolution(2)),
 
@@ -336,10 +336,10 @@ BUGS = [
     Bug("bias: only the first tile", "bias.cu", "for (int t = 0; t < tiles; ++t) sum +=", "for (int t = 0; t < 1; ++t) sum +=",
         bias_of_two_tiles),
 
-    Bug("linear: dweight transposed", linear.backward, "gemm(dy, x.T, dweight)", "gemm(x, dy.T, dweight)", square_linear),
-    Bug("linear: dx with the weight not transposed", linear.backward, "gemm(weight.T, dy, dx)", "gemm(weight, dy, dx)",
+    Bug("linear: dweight transposed", linear.backward, "_image(dy), _image(x)", "_image(x), _image(dy)", square_linear),
+    Bug("linear: dx with the weight not transposed", linear.backward, "_window(weight)", "_window(weight.T.copy())",
         square_linear),
-    Bug("linear: dbias dropped", linear.backward, "bias_op.gradient(dy, dbias)", "dbias[...] = 0", square_linear),
+    Bug("linear: dbias dropped", linear.backward, "_window(dweight), dbias,", "_window(dweight), None,", square_linear),
 
     Bug("cross-entropy: dlogits without the one-hot label", "loss.cu", " - (k == label ? on : acc(0))", "", cross_entropy(0.0)),
     Bug("cross-entropy: dlogits without 1/N", "loss.cu", "*scale / valid", "*scale", cross_entropy(0.0)),

@@ -170,7 +170,7 @@ def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry)
 
 def _of_pixels(dy: Array, groups: int) -> _Geometry:
     """The geometry whose unfolded columns are the pixels of dy: that of a 1x1 convolution."""
-    return _Geometry(dy, array_module(dy).broadcast_to(dy[:1, :1, :1, :1], (groups, len(dy) // groups, 1, 1)), 1, 0, groups)
+    return _Geometry(dy, dy[:, 0, 0, 0].reshape(groups, -1, 1, 1), 1, 0, groups)
 
 
 class _Geometry:
