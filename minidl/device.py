@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import re
 import sys
@@ -176,7 +177,7 @@ class HostPool:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An uninitialized array (shape), C-contiguous, whose memory returns here when its last view is gone."""
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if size < self.SMALLEST:
             return np.empty(shape, dtype)
         with self._lock:

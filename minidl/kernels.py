@@ -170,6 +170,12 @@ def parse_signatures(source: str) -> dict[str, list[Parameter]]:
     return {name: [Parameter(text) for text in parameters.split(",")] for name, parameters in found}
 
 
+@functools.cache
+def _name(dtype: np.dtype[Any]) -> str:
+    """NumPy makes it anew each time, for as long as the rest of a launch's checks take."""
+    return dtype.name
+
+
 class Kernel:
     """One kernel. `kernel[blocks, threads](*arguments)` checks the arguments and launches it."""
 
@@ -208,7 +214,7 @@ class Kernel:
                 continue
             try:
                 xp = xp or array_module(argument)
-                dtype = argument.dtype.name
+                dtype = _name(argument.dtype)
             except (TypeError, AttributeError):
                 continue  # not an array: _check_array refuses it by name
             if parameter.c_type == "real":
