@@ -42,6 +42,16 @@ def test_channel_dropout_drops_whole_channels(target):
     y = target.host(dropout.apply_to_channels(target.array(np.ones((20, 3, 2, 7)), "float32"), 0.5, KEY, LAYER, step(target, 0)))
     assert (y == y[:, :1, :1]).all()
     assert 40 < (y[:, 0, 0] == 0).sum() < 100
+    assert (y[:, 0, 0] != y[:1, 0, 0]).any()
+
+
+def test_channels_are_dropped_by_their_number_and_the_images(target):
+    """Not by the size of the batch, or the part of it in which a block decides."""
+    y, few = (target.host(dropout.apply_to_channels(target.array(np.ones((2, 1, 2, batch)), "float32"), 0.25, 0, 0,
+                                                    step(target, 0))) for batch in (1040, 5))
+    assert np.array_equal(y[..., :5], few)
+    assert not np.array_equal(y[..., :512], y[..., 512:1024])
+    assert (few[0, :, :, 0] > 0).all(), "the first word of Philox with key and counter 0 is 0x6627E8D5"
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])

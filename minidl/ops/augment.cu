@@ -22,13 +22,15 @@ extern "C" __global__ void augment_draw(const int* __restrict__ indices, const i
                                         unsigned long long key, int padding, int flips, int cutout) {
     const unsigned now = (unsigned)*step, now_high = (unsigned)(*step >> 32);
     GRID_LOOP(n, batch) {
-        const Random4 place = philox(key, (unsigned)n, 0, now, now_high), cut = philox(key, (unsigned)n, 1, now, now_high);
+        unsigned place[] = {(unsigned)n, 0, now, now_high}, cut[] = {(unsigned)n, 1, now, now_high};
+        philox(key, place);
+        philox(key, cut);
         const unsigned shifts = 2 * padding + 1;
-        draws[SHIFT_Y * batch + n] = (int)(place.bits[0] % shifts) - padding;
-        draws[SHIFT_X * batch + n] = (int)(place.bits[1] % shifts) - padding;
-        draws[FLIP * batch + n] = flips ? place.bits[2] >> 31 : 0;
-        draws[CUT_Y * batch + n] = (int)(cut.bits[0] % height) - cutout / 2;
-        draws[CUT_X * batch + n] = (int)(cut.bits[1] % width) - cutout / 2;
+        draws[SHIFT_Y * batch + n] = (int)(place[0] % shifts) - padding;
+        draws[SHIFT_X * batch + n] = (int)(place[1] % shifts) - padding;
+        draws[FLIP * batch + n] = flips ? place[2] >> 31 : 0;
+        draws[CUT_Y * batch + n] = (int)(cut[0] % height) - cutout / 2;
+        draws[CUT_X * batch + n] = (int)(cut[1] % width) - cutout / 2;
         batch_labels[n] = labels[indices[n]];
     }
 }

@@ -74,20 +74,20 @@ __device__ __forceinline__ acc block_sum(acc value) {
 
 // Philox4x32-10: 128 random bits as a pure function of key and counter, so that nothing has to be stored.
 // Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-struct Random4 {
-    unsigned bits[4];
-};
-
-__device__ __forceinline__ Random4 philox(unsigned long long key, unsigned c0, unsigned c1, unsigned c2, unsigned c3) {
+// Turns the four words of a counter into random bits, in place. Loops over it vectorize: with a struct of words they do not, and
+// words of 32 bits would be packed and unpacked around each product.
+__device__ __forceinline__ void philox(unsigned long long key, unsigned (&words)[4]) {
+    const unsigned long long lower = 0xFFFFFFFF;
+    unsigned long long w0 = words[0], w1 = words[1], w2 = words[2], w3 = words[3];
     unsigned k0 = (unsigned)key, k1 = (unsigned)(key >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const unsigned long long p0 = 0xD2511F53ULL * c0, p1 = 0xCD9E8D57ULL * c2;
-        c0 = (unsigned)(p1 >> 32) ^ c1 ^ k0;
-        c1 = (unsigned)p1;
-        c2 = (unsigned)(p0 >> 32) ^ c3 ^ k1;
-        c3 = (unsigned)p0;
+    UNROLL for (int round = 0; round < 10; ++round) {
+        const unsigned long long p0 = 0xD2511F53 * (w0 & lower), p1 = 0xCD9E8D57 * (w2 & lower);
+        w0 = (p1 >> 32) ^ w1 ^ k0;
+        w1 = p1;
+        w2 = (p0 >> 32) ^ w3 ^ k1;
+        w3 = p0;
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    return {{c0, c1, c2, c3}};
+    words[0] = (unsigned)w0, words[1] = (unsigned)w1, words[2] = (unsigned)w2, words[3] = (unsigned)w3;
 }

@@ -5,30 +5,48 @@
 // kernel serves both directions, and nothing is stored. A position is kept if its 32 random bits are >= p * 2^32.
 #include "common.cuh"
 
-// Elements 4i .. 4i+3 share one call of the generator. Grid: the groups of four, shared by all threads.
+// Elements 4 * group + (0 .. count-1), which share one call of the generator.
+__device__ __forceinline__ void drop(const real* __restrict__ x, real* __restrict__ y, long long group, int count,
+                                     unsigned long long key, unsigned now, unsigned layer, unsigned threshold,
+                                     acc scale) {
+    unsigned bits[] = {(unsigned)group, (unsigned)(group >> 32), now, layer};
+    philox(key, bits);
+    UNROLL for (int k = 0; k < 4; ++k) {
+        if (k >= count) break;
+        const acc value = acc(x[4 * group + k]);
+        y[4 * group + k] = real((bits[k] >= threshold ? value : acc(0)) * scale);
+    }
+}
+
+// Grid: the groups of four, shared by all threads.
 extern "C" __global__ void dropout(const real* __restrict__ x, const long long* __restrict__ step, real* __restrict__ y,
                                    long long n, unsigned long long key, unsigned layer, unsigned threshold, acc scale) {
     const unsigned now = (unsigned)*step;
-    GRID_LOOP(group, (n + 3) / 4) {
-        const Random4 random = philox(key, (unsigned)group, (unsigned)(group >> 32), now, layer);
-        for (int k = 0; k < 4; ++k) {
-            const long long i = 4 * group + k;
-            if (i < n) y[i] = real(random.bits[k] >= threshold ? acc(x[i]) * scale : acc(0));
-        }
-    }
+    GRID_LOOP(group, n / 4) drop(x, y, group, 4, key, now, layer, threshold, scale);
+    GRID_LOOP(rest, n % 4 ? 1 : 0) drop(x, y, n / 4, n % 4, key, now, layer, threshold, scale);
 }
+
+#define IMAGES 512  // whose decisions a block keeps, so that it goes through the pixels in the order of memory
 
 // x (C, H*W, N). Grid: one block per channel; threads run along the batch.
 extern "C" __global__ void dropout_channels(const real* __restrict__ x, const long long* __restrict__ step,
                                             real* __restrict__ y, int pixels, int batch, unsigned long long key,
                                             unsigned layer, unsigned threshold, acc scale) {
+    SHARED(int, kept, IMAGES);  // each thread reads what it has written: no barrier
     const unsigned c = blockIdx.x, now = (unsigned)*step;
-    const long long start = (long long)c * pixels * batch;
-    BLOCK_LOOP(n, 0, batch) {
-        const bool kept = philox(key, n, c, now, layer).bits[0] >= threshold;
+    for (int begin = 0; begin < batch; begin += IMAGES) {
+        const int count = batch - begin < IMAGES ? batch - begin : IMAGES;
+        BLOCK_LOOP(n, 0, count) {
+            unsigned bits[] = {(unsigned)(begin + n), c, now, layer};
+            philox(key, bits);
+            kept[n] = bits[0] >= threshold;
+        }
         for (int i = 0; i < pixels; ++i) {
-            const long long at = start + (long long)i * batch + n;
-            y[at] = real(kept ? acc(x[at]) * scale : acc(0));
+            const long long first = ((long long)c * pixels + i) * batch + begin;
+            BLOCK_LOOP(n, 0, count) {
+                const acc value = acc(x[first + n]);
+                y[first + n] = real((kept[n] ? value : acc(0)) * scale);
+            }
         }
     }
 }

@@ -6,8 +6,9 @@ extern "C" __global__ void random_words(const unsigned long long* __restrict__ k
                                         unsigned* __restrict__ words, int n) {
     GRID_LOOP(i, n) {
         const unsigned* c = counters + 4 * i;
-        const Random4 random = philox(keys[i], c[0], c[1], c[2], c[3]);
-        for (int k = 0; k < 4; ++k) words[4 * i + k] = random.bits[k];
+        unsigned random[] = {c[0], c[1], c[2], c[3]};
+        philox(keys[i], random);
+        for (int k = 0; k < 4; ++k) words[4 * i + k] = random[k];
     }
 }
 
