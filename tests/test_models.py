@@ -217,8 +217,12 @@ def test_gradients_in_random_directions(machine, name, options):
         assert numerical == pytest.approx(expected, rel=1e-6), what
 
 
-def directional_derivatives(machine, name, options, rng, h=1e-4):
-    """[(what moves, derivative by backward, derivative by differences), ...], or None where a maximum changes its place."""
+def directional_derivatives(machine, name, options, rng, h=3e-4):
+    """[(what moves, derivative by backward, derivative by differences), ...], or None where a maximum changes its place.
+
+    h: with a third of it, the rounding of outputs near 10 is a millionth of the smallest derivatives, 7e-5; with three times as
+    much, maxima change on every input.
+    """
     network = without_kinks(models.create(name, 10, **options).initialize(machine.place, "float64", seed=3), rng)
     x, u = rng.normal(size=(3, 32, 32, 2)), rng.normal(size=(10, 2))
     winners = set()
