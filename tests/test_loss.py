@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 import reference
+from minidl.kernels import Kernels
 from minidl.ops import loss
 from reference import assert_close, numerical_vjp, tolerance
+from test_kernels import FOLDER
 
 
 def run(target, logits, labels, dtype="float64", valid=None, smoothing=0.0, scale=1.0, other_labels=None, share=None):
@@ -24,7 +26,7 @@ def mean_loss(*arguments):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("classes, batch", [(7, 5), (2, 1), (100, 3), (10, 130)])
+@pytest.mark.parametrize("classes, batch", [(7, 5), (2, 1), (100, 3), (10, 130), (5, 32)])
 def test_loss_and_gradient(target, rng, classes, batch, dtype, smoothing):
     logits = target.host(target.array(rng.normal(size=(classes, batch)), dtype))
     labels = rng.integers(0, classes, batch)
@@ -103,6 +105,23 @@ def test_a_label_out_of_range_makes_the_loss_nan_and_is_never_right(target, rng,
 def test_a_network_of_nans_is_never_right(target):
     _, totals = run(target, np.full((10, 4), np.nan), np.arange(4))
     assert np.isnan(totals[0]) and totals[1] == totals[2] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exponentials_and_logarithms(target, rng, dtype):
+    """Within 1.5 units in the last place, from results below the normal numbers to infinity."""
+    kernels = Kernels(FOLDER / "lanes.cu")
+    x = np.array([*rng.uniform(-104, 90, 2000), *rng.uniform(-1, 1, 2000), 0, -0.0, -np.inf, np.inf, np.nan, -1e30, 1e30,
+                  88.7, -87.5], dtype)
+    for name, of_numpy, values in (("exponentials", np.exp, x), ("logarithms", np.log, abs(x))):
+        y = target.poison(x.shape, dtype)
+        getattr(kernels, name)[1, 32](target.array(values), y, x.size)
+        y = target.place.to_host(y)
+        with np.errstate(all="ignore"):
+            exact = of_numpy(values.astype(np.longdouble))
+            expected = exact.astype(dtype)
+            close = abs(y - exact) <= 1.5 * np.spacing(abs(expected))
+        assert (close | (y == expected) | (np.isnan(y) & np.isnan(expected))).all()
 
 
 @pytest.mark.parametrize("logits, labels, settings, message", [

@@ -353,13 +353,14 @@ BUGS = [
         square_linear),
     Bug("linear: dbias dropped", linear.backward, "_window(dweight), dbias,", "_window(dweight), None,", square_linear),
 
-    Bug("cross-entropy: dlogits without the one-hot label", "loss.cu", " - (k == label ? on : acc(0))", "", cross_entropy(0.0)),
+    Bug("cross-entropy: dlogits without the one-hot label", "loss.cu", "(label == k ? lanes{} + on : lanes{}) + ", "",
+        cross_entropy(0.0)),
     Bug("cross-entropy: dlogits without 1/N", "loss.cu", "*scale / valid", "*scale", cross_entropy(0.0)),
     Bug("cross-entropy: 1/N counts the padding", "loss.cu", "*scale / valid", "*scale / batch", cross_entropy_of_a_padded_batch),
-    Bug("cross-entropy: sign of the smoothing", "loss.cu", "= p - off -", "= p + off -", cross_entropy(0.1)),
+    Bug("cross-entropy: sign of the smoothing", "loss.cu", "(p - off - of_labels)", "(p + off - of_labels)", cross_entropy(0.1)),
     Bug("cross-entropy: smoothing not taken from the label", "loss.cu", "on = (1 - smoothing) * of_self", "on = of_self", cross_entropy(0.1)),
 
-    Bug("cross-entropy of mixup: the partner's label lost", "loss.cu", " - (k == other ? on_other : acc(0))", "",
+    Bug("cross-entropy of mixup: the partner's label lost", "loss.cu", " + (other == k ? lanes{} + on_other : lanes{})", "",
         cross_entropy_of_mixup),
     Bug("cross-entropy of mixup: the loss has one label only", "loss.cu", " - of_pair", "", cross_entropy_of_mixup),
     Bug("cross-entropy of mixup: smoothing takes from one label only", "loss.cu", "on_other = (1 - smoothing) * (1 - of_self)",

@@ -74,8 +74,8 @@ __device__ __forceinline__ acc block_sum(acc value) {
 
 // Philox4x32-10: 128 random bits as a pure function of key and counter, so that nothing has to be stored.
 // Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-// Turns the four words of a counter into random bits, in place. Loops over it vectorize: with a struct of words they do not, and
-// words of 32 bits would be packed and unpacked around each product.
+// Turns the four words of a counter into random bits, in place. Loops over it vectorize: a struct of words would prevent that,
+// and words of 32 bits would be packed and unpacked around each product.
 __device__ __forceinline__ void philox(unsigned long long key, unsigned (&words)[4]) {
     const unsigned long long lower = 0xFFFFFFFF;
     unsigned long long w0 = words[0], w1 = words[1], w2 = words[2], w3 = words[3];

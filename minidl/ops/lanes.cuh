@@ -46,9 +46,9 @@ __attribute__((noinline)) static void store_part(Stored* target, const Value* va
     for (int i = 0; i < left; ++i) target[i] = Stored(values[i]);
 }
 
-template <bool WHOLE>
-__device__ __forceinline__ lanes load(const real* source, int left) {
-    if (sizeof(real) == sizeof(acc) && (WHOLE || left >= LANES)) {
+template <bool WHOLE, class Stored>
+__device__ __forceinline__ lanes load(const Stored* source, int left) {
+    if (sizeof(Stored) == sizeof(acc) && (WHOLE || left >= LANES)) {
         lanes value = *(const lanes_in_memory*)source;
 #ifdef __x86_64__
         asm("" : "+v"(value));  // into a register: GCC would rather load it again for each of up to four multiplications
@@ -61,16 +61,16 @@ __device__ __forceinline__ lanes load(const real* source, int left) {
     return *(const lanes_in_memory*)values;
 }
 
-template <bool WHOLE>
-__device__ __forceinline__ void store(real* target, lanes value, int left) {
-    if (sizeof(real) == sizeof(acc) && (WHOLE || left >= LANES)) {
+template <bool WHOLE, class Stored>
+__device__ __forceinline__ void store(Stored* target, lanes value, int left) {
+    if (sizeof(Stored) == sizeof(acc) && (WHOLE || left >= LANES)) {
         *(lanes_in_memory*)target = value;
         return;
     }
     acc values[LANES];
     *(lanes_in_memory*)values = value;
     if (!WHOLE && left < LANES) store_part(target, values, left);
-    else SIMD for (int i = 0; i < LANES; ++i) target[i] = real(values[i]);
+    else SIMD for (int i = 0; i < LANES; ++i) target[i] = Stored(values[i]);
 }
 
 // Integers are stored in fewer bits.
@@ -88,6 +88,36 @@ __device__ __forceinline__ void store_integers(Stored* target, integers value, i
     typedef Stored Vector __attribute__((vector_size(LANES * sizeof(Stored)), aligned(alignof(Stored)), may_alias));
     if (WHOLE || left >= LANES) *(Vector*)target = __builtin_convertvector(value, Vector);
     else store_part(target, (const lane_integer*)&value, left);
+}
+
+// n, n + 1, ...
+__device__ __forceinline__ integers numbers_from(int n) {
+    integers numbers;
+    UNROLL for (int i = 0; i < LANES; ++i) numbers[i] = n + i;
+    return numbers;
+}
+
+__device__ __forceinline__ lanes log(lanes x) {
+    for (int i = 0; i < LANES; ++i) x[i] = log(x[i]);
+    return x;
+}
+
+// In float, within 1.2 units in the last place: exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2, where Taylor's polynomial is exact
+// to 6e-9. ln(2) is 355/512, whose products with n are exact, and a rest.
+__device__ __forceinline__ lanes exp(lanes x) {
+    if constexpr (sizeof(acc) == sizeof(double)) {
+        for (int i = 0; i < LANES; ++i) x[i] = exp(x[i]);
+        return x;
+    } else {
+        x = x < -104 ? lanes{} - 104 : x > 89 ? lanes{} + 89 : x;  // where the result is 0 and infinity; NaN stays
+        const acc to_integer = 3 << 22;                            // floats of this size have no fraction
+        const lanes n = x * acc(1.44269504) + to_integer - to_integer, r = x - n * acc(0.693359375) + n * acc(2.12194440e-4);
+        constexpr acc inverse_factorials[] = {1. / 720, 1. / 120, 1. / 24, 1. / 6, 0.5, 1, 1};
+        lanes sum = lanes{} + acc(1. / 5040);
+        UNROLL for (acc coefficient : inverse_factorials) sum = sum * r + coefficient;
+        const integers power = __builtin_convertvector(n, integers), half = power >> 1;  // 2^n alone may not be a float
+        return sum * (lanes)((half + 127) << 23) * (lanes)((power - half + 127) << 23);
+    }
 }
 
 // The lane of (a, b), one behind the other, that holds the first (HALF 0) or second half of what becomes lane `i`: sums of
@@ -141,14 +171,14 @@ typedef int integers;
 
 __device__ __forceinline__ bool whole_lanes(int) { return true; }
 
-template <bool WHOLE>
-__device__ __forceinline__ lanes load(const real* source, int) {
+template <bool WHOLE, class Stored>
+__device__ __forceinline__ lanes load(const Stored* source, int) {
     return acc(*source);
 }
 
-template <bool WHOLE>
-__device__ __forceinline__ void store(real* target, lanes value, int) {
-    *target = real(value);
+template <bool WHOLE, class Stored>
+__device__ __forceinline__ void store(Stored* target, lanes value, int) {
+    *target = Stored(value);
 }
 
 template <bool WHOLE, class Stored>
@@ -160,6 +190,8 @@ template <bool WHOLE, class Stored>
 __device__ __forceinline__ void store_integers(Stored* target, integers value, int) {
     *target = value;
 }
+
+__device__ __forceinline__ integers numbers_from(int n) { return n; }
 
 // Over the block's threads, for all of which this is the same: all must call it.
 template <int COUNT>

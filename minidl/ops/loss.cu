@@ -9,49 +9,64 @@
 //   comes first, and NaN before everything, so that a network of NaNs is never right
 //
 // A label outside 0..K-1 makes the loss NaN: it can neither be missed nor read outside the array.
-// Grid: columns are shared by all threads, then one block adds up the batch.
-#include "common.cuh"
+// Grid: blocks share the columns, and threads run along a block's, in lanes; then one block adds up the batch.
+#include "lanes.cuh"
 
 // Without `mixed`, other_labels and share are not looked at.
+template <bool WHOLE>
+__device__ __forceinline__ void compute_columns(const real* __restrict__ logits, const int* __restrict__ labels,
+                                                const int* __restrict__ other_labels, const acc* __restrict__ share,
+                                                const acc* __restrict__ scale, real* __restrict__ dlogits,
+                                                acc* __restrict__ losses, int* __restrict__ ranks, int classes, int batch,
+                                                int valid, acc smoothing, int mixed, int begin, int end) {
+    const acc of_self = mixed ? *share : acc(1);
+    const acc off = smoothing / classes, on = (1 - smoothing) * of_self, on_other = (1 - smoothing) * (1 - of_self);
+    const acc factor = *scale / valid;
+    LANE_LOOP(i, end - begin) {
+        const int n = begin + i, left = end - n;
+        const auto counts = numbers_from(n) < valid;
+        const integers label = load_integers<WHOLE>(labels + n, left);
+        const integers other = mixed ? load_integers<WHOLE>(other_labels + n, left) : label;
+        const auto known = (label >= 0) & (label < classes) & (other >= 0) & (other < classes);
+        lanes highest = load<WHOLE>(logits + n, left), of_label{}, of_other{};
+        for (int k = 0; k < classes; ++k) {
+            const lanes logit = load<WHOLE>(logits + (long long)k * batch + n, left);
+            highest = logit > highest ? logit : highest;
+            of_label = label == k ? logit : of_label;
+            of_other = other == k ? logit : of_other;
+        }
+        lanes exp_sum{}, logit_sum{};
+        integers rank{};
+        for (int k = 0; k < classes; ++k) {
+            const lanes logit = load<WHOLE>(logits + (long long)k * batch + n, left);
+            exp_sum += exp(logit - highest);
+            logit_sum += logit - highest;
+            const auto behind = (logit < of_label) | ((logit == of_label) & (label <= k)) | (label == k);
+            rank += behind ? integers{} : integers{} + 1;
+        }
+        const lanes of_pair = mixed ? on_other * (of_other - highest) : lanes{};
+        const lanes loss = log(exp_sum) - on * (of_label - highest) - of_pair - off * logit_sum;
+        store<WHOLE>(losses + n, counts ? known ? loss : lanes{} + acc(NAN) : lanes{}, left);
+        store_integers<WHOLE>(ranks + n, counts & known ? rank : integers{} + classes, left);
+        for (int k = 0; k < classes; ++k) {
+            const long long at = (long long)k * batch + n;
+            const lanes p = exp(load<WHOLE>(logits + at, left) - highest) / exp_sum;
+            const lanes of_labels = (label == k ? lanes{} + on : lanes{}) + (other == k ? lanes{} + on_other : lanes{});
+            store<WHOLE>(dlogits + at, counts ? factor * (p - off - of_labels) : lanes{}, left);
+        }
+    }
+}
+
 extern "C" __global__ void softmax_cross_entropy(const real* __restrict__ logits, const int* __restrict__ labels,
                                                  const int* __restrict__ other_labels, const acc* __restrict__ share,
                                                  const acc* __restrict__ scale, real* __restrict__ dlogits,
                                                  acc* __restrict__ losses, int* __restrict__ ranks, int classes, int batch,
                                                  int valid, acc smoothing, int mixed) {
-    const acc of_self = mixed ? *share : acc(1);
-    const acc off = smoothing / classes, on = (1 - smoothing) * of_self, on_other = (1 - smoothing) * (1 - of_self);
-    GRID_LOOP(n, batch) {
-        const bool counts = n < valid;
-        const int label = labels[n], other = mixed ? other_labels[n] : label;
-        const bool known = label >= 0 && label < classes && other >= 0 && other < classes;
-        acc highest = acc(logits[n]);
-        for (int k = 1; k < classes; ++k) {
-            const acc logit = acc(logits[(long long)k * batch + n]);
-            highest = logit > highest ? logit : highest;
-        }
-        const acc of_label = acc(logits[(long long)(known ? label : 0) * batch + n]);
-        const acc of_other = acc(logits[(long long)(known ? other : 0) * batch + n]);
-        acc exp_sum = 0, logit_sum = 0;
-        int rank = 0;
-        for (int k = 0; k < classes; ++k) {
-            const acc logit = acc(logits[(long long)k * batch + n]);
-            exp_sum += exp(logit - highest);
-            logit_sum += logit - highest;
-            const bool behind = logit < of_label || (logit == of_label && k >= label);
-            rank += behind || k == label ? 0 : 1;
-        }
-        const acc of_pair = mixed ? on_other * (of_other - highest) : acc(0);
-        const acc loss = log(exp_sum) - on * (of_label - highest) - of_pair - off * logit_sum;
-        losses[n] = !counts ? acc(0) : known ? loss : acc(NAN);
-        ranks[n] = counts && known ? rank : classes;
-        const acc factor = counts ? *scale / valid : acc(0);
-        for (int k = 0; k < classes; ++k) {
-            const long long at = (long long)k * batch + n;
-            const acc p = exp(acc(logits[at]) - highest) / exp_sum;
-            const acc difference = p - off - (k == label ? on : acc(0)) - (k == other ? on_other : acc(0));
-            dlogits[at] = real(counts ? factor * difference : acc(0));
-        }
-    }
+    const int begin = (long long)batch * blockIdx.x / gridDim.x, end = (long long)batch * (blockIdx.x + 1) / gridDim.x;
+    if (whole_lanes(end - begin)) compute_columns<true>(logits, labels, other_labels, share, scale, dlogits, losses, ranks,
+                                                        classes, batch, valid, smoothing, mixed, begin, end);
+    else compute_columns<false>(logits, labels, other_labels, share, scale, dlogits, losses, ranks, classes, batch, valid,
+                                smoothing, mixed, begin, end);
 }
 
 // totals += (sum of losses, of rank < 1, of rank < 5, valid). One block. float64, because an epoch is added up.
