@@ -130,7 +130,8 @@ def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed
 
 def _weight_gradient(dy: Array, x: Array, dweight: Array, g: _Geometry) -> None:
     product, of_dy = product_for(x), _of_pixels(dy, g.groups)
-    for begin, end in chunks.split(g.pixels, g.pixel_bytes, x, fewest=-(-DW_COLUMNS // g.batch)):
+    pixel_bytes = g.pixel_bytes + of_dy.pixel_bytes * product.packs
+    for begin, end in chunks.split(g.pixels, pixel_bytes, x, fewest=-(-DW_COLUMNS // g.batch)):
         columns = (end - begin) * g.batch
         dy_rows, cols = (_unfold(array, its, begin, end, product, product.step(columns))[:, 0]
                          for array, its in ((dy, of_dy), (x, g)))

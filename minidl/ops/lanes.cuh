@@ -1,5 +1,5 @@
-// Lanes: the images that a thread computes at a time, for kernels that keep a tile of sums in registers. One image on a
-// GPU and in emulation; a vector of them in the fast host target, where no plain loop around such a tile vectorizes.
+// Lanes: the images that a thread computes at a time, for kernels whose inner loops are over pixels, channels or classes. One
+// image on a GPU and in emulation; a vector of them in the fast host target, where no plain loop around such loops vectorizes.
 //
 //   LANE_LOOP(n, batch) {
 //       const lanes v = load<WHOLE>(x + n, batch - n);     // 0 in lanes beyond the batch

@@ -14,6 +14,16 @@ __device__ __forceinline__ int end_of_windows(int in, int stride, int padding, i
     return end < out_size ? end : out_size;
 }
 
+// Those positions again for one `in` after the other, from 0 on: begin .. end-1, without divisions.
+struct WindowsAt {
+    int begin = 0, end = 0;
+
+    __device__ void move_to(int in, int window, int stride, int padding, int out_size) {
+        while (end < out_size && end * stride - padding <= in) ++end;
+        while (begin < end && begin * stride - padding + window <= in) ++begin;
+    }
+};
+
 // Pooling of images height x width to out_height x out_width.
 struct Pooling {
     int height, width, out_height, out_width, batch, kernel_h, kernel_w, stride, padding;
@@ -27,13 +37,3 @@ __device__ __forceinline__ void prefetch_next_row(const real* row, int out, cons
     const long long share = (long long)rows * columns * size.batch;
     prefetch(row + (long long)size.kernel_h * size.width * size.batch + out * share, share);
 }
-
-// Those positions again for one `in` after the other, from 0 on: begin .. end-1, without divisions.
-struct WindowsAt {
-    int begin = 0, end = 0;
-
-    __device__ void move_to(int in, int window, int stride, int padding, int out_size) {
-        while (end < out_size && end * stride - padding <= in) ++end;
-        while (begin < end && begin * stride - padding + window <= in) ++begin;
-    }
-};
