@@ -43,15 +43,14 @@ extern "C" __global__ void gemm_sizes(const real* __restrict__ like, int* __rest
         sizes[0] = ROWS, sizes[1] = PANEL, sizes[2] = DW_BLOCK, sizes[3] = DW_COLUMNS, sizes[4] = UNIT;
 }
 
-// w (B, M, K) -> packed (B, tiles, K, rows); n: elements of packed.
-extern "C" __global__ void gemm_pack(const real* __restrict__ w, acc* __restrict__ packed, int m, int k, int rows,
-                                     long long n) {
-    const int tiles = (m + rows - 1) / rows;
-    GRID_LOOP(i, n) {
-        const int row = i / rows / k % tiles * rows + i % rows;
-        const long long matrix = i / rows / k / tiles;
-        packed[i] = row < m ? acc(w[(matrix * m + row) * k + i / rows % k]) : acc(0);
-    }
+// w (B, M, K) -> packed (B, tiles, K, rows). Grid: B x tiles.
+extern "C" __global__ void gemm_pack(const real* __restrict__ w, acc* __restrict__ packed, int m, int k, int rows) {
+    const int tiles = (m + rows - 1) / rows, first = blockIdx.x % tiles * rows;
+    const real* w_rows = w + ((long long)(blockIdx.x / tiles) * m + first) * k;
+    acc* tile = packed + (long long)blockIdx.x * k * rows;
+    BLOCK_LOOP(i, 0, k)
+        for (int r = 0; r < rows; ++r)
+            tile[(long long)i * rows + r] = first + r < m ? acc(w_rows[(long long)r * k + i]) : acc(0);
 }
 
 // The columns first .. first + PANEL - 1 of ROWS rows.

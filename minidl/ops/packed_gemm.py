@@ -18,7 +18,7 @@ import numpy as np
 
 from minidl import blas
 from minidl.device import Array, array_module, empty, workers
-from minidl.kernels import Kernels, acc_dtype, blocks_for, launch_mode
+from minidl.kernels import Kernels, acc_dtype, launch_mode
 
 KERNELS = Kernels("packed_gemm.cu")
 THREADS = 32  # of a block, where these kernels run on threads at all
@@ -88,7 +88,7 @@ class Packed:
     def pack(self, w: Array) -> Array:
         matrices, m, k = w.shape
         packed = empty((matrices, -(-m // self._rows), k, self._rows), acc_dtype(w.dtype), like=w)
-        KERNELS.gemm_pack[blocks_for(packed.size), THREADS](w, packed, m, k, self._rows, packed.size)
+        KERNELS.gemm_pack[matrices * packed.shape[1], THREADS](w, packed, m, k, self._rows)
         return packed
 
     def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int) -> None:
