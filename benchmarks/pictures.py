@@ -9,7 +9,8 @@ KINDS = {"convolution": "o", "linear": "s", "batch norm": "^", "pooling": "v", "
 
 
 def roofline(rows, ceilings, path):
-    """Each row of kernels.py at its FLOPs per byte and its FLOP/s, below the two ceilings; one axes for each precision."""
+    """Each row of kernels.py at its FLOPs per byte and its FLOP/s, below the two ceilings at the start; one axes for
+    each precision."""
     with picture(path, 5 * len(ceilings) + 1.5, 4) as figure:
         panels = figure.subplots(1, len(ceilings), squeeze=False)[0]
         for axes, (precision, ceiling) in zip(panels, ceilings.items()):

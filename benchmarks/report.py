@@ -98,9 +98,9 @@ def number(value, form, scale=1):
     return "-" if value is None else format(value * scale, form)
 
 
-def spread(values, form):
+def spread(values, form, scale=1):
     """The median, and the least and the greatest in brackets; a dash for none."""
-    values = [value for value in values if value is not None]
+    values = [value * scale for value in values if value is not None]
     if not values:
         return "-"
     middle = format(statistics.median(values), form)
@@ -131,12 +131,15 @@ def kernels(path):
     said += f"![Roofline](results/{path.stem}.png)\n\n"
     for precision, ceiling in record["ceilings"].items():
         rows = [row for row in record["rows"] if row["precision"] == precision]
-        said += paragraph(f"{precision}, batch {record['batch']}. Ceilings of the same run: copy "
-                          f"{ceiling['copy_gigabytes_per_second']:.1f} GB/s, matrix product "
-                          f"{ceiling['gemm_teraflops_per_second']:.3f} TFLOP/s. Over the shapes of each kernel, the median "
-                          "(least..greatest): per cent of the ceiling, and speed in multiples of NumPy's and PyTorch's.") + "\n"
-        said += table(["kernel", "shapes", "% of ceiling", "x NumPy", "x PyTorch"], [
-            (name, str(len(group)), spread([100 * row["share_of_ceiling"] for row in group], ".0f"),
+        copies = spread([row["copy_gigabytes_per_second"] for row in rows], ".1f")
+        said += paragraph(f"{precision}, batch {record['batch']}. Ceilings of the same run: a copy of a large tensor, "
+                          f"{ceiling['copy_gigabytes_per_second']:.1f} GB/s at the start, and in turn with each kernel that "
+                          f"memory bounds {copies}; a matrix product, {ceiling['gemm_teraflops_per_second']:.3f} TFLOP/s. Over "
+                          "the shapes of each kernel, the median (least..greatest): per cent of the ceiling, and of a copy of "
+                          "as many bytes, which is a launch, too; speed in multiples of NumPy's and PyTorch's.") + "\n"
+        said += table(["kernel", "shapes", "% of ceiling", "% of copy alike", "x NumPy", "x PyTorch"], [
+            (name, str(len(group)), spread([row["share_of_ceiling"] for row in group], ".0f", 100),
+             spread([row["share_of_copy_alike"] for row in group], ".0f", 100),
              spread([row["speed_over_numpy"] for row in group], ".1f"),
              spread([row["speed_over_torch"] for row in group], ".2f")) for name, group in grouped(rows, "kernel").items()])
         said += f"\n{of_a_step(rows)}\n{lost(rows)}\n"

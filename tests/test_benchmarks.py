@@ -186,8 +186,10 @@ def test_kernels(results, monkeypatch, capsys):
         assert row["gigabytes_per_second"] == pytest.approx(row["bytes"] / seconds / 1e9)
         assert row["teraflops_per_second"] == pytest.approx(row["flops"] / seconds / 1e12)
         if row["bound"] == "memory":
-            copy = record["ceilings"]["fp32"]["copy_gigabytes_per_second"]
-            assert row["share_of_ceiling"] == pytest.approx(row["gigabytes_per_second"] / copy)
+            share = row["gigabytes_per_second"] / row["copy_gigabytes_per_second"]
+            assert row["share_of_ceiling"] == pytest.approx(share) and 0 < row["share_of_copy_alike"] < 10
+        else:
+            assert row["copy_gigabytes_per_second"] is None and row["share_of_copy_alike"] is None
         assert (row["numpy_us"] is None) == (row["kind"] == "convolution") and row["torch_us"] is None
     said = section("kernels-test")
     assert {row["kernel"] for row in record["rows"]} == set(re.findall(r"^\| ([\w, +]+) \| \d+ \|", said, re.MULTILINE))
