@@ -148,7 +148,7 @@ def test_col2im_is_the_adjoint_of_im2col(target, rng, shape, outputs, stride, pa
     x, c = rng.normal(size=shape), rng.normal(size=(channels * kernel_h * kernel_w, out_h * out_w * batch))
     cols, dx = target.poison(c.shape, "float64"), target.poison(shape, "float64")
     sizes = height, width, out_w, batch, kernel_h, kernel_w, stride, padding
-    conv.KERNELS.im2col[(len(c), 3), 32](target.array(x), cols, *sizes, 0, out_h * out_w, -(-out_h * out_w // 3), *c.shape)
+    conv.KERNELS.im2col[(len(c), 3), 32](target.array(x), cols, *sizes, 0, out_h * out_w, -(-out_h * out_w // 3), c.shape[1])
     conv.KERNELS.col2im[channels * height, 32](target.array(c), dx, channels, *sizes, 0, out_h, 0, 0)
     assert np.vdot(target.host(cols), c) == pytest.approx(np.vdot(x, target.host(dx)), rel=1e-12)
 

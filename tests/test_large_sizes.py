@@ -131,7 +131,7 @@ def test_im2col(on_host, rng):
     def launch(x, cols):
         columns = cols.shape[1] * BATCH
         conv.KERNELS.im2col[(depth, 1), 32](
-            x, cols, *x.shape[1:3], cols.shape[1], BATCH, *WINDOW, 0, cols.shape[1], stretch, depth, columns)
+            x, cols, *x.shape[1:3], cols.shape[1], BATCH, *WINDOW, 0, cols.shape[1], stretch, columns)
 
     assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, BATCH)}, {"cols": (depth, stretch, BATCH)},
                             {"x": (6, 4, FAR, BATCH), "cols": (depth, FAR, BATCH)})
@@ -177,8 +177,8 @@ TILES = 2
 
 
 def test_winograd_input(on_host, rng):
-    def launch(x, v):  # v's rows are one panel
-        winograd.KERNELS.winograd_input[(6, TILES), 32](x, v, 6, *x.shape[1:3], 16, 16, 1, TILES, 0, v.shape[2])
+    def launch(x, v):
+        winograd.KERNELS.winograd_input[(6, TILES), 32](x, v, *x.shape[1:3], 16, 16, 1, TILES, 0, v.shape[2])
 
     for far in ({"x": (6, 4, FAR, 16)}, {"v": (16, 6, 2**25)}):
         assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, 16)}, {"v": (16, 6, TILES * 16)}, far)
@@ -202,8 +202,9 @@ def test_winograd_output_gradient(on_host, rng):
 def test_packed_products(on_host, rng):
     product = packed_gemm.product_for(np.zeros(1, np.float32))
     w = product.pack(values(rng, 2, 10, 7))
-    cols = values(rng, 2, 1, 7, product.panel(16))
-    assert_same_when_spread(lambda y: product.multiply(w, cols, y, 0, 16), {}, {"y": (2, 10, 16)}, {"y": (2, 10, FAR)})
+    for far in ({"y": (2, 10, FAR)}, {"cols": (2, 7, 2 * FAR)}):
+        assert_same_when_spread(lambda cols, y: product.multiply(w, cols, y, 0, 16),
+                                {"cols": values(rng, 2, 7, product.step(16))}, {"y": (2, 10, 16)}, far)
 
 
 def test_packed_products_of_rows(on_host, rng):

@@ -12,17 +12,14 @@
 #include "lanes.cuh"
 #include "window.cuh"
 
-// cols (groups, panels, K, panel): the matrix in panels of `panel` columns (packed_gemm.cu); one panel is the plain matrix.
-// Grid: groups * K x stretches of `stretch` pixels. Threads run along the batch.
+// cols (groups * K, step). Grid: groups * K x stretches of `stretch` pixels. Threads run along the batch.
 extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__ cols, int height, int width, int out_width,
                                   int batch, int kernel_h, int kernel_w, int stride, int padding, int pixel_begin,
-                                  int pixel_count, int stretch, int depth, int panel) {
+                                  int pixel_count, int stretch, long long step) {
     const int kx = blockIdx.x % kernel_w, ky = blockIdx.x / kernel_w % kernel_h, c = blockIdx.x / kernel_w / kernel_h;
     const real* image = x + (long long)c * height * width * batch;
     const int begin = blockIdx.y * stretch, end = pixel_count - begin < stretch ? pixel_count : begin + stretch;
-    const long long panels = ((long long)pixel_count * batch + panel - 1) / panel, panel_step = (long long)depth * panel;
-    real* row = cols + (blockIdx.x / depth * panels * depth + blockIdx.x % depth) * panel;
-    long long column = (long long)begin * batch;
+    real* out = cols + blockIdx.x * step + (long long)begin * batch;
     int oy = (pixel_begin + begin) / out_width, ox = (pixel_begin + begin) % out_width;
     for (int i = begin; i < end;) {
         const int iy = oy * stride - padding + ky, ix = ox * stride - padding + kx;
@@ -31,17 +28,14 @@ extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__
         int run = end - i < out_width - ox ? end - i : out_width - ox;
         if (inside) run = stride > 1 ? 1 : run < width - ix ? run : width - ix;
         else if (ix < 0) run = stride > 1 ? 1 : run < -ix ? run : -ix;
-        const real* pixel = inside ? image + ((long long)iy * width + ix) * batch : image;
-        for (long long rest = (long long)run * batch; rest > 0;) {  // up to the end of a panel at a time
-            real* out = row + column / panel * panel_step + column % panel;
-            const int space = panel - (int)(column % panel), count = rest < space ? rest : space;
-            if (inside) {
-                BLOCK_LOOP(n, 0, count) out[n] = pixel[n];
-            } else {
-                BLOCK_LOOP(n, 0, count) out[n] = real(acc(0));
-            }
-            pixel += count, column += count, rest -= count;
+        const int count = run * batch;
+        if (inside) {
+            const real* pixels = image + ((long long)iy * width + ix) * batch;
+            BLOCK_LOOP(n, 0, count) out[n] = pixels[n];
+        } else {
+            BLOCK_LOOP(n, 0, count) out[n] = real(acc(0));
         }
+        out += count;
         i += run;
         ox += run;
         if (ox == out_width) ox = 0, ++oy;

@@ -31,7 +31,7 @@ KERNELS = Kernels("conv.cu")
 WINOGRAD_CHANNELS = {"numpy": 16, "cupy": 16}        # at least so many, in and out, without groups
 WINOGRAD_GROUP_CHANNELS = {"numpy": 32, "cupy": 32}  # and of each group
 DIRECT_GROUP_CHANNELS = {"numpy": 50, "cupy": 16}    # of a group at most so many, in and out, for group_conv.py
-STRETCH = 32      # pixels of a row of cols that one block of im2col copies
+STRETCH = {"numpy": 512, "cupy": 32}  # pixels of a row of cols that one block of im2col copies: long runs are read fastest
 DW_COLUMNS = 512  # of cols, at least, in a sum for dweight: each ends with a pass over it
 
 
@@ -63,23 +63,17 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     bits wide.
     """
     g = _Geometry(x, weight, stride, padding, groups)
+    dx = _result("dx", dx, x.shape, x) if input_gradient else None
     if g.method:
         g.method.backward_weight(dy, x, dweight, **g.settings)
+        if dx is not None:
+            g.method.backward_x(dy, weight, dx, **g.settings)
     else:
-        _weight_gradient(dy, x, dweight, g)
+        _weight_gradient(dy, x, weight, dweight, dx if g.pointwise else None, g)
+        if dx is not None and not g.pointwise:
+            _input_gradient(dy, weight, dx, g)
     if dbias is not None:
         bias_op.gradient(dy, dbias)
-    if not input_gradient:
-        return None
-    dx = _result("dx", dx, x.shape, x)
-    if g.method:
-        g.method.backward_x(dy, weight, dx, **g.settings)
-    elif g.adjoint_padding is not None:
-        # Without strides the adjoint of a convolution is one: what col2im would add up is summed by the product.
-        adjoint = _adjoint_weight(weight, groups)
-        _multiply(dy, adjoint, None, dx, _Geometry(dy, adjoint, 1, g.adjoint_padding, groups))
-    else:
-        _input_gradient_by_col2im(dy, weight, dx, g)
     return dx
 
 
@@ -94,7 +88,7 @@ def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, group
     if g.method or g.pointwise and not product.packs:
         return 0
     largest = max(end - begin for begin, end in chunks.split(g.pixels, g.pixel_bytes, x)) * g.batch
-    return g.groups * g.depth * x.itemsize * product.unfolded(largest)
+    return g.groups * g.depth * x.itemsize * product.step(largest)
 
 
 def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
@@ -111,32 +105,47 @@ def _multiply(x: Array, weight: Array, bias: Array | None, y: Array, g: _Geometr
     for begin, end in chunks.split(g.pixels, g.pixel_bytes, x):
         columns = (end - begin) * g.batch
         # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
-        product.multiply(w, _unfold(x, g, begin, end, product, product.panel(columns)), y_matrix, begin * g.batch, columns)
+        product.multiply(w, _unfold(x, g, begin, end, product), y_matrix, begin * g.batch, columns)
         if bias is not None:
             bias_op.add(y, bias, slice(begin * g.batch, end * g.batch))
 
 
-def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed, panel: int) -> Array:
-    """The columns of the output pixels begin .. end-1: cols (G, panels, K, panel)."""
+def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed) -> Array:
+    """The columns of the output pixels begin .. end-1: cols (G, K, step)."""
     columns = (end - begin) * g.batch
     if g.pointwise and not product.packs:
-        return x.reshape(g.groups, 1, g.depth, g.positions)[..., begin * g.batch:end * g.batch]
-    cols = empty((g.groups, -(-columns // panel), g.depth, panel), x.dtype, like=x)
-    KERNELS.im2col[(g.groups * g.depth, -(-(end - begin) // STRETCH)), threads_along(g.batch)](
-        x, cols, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding, begin, end - begin, STRETCH,
-        g.depth, panel)
+        return x.reshape(g.groups, g.depth, g.positions)[..., begin * g.batch:end * g.batch]
+    cols = empty((g.groups, g.depth, product.step(columns)), x.dtype, like=x)
+    stretch = STRETCH[array_module(x).__name__]
+    KERNELS.im2col[(g.groups * g.depth, -(-(end - begin) // stretch)), threads_along(g.batch)](
+        x, cols, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding, begin, end - begin, stretch,
+        cols.shape[2])
     return cols
 
 
-def _weight_gradient(dy: Array, x: Array, dweight: Array, g: _Geometry) -> None:
+def _weight_gradient(dy: Array, x: Array, weight: Array, dweight: Array, dx: Array | None, g: _Geometry) -> None:
+    """dx: where the input gradient of a pointwise convolution goes, as the unfolded dY serves for that, too; or None."""
     product, of_dy = product_for(x), _of_pixels(dy, g.groups)
+    of_dx = None if dx is None else (product.pack(g.weight_matrix(weight), transposed=True), g.in_matrix(dx))
     pixel_bytes = g.pixel_bytes + of_dy.pixel_bytes * product.packs
     for begin, end in chunks.split(g.pixels, pixel_bytes, x, fewest=-(-DW_COLUMNS // g.batch)):
         columns = (end - begin) * g.batch
-        dy_rows, cols = (_unfold(array, its, begin, end, product, product.step(columns))[:, 0]
-                         for array, its in ((dy, of_dy), (x, g)))
+        dy_rows, cols = _unfold(dy, of_dy, begin, end, product), _unfold(x, g, begin, end, product)
         # (G, O/G, K) += (G, O/G, P) @ (G, P, K)
         product.multiply_rows(dy_rows, cols, g.weight_matrix(dweight), columns, begin > 0)
+        if of_dx:
+            # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
+            adjoint, dx_matrix = of_dx
+            product.multiply(adjoint, dy_rows, dx_matrix, begin * g.batch, columns)
+
+
+def _input_gradient(dy: Array, weight: Array, dx: Array, g: _Geometry) -> None:
+    if g.adjoint_padding is None:
+        _input_gradient_by_col2im(dy, weight, dx, g)
+        return
+    # Without strides the adjoint of a convolution is one: what col2im would add up is summed by the product.
+    adjoint = _adjoint_weight(weight, g.groups)
+    _multiply(dy, adjoint, None, dx, _Geometry(dy, adjoint, 1, g.adjoint_padding, g.groups))
 
 
 def _adjoint_weight(weight: Array, groups: int) -> Array:
@@ -150,8 +159,7 @@ def _adjoint_weight(weight: Array, groups: int) -> Array:
 def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry) -> None:
     product, of_dy = product_for(dy), _of_pixels(dy, g.groups)
     outputs = len(dy) // g.groups
-    # W^T (G, K, O/G)
-    w = product.pack(array_module(dy).ascontiguousarray(g.weight_matrix(weight).swapaxes(1, 2)))
+    adjoint = product.pack(g.weight_matrix(weight), transposed=True)
     covered = 0  # input rows that hold sums already
     row_bytes = (g.depth + outputs) * g.groups * g.out_width * g.batch * dx.itemsize
     for row_begin, row_end in chunks.split(g.out_height, row_bytes, dx):
@@ -159,7 +167,7 @@ def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry)
         columns = (end - begin) * g.batch
         # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
         dcols = empty((g.groups, g.depth, columns), dx.dtype, like=dx)
-        product.multiply(w, _unfold(dy, of_dy, begin, end, product, product.panel(columns)), dcols, 0, columns)
+        product.multiply(adjoint, _unfold(dy, of_dy, begin, end, product), dcols, 0, columns)
         iy_begin = max(0, min(row_begin * g.stride - g.padding, covered))
         iy_end = g.height if row_end == g.out_height else min((row_end - 1) * g.stride - g.padding + g.kernel[0], g.height)
         if iy_end > iy_begin:
@@ -193,6 +201,8 @@ class _Geometry:
         self.positions = self.pixels * self.batch                          # P'
         self.pixel_bytes = self.groups * self.depth * self.batch * x.itemsize  # of cols
         self.pointwise = self.kernel == (1, 1) and stride == 1 and padding == 0
+        if self.pointwise:  # its rows follow each other without a gap: they are copied as one
+            self.height, self.width, self.out_height, self.out_width = 1, self.pixels, 1, self.pixels
         # The padding with which a convolution of dy covers x again; None where there is no such convolution.
         adjoint_is_convolution = stride == 1 and kernel[0] == kernel[1] and padding < kernel[0]
         self.adjoint_padding = kernel[0] - 1 - padding if adjoint_is_convolution else None
@@ -218,3 +228,7 @@ class _Geometry:
 
     def out_matrix(self, y: Array) -> Array:
         return y.reshape(self.groups, -1, self.positions)
+
+    def in_matrix(self, dx: Array) -> Array:
+        """Of a pointwise convolution."""
+        return dx.reshape(self.groups, -1, self.positions)

@@ -163,6 +163,10 @@ __device__ __forceinline__ void prefetch(const real* source, long long count = 1
     for (long long i = 0; i < count; i += 64 / sizeof(real)) __builtin_prefetch(source + i);
 }
 
+__device__ __forceinline__ void prefetch_to_write(real* target, long long count) {
+    for (long long i = 0; i < count; i += 64 / sizeof(real)) __builtin_prefetch(target + i, 1);
+}
+
 #else
 
 typedef acc lanes;
@@ -200,5 +204,6 @@ __device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sum
 }
 
 __device__ __forceinline__ void prefetch(const real*, long long = 1) {}  // a GPU waits for memory in other threads
+__device__ __forceinline__ void prefetch_to_write(real*, long long) {}
 
 #endif

@@ -1,13 +1,13 @@
-// Matrix products of convolutions on the CPU, of operands that were written in the order in which they are read:
+// Matrix products of convolutions on the CPU:
 //
 //   y[b, m, p]  = sum over k of w[b, m, k] * cols[b, k, p]         (gemm_panels)
 //   dw[b, m, k] = sum over p of dy[b, m, p] * cols[b, k, p]        (gemm_rows)
 //
-// for a stack of B matrices. For y, `cols` lies in panels of PANEL columns, (B, panels, K, PANEL), and w, `packed`, in tiles
-// of ROWS rows, (B, tiles, K, ROWS), the missing rows of the last one 0: a tile of sums, ROWS x PANEL, stays in registers while
-// k runs along both. Whoever writes `cols` may as well write it so, and a product is spared the copies that a BLAS makes.
-// Goto, van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34, 2008; Van Zee, van de Geijn, "BLIS",
-// ACM TOMS 41, 2015: here ROWS x PANEL is their micro-tile.
+// for a stack of B matrices. Rows of dy and cols lie `step` apart, so that whoever writes them can keep them from meeting in
+// the same lines of a cache, as rows of a power of two do. For y, w is `packed` in tiles of ROWS rows, (B, tiles, K, ROWS),
+// the missing rows of the last one 0: a tile of sums, ROWS x PANEL, stays in registers while k runs along w and down a panel
+// of PANEL columns, which stays in the cache for all tiles of w. Goto, van de Geijn, "Anatomy of high-performance matrix
+// multiplication", ACM TOMS 34, 2008; Van Zee, van de Geijn, "BLIS", ACM TOMS 41, 2015: here ROWS x PANEL is their micro-tile.
 #include "lanes.cuh"
 
 #ifndef MINIDL_FAST  // on threads these kernels are only tested
@@ -43,25 +43,28 @@ extern "C" __global__ void gemm_sizes(const real* __restrict__ like, int* __rest
         sizes[0] = ROWS, sizes[1] = PANEL, sizes[2] = DW_BLOCK, sizes[3] = DW_COLUMNS, sizes[4] = UNIT;
 }
 
-// w (B, M, K) -> packed (B, tiles, K, rows). Grid: B x tiles.
-extern "C" __global__ void gemm_pack(const real* __restrict__ w, acc* __restrict__ packed, int m, int k, int rows) {
+// packed (B, tiles, K, rows) of w, whose elements [b, m, k] lie at b * M * K + m * m_step + k * k_step. Grid: B x tiles.
+extern "C" __global__ void gemm_pack(const real* __restrict__ w, acc* __restrict__ packed, int m, int k, long long m_step,
+                                     long long k_step, int rows) {
     const int tiles = (m + rows - 1) / rows, first = blockIdx.x % tiles * rows;
-    const real* w_rows = w + ((long long)(blockIdx.x / tiles) * m + first) * k;
+    const real* w_rows = w + (long long)(blockIdx.x / tiles) * m * k + first * m_step;
     acc* tile = packed + (long long)blockIdx.x * k * rows;
     BLOCK_LOOP(i, 0, k)
         for (int r = 0; r < rows; ++r)
-            tile[(long long)i * rows + r] = first + r < m ? acc(w_rows[(long long)r * k + i]) : acc(0);
+            tile[(long long)i * rows + r] = first + r < m ? acc(w_rows[r * m_step + i * k_step]) : acc(0);
 }
 
 // The columns first .. first + PANEL - 1 of ROWS rows.
 template <bool WHOLE>
-__device__ __forceinline__ void multiply_tile(const acc* __restrict__ w, const real* __restrict__ panel, real* __restrict__ y,
-                                              long long y_step, int depth, int rows, int columns) {
+__device__ __forceinline__ void multiply_tile(const acc* __restrict__ w, const real* __restrict__ panel, long long step,
+                                              real* __restrict__ y, long long y_step, int depth, int rows, int columns) {
     LANE_LOOP(n, STRIP) {
+        UNROLL for (int r = 0; r < ROWS; ++r)
+            if (WHOLE) prefetch_to_write(y + r * y_step + n, PANEL);
         lanes sums[ROWS][VECTORS] = {};
         for (int k = 0; k < depth; ++k) {
             lanes values[VECTORS];
-            UNROLL for (int j = 0; j < VECTORS; ++j) values[j] = load<true>(panel + (long long)k * PANEL + j * STRIP + n, STRIP);
+            UNROLL for (int j = 0; j < VECTORS; ++j) values[j] = load<true>(panel + k * step + j * STRIP + n, STRIP);
             UNROLL for (int r = 0; r < ROWS; ++r)
                 UNROLL for (int j = 0; j < VECTORS; ++j) sums[r][j] += w[k * ROWS + r] * values[j];
         }
@@ -73,17 +76,19 @@ __device__ __forceinline__ void multiply_tile(const acc* __restrict__ w, const r
     }
 }
 
-// y (B, M, y_step), of which the `columns` columns from y_begin are written. Grid: B x panels.
+// cols (B, K, step), of which the first `columns` count, and as many as fill the last panel are read; y (B, M, y_step), where
+// those from y_begin are written. Grid: B x panels x parts of the tiles.
 extern "C" __global__ void gemm_panels(const acc* __restrict__ packed, const real* __restrict__ cols, real* __restrict__ y,
-                                       int m, int k, int columns, long long y_begin, long long y_step) {
-    const int panels = (columns + PANEL - 1) / PANEL, panel = blockIdx.x % panels, matrix = blockIdx.x / panels;
-    const int tiles = (m + ROWS - 1) / ROWS, left = columns - panel * PANEL;
-    const real* values = cols + (long long)blockIdx.x * k * PANEL;
-    for (int tile = 0; tile < tiles; ++tile) {
+                                       int m, int k, int columns, long long step, long long y_begin, long long y_step,
+                                       int parts) {
+    const int panels = (columns + PANEL - 1) / PANEL, panel = blockIdx.x / parts % panels, matrix = blockIdx.x / parts / panels;
+    const int tiles = (m + ROWS - 1) / ROWS, part = blockIdx.x % parts, left = columns - panel * PANEL;
+    const real* values = cols + matrix * k * step + panel * PANEL;
+    for (int tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
         const acc* w = packed + ((long long)matrix * tiles + tile) * k * ROWS;
         real* out = y + ((long long)matrix * m + tile * ROWS) * y_step + y_begin + panel * PANEL;
-        if (left >= PANEL && m - tile * ROWS >= ROWS) multiply_tile<true>(w, values, out, y_step, k, ROWS, PANEL);
-        else multiply_tile<false>(w, values, out, y_step, k, m - tile * ROWS, left);
+        if (left >= PANEL && m - tile * ROWS >= ROWS) multiply_tile<true>(w, values, step, out, y_step, k, ROWS, PANEL);
+        else multiply_tile<false>(w, values, step, out, y_step, k, m - tile * ROWS, left);
     }
 }
 

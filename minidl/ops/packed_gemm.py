@@ -2,11 +2,11 @@
 
     product = product_for(x)
     w = product.pack(weight)                        # (B, M, K) -> (B, tiles, K, rows)
-    cols = empty((B, panels, K, product.panel(P)))  # P columns, written by whoever unfolds x
+    cols = empty((B, K, product.step(P)))           # P columns, written by whoever unfolds x
     product.multiply(w, cols, y, begin, P)          # y (B, M, all columns), from column `begin` on
-    product.multiply_rows(dy, rows, dw, P, False)   # dw (B, M, K) = dy (B, M, step) @ rows (B, K, step)^T
+    product.multiply_rows(dy, cols, dw, P, False)   # dw (B, M, K) = dy (B, M, step) @ cols^T
 
-To BLAS a matrix is one tile, one panel. Formulas, and what the packing is good for: packed_gemm.cu.
+To BLAS a matrix is one tile. Formulas, and what the packing is good for: packed_gemm.cu.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from minidl.kernels import Kernels, acc_dtype, launch_mode
 KERNELS = Kernels("packed_gemm.cu")
 THREADS = 32  # of a block, where these kernels run on threads at all
 STRIP = 16  # tiles of a row of dw, at most, that are summed beside the same rows of dy
-STRIPS = 6  # for each core, at least, where there are so many: they are dealt out evenly
+SHARES = 6  # of a product for each core, at least, where it has so many blocks: they are dealt out evenly
 CACHE_WAY = 4096  # bytes: what lies so far apart, or a large part of it, shares the same few lines of the first cache
 
 
@@ -37,25 +37,17 @@ class Blas:
         """Rows of a tile of a matrix of m rows."""
         return m
 
-    def panel(self, columns: int) -> int:
-        """Columns of a panel, of so many in all."""
-        return columns
-
-    def unfolded(self, columns: int) -> int:
-        """Columns of all panels: so many, filled up."""
-        return columns
-
     def step(self, columns: int) -> int:
-        """From one row of `multiply_rows` to the next."""
+        """From one row of so many columns to the next."""
         return columns
 
-    def pack(self, w: Array) -> Array:
-        """w (B, M, K) -> (B, tiles, K, rows)."""
-        return w.transpose(0, 2, 1)[:, None]
+    def pack(self, w: Array, transposed: bool = False) -> Array:
+        """w (B, M, K), or (B, K, M) if it is given transposed -> (B, tiles, K, rows)."""
+        return (w if transposed else w.transpose(0, 2, 1))[:, None]
 
     def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int) -> None:
-        """w as packed, cols (B, panels, K, panel): overwrites those columns of y (B, M, all columns)."""
-        blas.gemm(w[:, 0].transpose(0, 2, 1), cols[:, 0], y[:, :, begin:begin + columns])
+        """w as packed, cols (B, K, step): overwrites those columns of y (B, M, all columns)."""
+        blas.gemm(w[:, 0].transpose(0, 2, 1), cols, y[:, :, begin:begin + columns])
 
     def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
         """dy (B, M, step), cols (B, K, step), of which `columns` count: overwrites dw (B, M, K), or adds to it."""
@@ -76,29 +68,30 @@ class Packed:
     def tile_rows(self, m: int) -> int:
         return self._rows
 
-    def panel(self, columns: int) -> int:
-        return self._panel
-
-    def unfolded(self, columns: int) -> int:
-        return -(-columns // self._panel) * self._panel
-
     def step(self, columns: int) -> int:
-        return columns + self.unit if columns * self._acc_bytes % (CACHE_WAY // 2) == 0 else columns
+        filled = -(-columns // self._panel) * self._panel
+        return filled + self.unit if filled * self._acc_bytes % (CACHE_WAY // 2) == 0 else filled
 
-    def pack(self, w: Array) -> Array:
+    def pack(self, w: Array, transposed: bool = False) -> Array:
         matrices, m, k = w.shape
+        if transposed:
+            m, k = k, m
         packed = empty((matrices, -(-m // self._rows), k, self._rows), acc_dtype(w.dtype), like=w)
-        KERNELS.gemm_pack[matrices * packed.shape[1], THREADS](w, packed, m, k, self._rows)
+        steps = (1, m) if transposed else (k, 1)
+        KERNELS.gemm_pack[matrices * packed.shape[1], THREADS](w, packed, m, k, *steps, self._rows)
         return packed
 
     def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int) -> None:
-        matrices, m, step = y.shape
-        KERNELS.gemm_panels[matrices * cols.shape[1], THREADS](w, cols, y, m, cols.shape[2], columns, begin, step)
+        matrices, m, y_step = y.shape
+        _, k, step = cols.shape
+        panels = matrices * -(-columns // self._panel)
+        parts = min(w.shape[1], -(-SHARES * workers(y) // panels))
+        KERNELS.gemm_panels[panels * parts, THREADS](w, cols, y, m, k, columns, step, begin, y_step, parts)
 
     def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
         matrices, m, k = dw.shape
         blocks, tiles = matrices * -(-m // self._dw_block), -(-k // self._dw_columns)
-        strip = max(1, min(STRIP, blocks * tiles // (STRIPS * workers(dy))))
+        strip = max(1, min(STRIP, blocks * tiles // (SHARES * workers(dy))))
         KERNELS.gemm_rows[blocks * -(-tiles // strip), THREADS](
             dy, cols, dw, m, k, columns, dy.shape[-1], int(accumulate), strip)
 

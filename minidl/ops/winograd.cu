@@ -24,15 +24,12 @@
 // ---- x -> V -----------------------------------------------------------------------------------------------------------
 
 template <bool WHOLE>
-__device__ __forceinline__ void transform_input(const real* __restrict__ x, real* __restrict__ v, int group_channels, int height,
-                                                int width, int batch, int padded, int padding, int tiles_x, int tile_begin,
-                                                int panel) {
+__device__ __forceinline__ void transform_input(const real* __restrict__ x, real* __restrict__ v, int height, int width,
+                                                int batch, int padded, int padding, int tiles_x, int tile_begin, int step) {
     const int c = blockIdx.x, tile = tile_begin + blockIdx.y;
     const int top = tile / tiles_x * OUTPUTS - padding, left = tile % tiles_x * OUTPUTS - padding;
-    const long long panels = ((long long)gridDim.y * padded + panel - 1) / panel;
-    const long long element = gridDim.x * panels * panel, panel_step = (long long)group_channels * panel;
+    const long long element = (long long)gridDim.x * step;
     const real* image = x + (long long)c * height * width * batch;
-    real* channel = v + (c / group_channels * panels * group_channels + c % group_channels) * panel;
     LANE_LOOP(n, batch) {
         lanes t[TILE][TILE];
         UNROLL for (int j = 0; j < TILE; ++j) {
@@ -47,8 +44,7 @@ __device__ __forceinline__ void transform_input(const real* __restrict__ x, real
             t[2][j] = d[2] - d[1];
             t[3][j] = d[1] - d[3];
         }
-        const int column = blockIdx.y * padded + n;
-        real* out = channel + column / panel * panel_step + column % panel;
+        real* out = v + (long long)c * step + (long long)blockIdx.y * padded + n;
         UNROLL for (int i = 0; i < TILE; ++i) {
             store<WHOLE>(out, t[i][0] - t[i][2], padded - n), out += element;
             store<WHOLE>(out, t[i][1] + t[i][2], padded - n), out += element;
@@ -58,12 +54,11 @@ __device__ __forceinline__ void transform_input(const real* __restrict__ x, real
     }
 }
 
-// v (16, groups, panels, C/groups, panel), columns in panels as in packed_gemm.cu. Grid: channels x tiles.
-extern "C" __global__ void winograd_input(const real* __restrict__ x, real* __restrict__ v, int group_channels, int height,
-                                          int width, int batch, int padded, int padding, int tiles_x, int tile_begin,
-                                          int panel) {
-    if (whole_lanes(batch)) transform_input<true>(x, v, group_channels, height, width, batch, padded, padding, tiles_x, tile_begin, panel);
-    else transform_input<false>(x, v, group_channels, height, width, batch, padded, padding, tiles_x, tile_begin, panel);
+// v (16, C, step), of those tiles of x; step >= P. Grid: channels x tiles.
+extern "C" __global__ void winograd_input(const real* __restrict__ x, real* __restrict__ v, int height, int width, int batch,
+                                          int padded, int padding, int tiles_x, int tile_begin, int step) {
+    if (whole_lanes(batch)) transform_input<true>(x, v, height, width, batch, padded, padding, tiles_x, tile_begin, step);
+    else transform_input<false>(x, v, height, width, batch, padded, padding, tiles_x, tile_begin, step);
 }
 
 // ---- M -> y, and dy -> E ----------------------------------------------------------------------------------------------

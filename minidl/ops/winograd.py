@@ -34,12 +34,11 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
     du = empty((ELEMENTS * groups, len(dy) // groups, len(x) // groups), dweight.dtype, like=dweight)
     for begin, end in g.split(fewest=-(-DW_COLUMNS // g.padded)):
         columns = (end - begin) * g.padded
-        step = g.product.step(columns)
-        v = g.transform_input(x, begin, end, step)
-        e = empty((ELEMENTS * groups, len(dy) // groups, step), dy.dtype, like=dy)
+        v = g.transform_input(x, begin, end)
+        e = empty((ELEMENTS * groups, len(dy) // groups, v.shape[2]), dy.dtype, like=dy)
         KERNELS.winograd_output_gradient[(len(dy), end - begin), threads_along(g.batch)](
-            dy, e, *dy.shape[1:], g.padded, g.tiles_x, begin, step)
-        g.product.multiply_rows(e, v[:, 0], du, columns, begin > 0)
+            dy, e, *dy.shape[1:], g.padded, g.tiles_x, begin, v.shape[2])
+        g.product.multiply_rows(e, v, du, columns, begin > 0)
     windows = dweight.size // 9
     KERNELS.winograd_weight_gradient[blocks_for(windows, 512), 128](du, dweight, windows)
 
@@ -48,7 +47,7 @@ def workspace_bytes(x: Array, y: Array, *, padding: int, groups: int) -> int:
     """Bytes of V and M that `forward` holds at a time. Of x and y, only device, shape and type matter."""
     g = _Geometry(x, y, padding, groups)
     largest = max(end - begin for begin, end in g.split()) * g.padded
-    return ELEMENTS * x.itemsize * (len(x) * g.product.unfolded(largest) + len(y) * largest)
+    return ELEMENTS * x.itemsize * (len(x) * g.product.step(largest) + len(y) * largest)
 
 
 def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, adjoint: bool) -> None:
@@ -57,7 +56,7 @@ def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, a
     u = _transform_weight(weight, g, adjoint)
     for begin, end in g.split():
         columns = (end - begin) * g.padded
-        v = g.transform_input(x, begin, end, g.product.panel(columns))
+        v = g.transform_input(x, begin, end)
         m = empty((ELEMENTS * groups, len(y) // groups, columns), y.dtype, like=y)
         g.product.multiply(u, v, m, 0, columns)
         KERNELS.winograd_output[(len(y), end - begin), threads_along(g.batch)](m, y, *y.shape[1:], g.padded, g.tiles_x, begin)
@@ -80,13 +79,13 @@ class _Geometry:
         """Ranges of tiles, of at least `fewest`, that are computed one after another."""
         return chunks.split(self.tiles, self.tile_bytes, self._like, fewest, MOST_TILES)
 
-    def transform_input(self, x: Array, begin: int, end: int, panel: int) -> Array:
-        """V (16 * groups, panels, C/groups, panel) of the tiles begin .. end-1 of x."""
+    def transform_input(self, x: Array, begin: int, end: int) -> Array:
+        """V (16 * groups, C/groups, step) of the tiles begin .. end-1 of x."""
         channels, height, width, batch = x.shape
-        columns = (end - begin) * self.padded
-        v = empty((ELEMENTS * self.groups, -(-columns // panel), channels // self.groups, panel), x.dtype, like=x)
+        step = self.product.step((end - begin) * self.padded)
+        v = empty((ELEMENTS * self.groups, channels // self.groups, step), x.dtype, like=x)
         KERNELS.winograd_input[(channels, end - begin), threads_along(batch)](
-            x, v, channels // self.groups, height, width, batch, self.padded, self.padding, self.tiles_x, begin, panel)
+            x, v, height, width, batch, self.padded, self.padding, self.tiles_x, begin, step)
         return v
 
 
