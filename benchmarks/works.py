@@ -471,7 +471,7 @@ class Loss(Work):
     shape: tuple  # (classes, N)
 
     kind = "loss"
-    kernels = ("softmax_cross_entropy", "loss_totals")
+    kernels = ("softmax_cross_entropy",)
 
     def __str__(self):
         return text(*self.shape)

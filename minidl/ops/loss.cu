@@ -9,21 +9,21 @@
 //   comes first, and NaN before everything, so that a network of NaNs is never right
 //
 // A label outside 0..K-1 makes the loss NaN: it can neither be missed nor read outside the array.
-// Grid: blocks share the columns, and threads run along a block's, in lanes; then one block adds up the batch.
+// Grid: one block, whose threads run along the batch, in lanes, and which adds it up.
 #include "lanes.cuh"
 
-// Without `mixed`, other_labels and share are not looked at.
+// sums: of losses, of rank < 1, of rank < 5. Without `mixed`, other_labels and share are not looked at.
 template <bool WHOLE>
 __device__ __forceinline__ void compute_columns(const real* __restrict__ logits, const int* __restrict__ labels,
                                                 const int* __restrict__ other_labels, const acc* __restrict__ share,
-                                                const acc* __restrict__ scale, real* __restrict__ dlogits,
-                                                acc* __restrict__ losses, int* __restrict__ ranks, int classes, int batch,
-                                                int valid, acc smoothing, int mixed, int begin, int end) {
+                                                const acc* __restrict__ scale, real* __restrict__ dlogits, acc (&sums)[3],
+                                                int classes, int batch, int valid, acc smoothing, int mixed) {
     const acc of_self = mixed ? *share : acc(1);
     const acc off = smoothing / classes, on = (1 - smoothing) * of_self, on_other = (1 - smoothing) * (1 - of_self);
     const acc factor = *scale / valid;
-    LANE_LOOP(i, end - begin) {
-        const int n = begin + i, left = end - n;
+    lanes of_images[3] = {};
+    LANE_LOOP(n, batch) {
+        const int left = batch - n;
         const auto counts = numbers_from(n) < valid;
         const integers label = load_integers<WHOLE>(labels + n, left);
         const integers other = mixed ? load_integers<WHOLE>(other_labels + n, left) : label;
@@ -46,8 +46,9 @@ __device__ __forceinline__ void compute_columns(const real* __restrict__ logits,
         }
         const lanes of_pair = mixed ? on_other * (of_other - highest) : lanes{};
         const lanes loss = log(exp_sum) - on * (of_label - highest) - of_pair - off * logit_sum;
-        store<WHOLE>(losses + n, counts ? known ? loss : lanes{} + acc(NAN) : lanes{}, left);
-        store_integers<WHOLE>(ranks + n, counts & known ? rank : integers{} + classes, left);
+        of_images[0] += counts ? known ? loss : lanes{} + acc(NAN) : lanes{};
+        of_images[1] += counts & known & (rank < 1) ? lanes{} + 1 : lanes{};
+        of_images[2] += counts & known & (rank < 5) ? lanes{} + 1 : lanes{};
         for (int k = 0; k < classes; ++k) {
             const long long at = (long long)k * batch + n;
             const lanes p = exp(load<WHOLE>(logits + at, left) - highest) / exp_sum;
@@ -55,36 +56,22 @@ __device__ __forceinline__ void compute_columns(const real* __restrict__ logits,
             store<WHOLE>(dlogits + at, counts ? factor * (p - off - of_labels) : lanes{}, left);
         }
     }
+    sum_each(of_images, sums);
 }
 
+// totals += (sum of losses, of rank < 1, of rank < 5, valid). float64, because an epoch is added up.
 extern "C" __global__ void softmax_cross_entropy(const real* __restrict__ logits, const int* __restrict__ labels,
                                                  const int* __restrict__ other_labels, const acc* __restrict__ share,
                                                  const acc* __restrict__ scale, real* __restrict__ dlogits,
-                                                 acc* __restrict__ losses, int* __restrict__ ranks, int classes, int batch,
-                                                 int valid, acc smoothing, int mixed) {
-    const int begin = (long long)batch * blockIdx.x / gridDim.x, end = (long long)batch * (blockIdx.x + 1) / gridDim.x;
-    if (whole_lanes(end - begin)) compute_columns<true>(logits, labels, other_labels, share, scale, dlogits, losses, ranks,
-                                                        classes, batch, valid, smoothing, mixed, begin, end);
-    else compute_columns<false>(logits, labels, other_labels, share, scale, dlogits, losses, ranks, classes, batch, valid,
-                                smoothing, mixed, begin, end);
-}
-
-// totals += (sum of losses, of rank < 1, of rank < 5, valid). One block. float64, because an epoch is added up.
-extern "C" __global__ void loss_totals(const acc* __restrict__ losses, const int* __restrict__ ranks,
-                                       double* __restrict__ totals, int batch, int valid) {
-    acc loss = 0, first = 0, fifth = 0;
-    BLOCK_LOOP_SUM(n, 0, batch, loss, first, fifth) {
-        loss += losses[n];
-        first += ranks[n] < 1 ? 1 : 0;
-        fifth += ranks[n] < 5 ? 1 : 0;
-    }
-    loss = block_sum(loss);
-    first = block_sum(first);
-    fifth = block_sum(fifth);
+                                                 double* __restrict__ totals, int classes, int batch, int valid, acc smoothing,
+                                                 int mixed) {
+    acc sums[3];
+    if (whole_lanes(batch)) compute_columns<true>(logits, labels, other_labels, share, scale, dlogits, sums, classes, batch,
+                                                  valid, smoothing, mixed);
+    else compute_columns<false>(logits, labels, other_labels, share, scale, dlogits, sums, classes, batch, valid, smoothing,
+                                mixed);
     if (threadIdx.x == 0) {
-        totals[0] += loss;
-        totals[1] += first;
-        totals[2] += fifth;
+        for (int i = 0; i < 3; ++i) totals[i] += sums[i];
         totals[3] += valid;
     }
 }

@@ -1,12 +1,10 @@
 """Softmax cross-entropy with label smoothing, and top-1 / top-5 counts. Formulas: loss.cu."""
 
-import numpy as np
-
 from minidl.device import Array, empty
-from minidl.kernels import Kernels, acc_dtype, blocks_for
+from minidl.kernels import Kernels
+from minidl.ops.window import threads_along
 
 KERNELS = Kernels("loss.cu")
-THREADS = 128
 
 
 def forward_backward(logits: Array, labels: Array, totals: Array, scale: Array, *, valid: int | None = None,
@@ -30,10 +28,7 @@ def forward_backward(logits: Array, labels: Array, totals: Array, scale: Array, 
     if not 0 < valid <= batch:
         raise ValueError(f"loss: {valid} valid columns in a batch of {batch}")
     dlogits = empty(logits.shape, logits.dtype, like=logits)
-    losses = empty((batch,), acc_dtype(logits.dtype), like=logits)
-    ranks = empty((batch,), np.int32, like=logits)
-    KERNELS.softmax_cross_entropy[blocks_for(batch, THREADS), THREADS](
+    KERNELS.softmax_cross_entropy[1, threads_along(batch)](
         logits, labels, labels if other_labels is None else other_labels, scale if share is None else share, scale, dlogits,
-        losses, ranks, classes, batch, valid, smoothing, int(share is not None))
-    KERNELS.loss_totals[1, THREADS](losses, ranks, totals, batch, valid)
+        totals, classes, batch, valid, smoothing, int(share is not None))
     return dlogits
