@@ -94,26 +94,27 @@ inline void call(void (*kernel)(Parameters...), void** arguments) {
 static constexpr dim3 threadIdx{0, 0}, blockDim{1, 1};
 static thread_local dim3 blockIdx, gridDim;
 
-// host_threads.cpp: run body(context, part) for the parts 0..parts-1, a core each, and wait for all.
-typedef void (*Team)(void (*body)(void* context, int part, int parts), void* context);
+// host_threads.cpp: run body(context, begin, end) for ranges of the blocks 0 .. blocks-1, on all cores, and wait for all.
+typedef void (*Team)(void (*body)(void* context, long long begin, long long end), void* context, long long blocks);
 static Team team;
 extern "C" void set_team(Team of_process) { team = of_process; }
 
 template <class Block>
 int run_grid(const Launch& launch, const Block& block) {
-    const auto run_part = [&](int part, int parts) {
-        const long long blocks = (long long)launch.grid_x * launch.grid_y;
+    const auto run_blocks = [&](long long begin, long long end) {
         gridDim = {launch.grid_x, launch.grid_y};
-        for (long long b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) {
+        for (long long b = begin; b < end; ++b) {
             blockIdx = {(unsigned)(b % launch.grid_x), (unsigned)(b / launch.grid_x)};
             block();
         }
     };
-    if ((long long)launch.grid_x * launch.grid_y == 1) {  // waking a team costs more than most single blocks
-        run_part(0, 1);
+    const long long blocks = (long long)launch.grid_x * launch.grid_y;
+    if (blocks == 1) {  // waking a team costs more than most single blocks
+        run_blocks(0, 1);
         return 0;
     }
-    team([](void* context, int part, int parts) { (*(decltype(&run_part))context)(part, parts); }, (void*)&run_part);
+    team([](void* context, long long begin, long long end) { (*(decltype(&run_blocks))context)(begin, end); },
+         (void*)&run_blocks, blocks);
     return 0;
 }
 

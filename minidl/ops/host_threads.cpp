@@ -1,7 +1,8 @@
 // The team of threads of the process: every fast kernel library hands its blocks to this one.
 //
-// Not OpenMP: clang and zig come without its runtime. A thread watches for the next task for as long as a training step
-// leaves it without one, then sleeps.
+// Not OpenMP: clang and zig come without its runtime. Each thread has a share of the blocks of a launch, the same from launch
+// to launch, whose data its cache may hold; then it takes from the shares of others, as a core may be slower than another, or
+// busy. A thread watches for the next launch for as long as a training step leaves it without one, then sleeps.
 #include <pthread.h>
 
 #include <atomic>
@@ -10,10 +11,13 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
-typedef void (*Body)(void* context, int part, int parts);
+typedef void (*Body)(void* context, long long begin, long long end);  // runs these blocks
 
 namespace {
+
+const int GRAINS = 64;  // of a share: the last ones even out the threads, and to take one costs little beside it
 
 // Whether `done` came true soon. Between two launches of a step Python takes 10 to 100 us; to wake a sleeping thread takes 50
 // more, on a virtual machine.
@@ -27,15 +31,32 @@ bool watch(Condition done) {
     return done();
 }
 
+// Of the blocks, those that one thread begins with.
+struct alignas(64) Share {
+    std::atomic<long long> next;
+    long long end;
+};
+
 struct Team {
     int threads = 1, started = 0;  // wanted, the caller being one of them; begun
-    int parts = 1;                 // of the current task
+    int parts = 1;                 // threads of the current task
     Body body = nullptr;
     void* context = nullptr;
-    std::atomic<int> running{0};              // workers that have not finished the current task
+    long long grain = 1;           // blocks that are taken at a time
+    std::vector<Share> shares;
+    bool closed = true;                       // whether the current task takes no more workers
+    std::atomic<int> running{0};              // workers at the current task
     std::atomic<unsigned long long> task{0};  // counts tasks: a worker waits for the next number
     std::mutex one_caller, lock;
     std::condition_variable begin, end;
+
+    void take_blocks(int part) {
+        for (int i = 0; i < parts; ++i) {
+            Share& share = shares[(part + i) % parts];
+            for (long long begin; (begin = share.next.fetch_add(grain, std::memory_order_relaxed)) < share.end;)
+                body(context, begin, begin + grain < share.end ? begin + grain : share.end);
+        }
+    }
 
     void work(int part, unsigned long long seen) {
         for (;;) {
@@ -44,15 +65,16 @@ struct Team {
             std::unique_lock<std::mutex> hold(lock);
             begin.wait(hold, next);
             seen = task;
-            if (part >= parts) continue;  // the team was made smaller
+            if (closed || part >= parts) continue;  // too late, or the team was made smaller
+            ++running;
             hold.unlock();
-            body(context, part, parts);
+            take_blocks(part);
             hold.lock();
             if (--running == 0) end.notify_one();
         }
     }
 
-    void run(Body its_body, void* its_context) {
+    void run(Body its_body, void* its_context, long long blocks) {
         std::lock_guard<std::mutex> only(one_caller);
         std::unique_lock<std::mutex> hold(lock);
         try {
@@ -62,10 +84,17 @@ struct Team {
             // No memory or no process left for one more thread: those that there are do the work.
         }
         parts = started < threads ? started + 1 : threads;
-        body = its_body, context = its_context, running = parts - 1, ++task;
+        if ((int)shares.size() < parts) shares = std::vector<Share>(parts);
+        for (int part = 0; part < parts; ++part)
+            shares[part].next = blocks * part / parts, shares[part].end = blocks * (part + 1) / parts;
+        grain = blocks / (parts * GRAINS) + 1;
+        body = its_body, context = its_context, closed = false, ++task;
         hold.unlock();
         begin.notify_all();
-        body(context, 0, parts);
+        take_blocks(0);
+        hold.lock();
+        closed = true;  // all blocks are taken: who has not woken up by now need not
+        hold.unlock();
         const auto all_done = [&] { return running == 0; };
         watch(all_done);
         hold.lock();
@@ -86,7 +115,7 @@ const int registered = pthread_atfork(nullptr, nullptr, after_fork);
 
 }  // namespace
 
-extern "C" void run_on_team(Body body, void* context) { team->run(body, context); }
+extern "C" void run_on_team(Body body, void* context, long long blocks) { team->run(body, context, blocks); }
 
 extern "C" void set_team_size(int threads) {
     std::lock_guard<std::mutex> only(team->one_caller);
