@@ -20,17 +20,18 @@ def images(rng, count=5, size=(6, 7)):
 
 
 def draw(target, indices, labels, number=0, size=(6, 7), **settings):
-    draws, chosen = augment.draw(target.place.array(np.asarray(indices, np.int32)), target.place.array(np.asarray(labels, np.int32)),
-                                 step(target, number), size, key=KEY, **settings)
+    indices, labels = (target.place.array(np.asarray(values, np.int32)) for values in (indices, labels))
+    draws, chosen = augment.draw(indices, labels, step(target, number), size, key=KEY, **settings)
     return target.place.to_host(draws), target.place.to_host(chosen)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("padding, reflect, flips, cutout", [
-    (0, False, False, 0), (2, False, True, 0), (3, True, True, 0), (0, False, True, 3), (4, True, True, 4)])
-def test_batch_equals_the_definition(target, rng, padding, reflect, flips, cutout, dtype):
-    data, indices = images(rng), rng.integers(0, 5, 40)
-    draws, _ = draw(target, indices, np.zeros(5), padding=padding, flips=flips, cutout=cutout)
+@pytest.mark.parametrize("size, padding, reflect, flips, cutout", [
+    ((6, 7), 0, False, False, 0), ((6, 7), 2, False, True, 0), ((6, 7), 3, True, True, 0), ((6, 7), 0, False, True, 3),
+    ((6, 7), 4, True, True, 4), ((4, 8), 3, True, True, 2), ((5, 3), 2, True, True, 2), ((3, 1), 2, False, True, 0)])
+def test_batch_equals_the_definition(target, rng, size, padding, reflect, flips, cutout, dtype):
+    data, indices = images(rng, size=size), rng.integers(0, 5, 40)
+    draws, _ = draw(target, indices, np.zeros(5), size=size, padding=padding, flips=flips, cutout=cutout)
     x = augment.apply(target.place.array(data), target.place.array(indices.astype(np.int32)), target.place.array(draws),
                       target.acc(1 / (255 * STD), dtype), target.acc(-MEAN / STD, dtype),
                       dtype=target.array([0], dtype).dtype, reflect=reflect, cutout=cutout)

@@ -10,7 +10,7 @@
 //
 // Mixup: Zhang et al., arXiv 1710.09412. The partner of image n is N-1-n: batches are in random order anyway.
 //   x[..., n] = share * x[..., n] + (1 - share) * x[..., N-1-n]
-#include "common.cuh"
+#include "lanes.cuh"
 
 enum Draw { SHIFT_Y, SHIFT_X, FLIP, CUT_Y, CUT_X, DRAWS };
 
@@ -35,31 +35,62 @@ extern "C" __global__ void augment_draw(const int* __restrict__ indices, const i
     }
 }
 
-// Grid: one block per channel and row of pixels; threads run along the batch.
+// The place in 0..size-1 of which `at` is the mirror image.
+template <class Integers>
+__device__ __forceinline__ Integers mirrored(Integers at, int size) {
+    return at < 0 ? -at : at >= size ? 2 * (size - 1) - at : at;
+}
+
+// READ: how many pixels, neighbours in the image, are read at a time. Those that lie outside of it have mirror images that are
+// neighbours, too.
+template <bool WHOLE, int READ>
+__device__ __forceinline__ void apply_row(const unsigned char* __restrict__ images, const int* __restrict__ indices,
+                                          const int* __restrict__ draws, acc factor, acc offset, real* __restrict__ x_row,
+                                          int channels, int height, int width, int batch, int reflect, int cutout) {
+    const int c = blockIdx.x / height, y = blockIdx.x % height, last = width - READ;
+    const integers zero{};
+    LANE_LOOP(n, batch) {
+        const int left = batch - n;
+        const unsigned char* rows[LANES];
+        for (int i = 0; i < LANES; ++i) {
+            const int image = i < left ? n + i : n, from_y = y + draws[SHIFT_Y * batch + image];
+            const bool inside = from_y >= 0 && from_y < height;
+            const int row = inside || reflect ? mirrored(from_y, height) : 0;
+            rows[i] = images + (((long long)indices[image] * channels + c) * height + row) * width;
+            prefetch(rows[i] + 128);  // no processor foresees rows of so many images
+        }
+        const auto draw = [=](Draw which) { return load_integers<WHOLE>(draws + which * batch + n, left); };
+        const integers flip = draw(FLIP), dx = draw(SHIFT_X), from_y = draw(SHIFT_Y) + y, cut_y = draw(CUT_Y);
+        const integers cut_x = draw(CUT_X), cut_end = ((y >= cut_y) & (y < cut_y + cutout)) ? cut_x + cutout : cut_x;
+        for (int i = 0; i < width; i += READ) {
+            const integers first = dx + (flip != 0 ? zero + last - i : zero + i), end = first + READ - 1;
+            integers begin = first < 0 ? -end : end >= width ? 2 * (width - 1) - end : first;
+            begin = begin < 0 ? zero : begin > last ? zero + last : begin;
+            const integers pixels = bytes_at<READ>(rows, begin);
+            UNROLL for (int k = 0; k < READ; ++k) {
+                if (i + k >= width) break;
+                const integers from = first + (flip != 0 ? zero + READ - 1 - k : zero + k);
+                const integers pixel = (pixels >> (8 * (mirrored(from, width) - begin) & 31)) & 255;
+                const auto inside = (from_y >= 0) & (from_y < height) & (from >= 0) & (from < width);
+                const auto seen = (inside | (zero + reflect != 0)) & ((i + k < cut_x) | (i + k >= cut_end));
+                store<WHOLE>(x_row + (long long)(i + k) * batch + n, seen ? as_lanes(pixel) * factor + offset : lanes{}, left);
+            }
+        }
+    }
+}
+
 extern "C" __global__ void augment_apply(const unsigned char* __restrict__ images, const int* __restrict__ indices,
                                          const int* __restrict__ draws, const acc* __restrict__ scale,
                                          const acc* __restrict__ shift, real* __restrict__ x, int channels, int height,
                                          int width, int batch, int reflect, int cutout) {
-    const int c = blockIdx.x / height, y = blockIdx.x % height;
-    const acc factor = scale[c], offset = shift[c];
+    const acc factor = scale[blockIdx.x / height], offset = shift[blockIdx.x / height];
     real* x_row = x + (long long)blockIdx.x * width * batch;
-    BLOCK_LOOP(n, 0, batch) {
-        const bool flip = draws[FLIP * batch + n];
-        const int dx = draws[SHIFT_X * batch + n], cut_x = draws[CUT_X * batch + n], cut_y = draws[CUT_Y * batch + n];
-        const bool cut_row = y >= cut_y && y < cut_y + cutout;
-        int from_y = y + draws[SHIFT_Y * batch + n];
-        bool row_inside = from_y >= 0 && from_y < height;
-        if (!row_inside) from_y = !reflect ? 0 : from_y < 0 ? -from_y : 2 * (height - 1) - from_y;
-        row_inside = row_inside || reflect;
-        const unsigned char* image_row = images + (((long long)indices[n] * channels + c) * height + from_y) * width;
-        for (int i = 0; i < width; ++i) {
-            int from_x = (flip ? width - 1 - i : i) + dx;
-            bool inside = from_x >= 0 && from_x < width;
-            if (!inside) from_x = !reflect ? 0 : from_x < 0 ? -from_x : 2 * (width - 1) - from_x;
-            inside = row_inside && (inside || reflect) && !(cut_row && i >= cut_x && i < cut_x + cutout);
-            x_row[(long long)i * batch + n] = real(inside ? acc(image_row[from_x]) * factor + offset : acc(0));
-        }
-    }
+    if (width < MOST_BYTES)
+        apply_row<false, 1>(images, indices, draws, factor, offset, x_row, channels, height, width, batch, reflect, cutout);
+    else if (whole_lanes(batch)) apply_row<true, MOST_BYTES>(images, indices, draws, factor, offset, x_row, channels, height,
+                                                             width, batch, reflect, cutout);
+    else apply_row<false, MOST_BYTES>(images, indices, draws, factor, offset, x_row, channels, height, width, batch, reflect,
+                                      cutout);
 }
 
 // In place: each thread takes both of a pair. With an odd batch, the one in the middle has itself as partner, and stays.

@@ -159,18 +159,33 @@ __device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sum
     }
 }
 
-__device__ __forceinline__ void prefetch(const real* source, long long count = 1) {
-    for (long long i = 0; i < count; i += 64 / sizeof(real)) __builtin_prefetch(source + i);
+template <class Stored>
+__device__ __forceinline__ void prefetch(const Stored* source, long long count = 1) {
+    for (long long i = 0; i < count; i += 64 / sizeof(Stored)) __builtin_prefetch(source + i);
 }
 
 __device__ __forceinline__ void prefetch_to_write(real* target, long long count) {
     for (long long i = 0; i < count; i += 64 / sizeof(real)) __builtin_prefetch(target + i, 1);
 }
 
+__device__ __forceinline__ lanes as_lanes(integers values) { return __builtin_convertvector(values, lanes); }
+
+// Bytes rows[lane][at[lane]] and those behind, COUNT of them, the first in the lowest bits.
+#define MOST_BYTES 4
+template <int COUNT>
+__device__ __forceinline__ integers bytes_at(const unsigned char* const (&rows)[LANES], integers at) {
+    int places[LANES];
+    unsigned bytes[LANES] = {};
+    store_integers<true>(places, at, LANES);
+    for (int i = 0; i < LANES; ++i) memcpy(bytes + i, rows[i] + places[i], COUNT);
+    return load_integers<true>(bytes, LANES);
+}
+
 #else
 
 typedef acc lanes;
 typedef int integers;
+#define LANES 1
 #define LANE_LOOP(n, batch) for (int n = threadIdx.x; n < (batch); n += (int)blockDim.x)
 
 __device__ __forceinline__ bool whole_lanes(int) { return true; }
@@ -203,7 +218,16 @@ __device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sum
     UNROLL for (int i = 0; i < COUNT; ++i) sums[i] = block_sum(values[i]);
 }
 
-__device__ __forceinline__ void prefetch(const real*, long long = 1) {}  // a GPU waits for memory in other threads
+template <class Stored>
+__device__ __forceinline__ void prefetch(const Stored*, long long = 1) {}  // a GPU waits for memory in other threads
 __device__ __forceinline__ void prefetch_to_write(real*, long long) {}
+
+__device__ __forceinline__ lanes as_lanes(integers value) { return value; }
+
+#define MOST_BYTES 1
+template <int COUNT>
+__device__ __forceinline__ integers bytes_at(const unsigned char* const (&rows)[LANES], integers at) {
+    return rows[0][at];
+}
 
 #endif
