@@ -1,6 +1,7 @@
 """Fixtures: the targets that every op is tested on, and the command-line option --sanitize."""
 
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from minidl import device
 from minidl.kernels import acc_dtype, launch_settings, storage_dtype
 
 THREADS_PER_BLOCK = (1, 2, 32, 128)
+TEAM = 2  # threads, at least, that share the blocks of a launch in fast mode, also where CI gives a process one
 os.environ["MINIDL_OFFLINE"] = "1"  # no test downloads anything, but from a server of its own
 
 
@@ -61,6 +63,19 @@ class Target:
         return np.asarray(self.place.to_host(array)).astype(np.float64)
 
 
+@contextmanager
+def active(name):
+    """The Target of that name, on which kernels are launched meanwhile."""
+    it = Target(name)
+    with launch_settings(**it.settings), pytest.MonkeyPatch.context() as patch:
+        if name == "fast":
+            patch.setenv("OMP_NUM_THREADS", str(max(TEAM, device.cpu_threads())))
+            device.host_threads().set_team_size(device.cpu_threads())
+        yield it
+    if name == "fast":
+        device.host_threads().set_team_size(device.cpu_threads())
+
+
 def pytest_runtest_teardown(item):
     """After an illegal access a process has no GPU any more. Its other tests are not to blame: they need another process."""
     if GPU and "cuda" in item.name:
@@ -86,16 +101,14 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def target(request):
-    it = Target(request.param)
-    with launch_settings(**it.settings):
+    with active(request.param) as it:
         yield it
 
 
 @pytest.fixture(params=["fast", *(["cuda"] if gpu_present() else [])])
 def machine(request):
     """A Target as a user's run launches kernels, for what has been tested at other block sizes."""
-    it = Target(request.param)
-    with launch_settings(**it.settings):
+    with active(request.param) as it:
         yield it
 
 
