@@ -6,13 +6,16 @@
 import argparse
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import os
+import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from minidl.host_build import OPS, CompileError
+from minidl.host_build import OPS, CompileError, cache_folder, sources_digest
 from minidl.kernels import PRECISIONS, gpu_options
 
 # Where the wheels of CUDA 13 and 12 put the library, and the headers of the same version.
@@ -61,6 +64,26 @@ def compile_to_cubin(path, options, arch):
         return Program(_output(program, "CUBIN"), log, _output(program, "PTX").rstrip(b"\0").decode())
     finally:
         _call("nvrtcDestroyProgram", ctypes.byref(program))
+
+
+def program_of(source, precision, arch):
+    """A file of OPS, by its name, as the GPU's loader compiles it -> Program. It is compiled once: what several processes ask
+    for lies in the cache of the kernels. May be called from several threads at once."""
+    options = gpu_options(precision)
+    key = hashlib.sha256(repr((source, sources_digest(OPS / source), options, arch, version())).encode()).hexdigest()
+    kept = cache_folder() / f"nvrtc-{key}"
+    if not kept.exists():
+        program = compile_to_cubin(OPS / source, options, arch)
+        half = kept.with_suffix(f".{os.getpid()}")  # no other thread of this process asks for the same
+        half.write_bytes(pickle.dumps(tuple(program)))
+        half.rename(kept)
+    return Program(*pickle.loads(kept.read_bytes()))
+
+
+def programs_of(requests):
+    """[(source, precision, arch), ...] -> [Program, ...], several of them compiled at a time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda request: program_of(*request), requests))
 
 
 def _output(program, name):
@@ -116,7 +139,7 @@ if __name__ == "__main__":
     parser.add_argument("architectures", nargs="*", default=["sm_90"], metavar="ARCHITECTURE")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     wanted = parser.parse_args()
-    programs = [(arch, compile_to_cubin(path, gpu_options(wanted.precision), arch))
-                for arch in wanted.architectures for path in sorted(OPS.glob("*.cu"))]
-    print(usage_table([(name, wanted.precision, arch, usage)
-                       for arch, program in programs for name, usage in kernel_usage(program.log).items()]), end="")
+    requests = [(path.name, wanted.precision, arch) for arch in wanted.architectures for path in sorted(OPS.glob("*.cu"))]
+    print(usage_table([(name, precision, arch, usage)
+                       for (_, precision, arch), program in zip(requests, programs_of(requests))
+                       for name, usage in kernel_usage(program.log).items()]), end="")

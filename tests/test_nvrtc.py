@@ -5,7 +5,6 @@
 
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -36,10 +35,7 @@ class Compiled:
     def __init__(self, source, precision):
         self.precision = storage_dtype(precision).name  # teaches NumPy bfloat16
         self.signatures = Kernels(source).signatures
-        with ThreadPoolExecutor() as pool:
-            programs = pool.map(lambda arch: nvrtc.compile_to_cubin(OPS / source, gpu_options(precision), arch),
-                                ARCHITECTURES)
-            self.programs = dict(zip(ARCHITECTURES, programs))
+        self.programs = dict(zip(ARCHITECTURES, nvrtc.programs_of([(source, precision, arch) for arch in ARCHITECTURES])))
 
 
 @pytest.fixture(scope="module", params=[(source, precision) for source in SOURCES for precision in PRECISIONS], ids="-".join)
