@@ -106,9 +106,9 @@ def call(*arguments):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(result, folder) of two epochs with seed 3."""
+    """(result, folder) of two epochs with seed 3, saved at the end of each, however long a save takes."""
     folder = tmp_path_factory.mktemp("run")
-    return train(folder, *DIGITS, "--epochs", "2", "--seed", "3", "-o", "it"), folder / "it"
+    return train(folder, *DIGITS, "--epochs", "2", "--seed", "3", "--save-every", "9", "-o", "it"), folder / "it"
 
 
 def test_one_line_first_then_one_per_epoch_and_no_bar(run):
