@@ -171,8 +171,9 @@ def events(folder):
     return [json.loads(line)["event"] for line in lines]
 
 
-def test_processes_that_are_stopped_at_any_moment_go_on_exactly(tmp_path):
-    """train.py itself, and signals from outside."""
+def test_processes_that_are_stopped_at_any_moment_go_on_exactly(tmp_path, monkeypatch):
+    """train.py itself, with a team of threads, and signals from outside."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     arguments = ("--device", "cpu", "--dataset", "digits", "--arch", "report-resnext3", "--limit-train-batches", "16",
                  "--epochs", "1", "-b", "16", "--flip", "--cutout", "4")
     assert train_process(tmp_path, *arguments, "-o", "whole").returncode == 0
