@@ -16,7 +16,7 @@ from minidl import device
 from minidl.errors import UsageError
 from minidl.host_build import OPS
 from minidl.kernels import Kernel, parse_signatures
-from minidl.ops import batchnorm, loss, packed_gemm
+from minidl.ops import batchnorm, bias, loss, packed_gemm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -81,8 +81,9 @@ def test_cases_launch_what_they_name_and_peers_agree(launched, monkeypatch):
     for work in found:
         check(work)
     monkeypatch.setattr(batchnorm, "LONGEST_ROW", {"numpy": 0})  # so that rows are dealt out in tiles
+    monkeypatch.setattr(bias, "TILE", 1)
     for work in found:
-        if isinstance(work, works.BatchNorm):
+        if isinstance(work, (works.BatchNorm, works.Linear)):
             check(work)
     assert seen == set().union(*KERNELS_OF.values()) - ONLY_ON_A_GPU
     assert compared > 90

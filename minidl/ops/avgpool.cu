@@ -6,25 +6,43 @@
 // Grid: one block per row of pixels, (c, oy) forward and (c, iy) backward. Threads run along the batch, in lanes.
 #include "window.cuh"
 
-// share * the sum of rows x columns pixels from `first` on, in images of that width.
-// ROWS, COLUMNS: their number, where the compiler shall know it and unroll the loops; else 0.
+// result = share * the sum of ROWS x COLUMNS pixels from `first` on, in images of that width.
 template <int ROWS, int COLUMNS, bool WHOLE>
-__device__ __forceinline__ void weigh(const real* __restrict__ first, real* __restrict__ result, int rows, int columns,
-                                      int width, int batch, acc share) {
-    if (ROWS) rows = ROWS, columns = COLUMNS;
+__device__ __forceinline__ void weigh_few(const real* __restrict__ first, real* __restrict__ result, int width, int batch,
+                                          acc share) {
     LANE_LOOP(n, batch) {
         lanes sum{};
-        for (int r = 0; r < rows; ++r)
-            for (int k = 0; k < columns; ++k) sum += load<WHOLE>(first + ((long long)r * width + k) * batch + n, batch - n);
+        for (int r = 0; r < ROWS; ++r)
+            for (int k = 0; k < COLUMNS; ++k) sum += load<WHOLE>(first + ((long long)r * width + k) * batch + n, batch - n);
         store<WHOLE>(result + n, sum * share, batch - n);
+    }
+}
+
+// The same of rows x columns pixels: in the order of memory, so that each is read with several vectors of images.
+template <bool WHOLE>
+__device__ __forceinline__ void weigh_many(const real* __restrict__ first, real* __restrict__ result, int rows, int columns,
+                                           int width, int batch, acc share) {
+    constexpr int VECTORS = LANES > 1 ? 8 : 1;
+    for (int begin = threadIdx.x * VECTORS * LANES; begin < batch; begin += blockDim.x * VECTORS * LANES) {
+        lanes sums[VECTORS]{};
+        const auto each = [&](auto act) {
+            UNROLL for (int v = 0; v < VECTORS; ++v)
+                if (const int n = begin + v * LANES; n < batch) act(sums[v], n);
+        };
+        for (int r = 0; r < rows; ++r)
+            for (int k = 0; k < columns; ++k) {
+                const real* pixel = first + ((long long)r * width + k) * batch;
+                each([=](lanes& sum, int n) { sum += load<WHOLE>(pixel + n, batch - n); });
+            }
+        each([=](lanes& sum, int n) { store<WHOLE>(result + n, sum * share, batch - n); });
     }
 }
 
 template <bool WHOLE>
 __device__ __forceinline__ void weigh(const real* first, real* result, int rows, int columns, int width, int batch, acc share) {
-    if (rows == 1 && columns == 1) weigh<1, 1, WHOLE>(first, result, rows, columns, width, batch, share);
-    else if (rows == 2 && columns == 2) weigh<2, 2, WHOLE>(first, result, rows, columns, width, batch, share);
-    else weigh<0, 0, WHOLE>(first, result, rows, columns, width, batch, share);
+    if (rows == 1 && columns == 1) weigh_few<1, 1, WHOLE>(first, result, width, batch, share);
+    else if (rows == 2 && columns == 2) weigh_few<2, 2, WHOLE>(first, result, width, batch, share);
+    else weigh_many<WHOLE>(first, result, rows, columns, width, batch, share);
 }
 
 template <bool WHOLE>
@@ -39,7 +57,7 @@ __device__ __forceinline__ void forward_row(const real* __restrict__ x, real* __
         const int x_origin = ox * size.stride - size.padding;
         const int ix_begin = x_origin < 0 ? 0 : x_origin;
         const int ix_end = x_origin + size.kernel_w < size.width ? x_origin + size.kernel_w : size.width;
-        prefetch_next_row(row, ox, size);
+        prefetch_next_row<2>(row, ox, size);  // the first cache cannot wait for as many lines as sums take
         weigh<WHOLE>(row + (long long)ix_begin * batch, y + ((long long)blockIdx.x * size.out_width + ox) * batch,
                      iy_end - iy_begin, ix_end - ix_begin, size.width, batch, share);
     }

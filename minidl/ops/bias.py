@@ -20,6 +20,7 @@ def gradient(dy: Array, dbias: Array) -> None:
     rows = dy.shape[0]
     row = dy.size // rows
     tiles = -(-row // TILE)
-    tile_sums = empty((rows, tiles), dbias.dtype, like=dy)
+    tile_sums = dbias if tiles == 1 else empty((rows, tiles), dbias.dtype, like=dy)
     KERNELS.bias_tile_sums[(tiles, rows), THREADS](dy, tile_sums, row, TILE)
-    KERNELS.bias_combine_sums[blocks_for(rows, 32), 32](tile_sums, dbias, rows, tiles)
+    if tiles > 1:
+        KERNELS.bias_combine_sums[blocks_for(rows, 32), 32](tile_sums, dbias, rows, tiles)

@@ -159,9 +159,10 @@ __device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sum
     }
 }
 
-template <class Stored>
+// Into the first cache, or only into the second.
+template <int CACHE = 1, class Stored>
 __device__ __forceinline__ void prefetch(const Stored* source, long long count = 1) {
-    for (long long i = 0; i < count; i += 64 / sizeof(Stored)) __builtin_prefetch(source + i);
+    for (long long i = 0; i < count; i += 64 / sizeof(Stored)) __builtin_prefetch(source + i, 0, CACHE == 1 ? 3 : 2);
 }
 
 __device__ __forceinline__ void prefetch_to_write(real* target, long long count) {
@@ -218,7 +219,7 @@ __device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sum
     UNROLL for (int i = 0; i < COUNT; ++i) sums[i] = block_sum(values[i]);
 }
 
-template <class Stored>
+template <int CACHE = 1, class Stored>
 __device__ __forceinline__ void prefetch(const Stored*, long long = 1) {}  // a GPU waits for memory in other threads
 __device__ __forceinline__ void prefetch_to_write(real*, long long) {}
 

@@ -31,9 +31,10 @@ struct Pooling {
 
 // To be called for each window `out` of a row of windows, whose first row of the source is `row`: a share of what the next row
 // of windows meets first, in the order of memory. Processors foresee that order, and not that of a window's rows taking turns.
+template <int CACHE = 1>
 __device__ __forceinline__ void prefetch_next_row(const real* row, int out, const Pooling& size) {
-    if (size.stride > size.kernel_w || size.stride > size.kernel_h) return;  // gaps, which nobody reads
-    const int rows = size.out_height > 1 ? size.stride : size.height, columns = size.out_width > 1 ? size.stride : size.width;
-    const long long share = (long long)rows * columns * size.batch;
-    prefetch(row + (long long)size.kernel_h * size.width * size.batch + out * share, share);
+    if (size.stride > size.kernel_w || size.stride > size.kernel_h) return;  // there are gaps, which nobody reads
+    if (size.out_width == 1) return;  // a window reads whole rows, in that order
+    const long long share = (long long)(size.out_height > 1 ? size.stride : size.height) * size.stride * size.batch;
+    prefetch<CACHE>(row + (long long)size.kernel_h * size.width * size.batch + out * share, share);
 }
