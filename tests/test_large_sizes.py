@@ -199,6 +199,18 @@ def test_winograd_output_gradient(on_host, rng):
         assert_same_when_spread(launch, {"dy": values(rng, 4, 2, 2 * TILES, 16)}, {"e": (16, 4, TILES * 16)}, far)
 
 
+def test_winograd_in_one_pass(on_host, rng):
+    """Where it writes y is what winograd_output asks, too."""
+    rows = packed_gemm.product_for(np.zeros(1, np.float32)).tile_rows(2)
+    u = values(rng, 16, 2, -(-2 // rows), 3, rows)
+    v, m = np.empty((1, 2, 16, 3, 16), np.float32), np.empty((1, 16, rows, 16), np.float32)
+
+    def launch(x, y):
+        winograd.KERNELS.winograd_conv[1, 32](x, u, v, m, y, 2, 3, 2, *x.shape[1:3], *y.shape[1:], 1, 2, 16)
+
+    assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, 16)}, {"y": (4, 2, 4, 16)}, {"x": (6, 4, FAR, 16)})
+
+
 def test_packed_products(on_host, rng):
     product = packed_gemm.product_for(np.zeros(1, np.float32))
     w = product.pack(values(rng, 2, 10, 7))

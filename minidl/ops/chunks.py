@@ -12,7 +12,11 @@ def split(units: int, unit_bytes: int, like: Array, fewest: int = 1, most: int =
 
     unit_bytes: what a unit unfolds. fewest: units that a range has even if they do not fit; most: even if more would fit.
     """
-    workspace = WORKSPACE_BYTES[array_module(like).__name__] * workers(like)
-    count = -(-units // min(most, max(fewest, workspace // unit_bytes)))
+    count = -(-units // min(most, max(fewest, fitting(unit_bytes, like))))
     bounds = [units * i // count for i in range(count + 1)]
     return list(zip(bounds, bounds[1:]))
+
+
+def fitting(unit_bytes: int, like: Array) -> int:
+    """How many units fit the workspace beside `like`."""
+    return WORKSPACE_BYTES[array_module(like).__name__] * workers(like) // unit_bytes

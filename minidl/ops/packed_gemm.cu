@@ -8,39 +8,30 @@
 // the missing rows of the last one 0: a tile of sums, ROWS x PANEL, stays in registers while k runs along w and down a panel
 // of PANEL columns, which stays in the cache for all tiles of w. Goto, van de Geijn, "Anatomy of high-performance matrix
 // multiplication", ACM TOMS 34, 2008; Van Zee, van de Geijn, "BLIS", ACM TOMS 41, 2015: here ROWS x PANEL is their micro-tile.
-#include "lanes.cuh"
+#include "packed_gemm.cuh"
 
-#ifndef MINIDL_FAST  // on threads these kernels are only tested
-#define ROWS 3
-#define VECTORS 2
+#ifndef MINIDL_FAST
 #define DW_ROWS 3
 #define DW_COLUMNS 2
-#define STRIP 8
 #define UNIT 1
 #define SEGMENT 64
 #else
-#define STRIP LANES
 #define UNIT LANES
 #define SEGMENT 1024  // columns: with DW_BLOCK rows, of floats, 400 kB
 #ifdef FEW_REGISTERS
-#define ROWS 4
-#define VECTORS 3
 #define DW_ROWS 3
 #define DW_COLUMNS 3
 #else
-#define ROWS 8
-#define VECTORS 3
 #define DW_ROWS 6
 #define DW_COLUMNS 4
 #endif
 #endif
-#define PANEL (VECTORS * STRIP)
 #define DW_BLOCK (16 * DW_ROWS)
 
-// sizes (5): ROWS, PANEL, DW_BLOCK, DW_COLUMNS, and how many columns are loaded at once. The array `like` decides the type.
+// sizes (6): ROWS, PANEL, STRIP, DW_BLOCK, DW_COLUMNS, and how many columns are loaded at once. `like` decides the type.
 extern "C" __global__ void gemm_sizes(const real* __restrict__ like, int* __restrict__ sizes) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) 
-        sizes[0] = ROWS, sizes[1] = PANEL, sizes[2] = DW_BLOCK, sizes[3] = DW_COLUMNS, sizes[4] = UNIT;
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        sizes[0] = ROWS, sizes[1] = PANEL, sizes[2] = STRIP, sizes[3] = DW_BLOCK, sizes[4] = DW_COLUMNS, sizes[5] = UNIT;
 }
 
 // packed (B, tiles, K, rows) of w, whose elements [b, m, k] lie at b * M * K + m * m_step + k * k_step. Grid: B x tiles.
@@ -54,7 +45,6 @@ extern "C" __global__ void gemm_pack(const real* __restrict__ w, acc* __restrict
             tile[(long long)i * rows + r] = first + r < m ? acc(w_rows[r * m_step + i * k_step]) : acc(0);
 }
 
-// The columns first .. first + PANEL - 1 of ROWS rows.
 template <bool WHOLE>
 __device__ __forceinline__ void multiply_tile(const acc* __restrict__ w, const real* __restrict__ panel, long long step,
                                               real* __restrict__ y, long long y_step, int depth, int rows, int columns) {
@@ -62,12 +52,7 @@ __device__ __forceinline__ void multiply_tile(const acc* __restrict__ w, const r
         UNROLL for (int r = 0; r < ROWS; ++r)
             if (WHOLE) prefetch_to_write(y + r * y_step + n, PANEL);
         lanes sums[ROWS][VECTORS] = {};
-        for (int k = 0; k < depth; ++k) {
-            lanes values[VECTORS];
-            UNROLL for (int j = 0; j < VECTORS; ++j) values[j] = load<true>(panel + k * step + j * STRIP + n, STRIP);
-            UNROLL for (int r = 0; r < ROWS; ++r)
-                UNROLL for (int j = 0; j < VECTORS; ++j) sums[r][j] += w[k * ROWS + r] * values[j];
-        }
+        tile_sums(w, panel + n, step, depth, sums);
         UNROLL for (int r = 0; r < ROWS; ++r)
             UNROLL for (int j = 0; j < VECTORS; ++j) {
                 const int left = columns - j * STRIP - n;

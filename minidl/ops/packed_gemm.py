@@ -31,7 +31,7 @@ class Blas:
     """Operands are plain matrices."""
 
     packs = False
-    unit = 1
+    unit = 1  # what the number of columns of an image must be a multiple of, if it is to be loaded at once
 
     def tile_rows(self, m: int) -> int:
         """Rows of a tile of a matrix of m rows."""
@@ -59,11 +59,15 @@ class Packed:
 
     packs = True
 
-    def __init__(self, rows: int, panel: int, dw_block: int, dw_columns: int, unit: int, acc_bytes: int) -> None:
-        """As gemm_sizes gives them. unit: what the number of columns of an image must be a multiple of, if it is to be
-        loaded at once."""
-        self._rows, self._panel, self._dw_block, self._dw_columns = rows, panel, dw_block, dw_columns
-        self.unit, self._acc_bytes = unit, acc_bytes
+    def __init__(self, sizes: list[int], acc_bytes: int) -> None:
+        """sizes: as gemm_sizes gives them."""
+        self._rows, self._panel, self._strip, self._dw_block, self._dw_columns, self.unit = sizes
+        self._acc_bytes = acc_bytes
+
+    def images(self, batch: int) -> int:
+        """Images whose pixels fit a panel, a multiple of a vector: a batch in as few and as equal parts as there can be."""
+        parts = -(-batch // self._panel)
+        return -(-batch // (parts * self._strip)) * self._strip
 
     def tile_rows(self, m: int) -> int:
         return self._rows
@@ -109,7 +113,6 @@ def product_for(like: Array) -> Blas | Packed:
 @functools.cache
 def _packed(dtype: np.dtype[Any], mode: str) -> Packed:
     """mode: that in which the sizes, which depend on it, are asked for now."""
-    sizes = np.empty(5, np.int32)
+    sizes = np.empty(6, np.int32)
     KERNELS.gemm_sizes[1, 1](np.empty(1, dtype), sizes)
-    rows, panel, dw_block, dw_columns, unit = map(int, sizes)
-    return Packed(rows, panel, dw_block, dw_columns, unit, acc_dtype(dtype).itemsize)
+    return Packed(sizes.tolist(), acc_dtype(dtype).itemsize)

@@ -5,10 +5,12 @@ Formulas: winograd.cu.
 
 from __future__ import annotations
 
+import math
+
 from minidl.device import Array, empty
 from minidl.kernels import Kernels, acc_dtype, blocks_for
 from minidl.ops import chunks
-from minidl.ops.packed_gemm import Blas, Packed, product_for
+from minidl.ops.packed_gemm import THREADS, Blas, Packed, product_for
 from minidl.ops.window import threads_along
 
 KERNELS = Kernels("winograd.cu")
@@ -16,6 +18,7 @@ ELEMENTS = 16           # of a tile: as many matrix products
 OUTPUTS = 2             # of a tile, along a side
 DW_COLUMNS = 256        # a sum for dweight has at least so many columns: each ends with a pass over dU
 MOST_TILES = 65535      # of a launch: CUDA's limit of a grid's second dimension
+STRIP_BYTES = 256 << 10  # of V in a step of a block on the CPU, which has one tile at least: it stays in the second cache
 
 
 def forward(x: Array, weight: Array, y: Array, *, padding: int, groups: int) -> None:
@@ -46,20 +49,37 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
 def workspace_bytes(x: Array, y: Array, *, padding: int, groups: int) -> int:
     """Bytes of V and M that `forward` holds at a time. Of x and y, only device, shape and type matter."""
     g = _Geometry(x, y, padding, groups)
+    if isinstance(g.product, Packed):
+        return sum(math.prod(shape) for shape in _parts(x, y, g, g.product)) * x.itemsize
     largest = max(end - begin for begin, end in g.split()) * g.padded
-    return ELEMENTS * x.itemsize * (len(x) * g.product.step(largest) + len(y) * largest)
+    return ELEMENTS * x.itemsize * (len(x) + len(y)) * largest
 
 
 def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, adjoint: bool) -> None:
     """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight."""
     g = _Geometry(x, y, padding, groups)
     u = _transform_weight(weight, g, adjoint)
+    if isinstance(g.product, Packed):
+        v, m = (empty(shape, x.dtype, like=x) for shape in _parts(x, y, g, g.product))
+        blocks, strip, _, sources, images = v.shape
+        KERNELS.winograd_conv[blocks, THREADS](
+            x, u, v, m, y, groups, sources, len(y) // groups, *x.shape[1:3], *y.shape[1:], padding, strip, images)
+        return
     for begin, end in g.split():
         columns = (end - begin) * g.padded
-        v = g.transform_input(x, begin, end)
         m = empty((ELEMENTS * groups, len(y) // groups, columns), y.dtype, like=y)
-        g.product.multiply(u, v, m, 0, columns)
+        g.product.multiply(u, g.transform_input(x, begin, end), m, 0, columns)
         KERNELS.winograd_output[(len(y), end - begin), threads_along(g.batch)](m, y, *y.shape[1:], g.padded, g.tiles_x, begin)
+
+
+def _parts(x: Array, y: Array, g: _Geometry, product: Packed) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of V and M for winograd_conv: (blocks, strip, 16, C/groups, images), (blocks, 16, rows, images)."""
+    sources, images = len(x) // g.groups, product.images(g.batch)
+    tile_bytes = ELEMENTS * sources * images * x.itemsize
+    strip = max(1, min(g.tiles_x, STRIP_BYTES // tile_bytes))
+    steps = g.groups * g.tiles // g.tiles_x * -(-g.tiles_x // strip) * -(-g.batch // images)
+    blocks = max(1, min(steps, chunks.fitting(strip * tile_bytes, x)))
+    return (blocks, strip, ELEMENTS, sources, images), (blocks, ELEMENTS, product.tile_rows(len(y) // g.groups), images)
 
 
 class _Geometry:
@@ -96,5 +116,6 @@ def _transform_weight(weight: Array, g: _Geometry, adjoint: bool) -> Array:
         sources, results = results, sources
     rows = g.product.tile_rows(results)
     u = empty((ELEMENTS * g.groups, -(-results // rows), sources, rows), acc_dtype(weight.dtype), like=weight)
-    KERNELS.winograd_weight[g.groups * u.shape[1] * sources, threads_along(rows)](weight, u, results, sources, rows, int(adjoint))
+    KERNELS.winograd_weight[g.groups * u.shape[1] * sources, threads_along(rows)](
+        weight, u, results, sources, rows, int(adjoint))
     return u
