@@ -178,7 +178,7 @@ TILES = 2
 
 def test_winograd_input(on_host, rng):
     def launch(x, v):
-        winograd.KERNELS.winograd_input[(6, TILES), 32](x, v, *x.shape[1:3], 16, 16, 1, TILES, 0, v.shape[2])
+        winograd.KERNELS.winograd_input[(TILES, 6), 32](x, v, *x.shape[1:3], 16, 16, 1, TILES, 0, v.shape[2])
 
     for far in ({"x": (6, 4, FAR, 16)}, {"v": (16, 6, 2**25)}):
         assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, 16)}, {"v": (16, 6, TILES * 16)}, far)
@@ -187,13 +187,13 @@ def test_winograd_input(on_host, rng):
 def test_winograd_output(on_host, rng):
     m = values(rng, 16, 4, TILES * 16)
     assert_same_when_spread(
-        lambda y: winograd.KERNELS.winograd_output[(4, TILES), 32](m, y, *y.shape[1:], 16, TILES, 0),
+        lambda y: winograd.KERNELS.winograd_output[(TILES, 4), 32](m, y, *y.shape[1:], 16, TILES, 0),
         {}, {"y": (4, 2, 2 * TILES, 16)}, {"y": (4, 2, FAR, 16)})
 
 
 def test_winograd_output_gradient(on_host, rng):
     def launch(dy, e):
-        winograd.KERNELS.winograd_output_gradient[(4, TILES), 32](dy, e, *dy.shape[1:], 16, TILES, 0, e.shape[2])
+        winograd.KERNELS.winograd_output_gradient[(TILES, 4), 32](dy, e, *dy.shape[1:], 16, TILES, 0, e.shape[2])
 
     for far in ({"dy": (4, 2, FAR, 16)}, {"e": (16, 4, 2**26)}):
         assert_same_when_spread(launch, {"dy": values(rng, 4, 2, 2 * TILES, 16)}, {"e": (16, 4, TILES * 16)}, far)

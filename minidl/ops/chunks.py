@@ -7,12 +7,12 @@ from minidl.device import Array, array_module, workers
 WORKSPACE_BYTES = {"numpy": 6 << 20, "cupy": 128 << 20}
 
 
-def split(units: int, unit_bytes: int, like: Array, fewest: int = 1, most: int = 1 << 31) -> list[tuple[int, int]]:
+def split(units: int, unit_bytes: int, like: Array, fewest: int = 1) -> list[tuple[int, int]]:
     """0 .. units-1 in ranges (begin, end) of nearly equal size that fit the workspace beside `like`.
 
-    unit_bytes: what a unit unfolds. fewest: units that a range has even if they do not fit; most: even if more would fit.
+    unit_bytes: what a unit unfolds. fewest: units that a range has even if they do not fit.
     """
-    count = -(-units // min(most, max(fewest, fitting(unit_bytes, like))))
+    count = -(-units // max(fewest, fitting(unit_bytes, like)))
     bounds = [units * i // count for i in range(count + 1)]
     return list(zip(bounds, bounds[1:]))
 

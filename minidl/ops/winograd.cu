@@ -15,7 +15,7 @@
 // of x is again a convolution, of dy with the turned and transposed weight (`adjoint`).
 //
 // On the CPU the three steps from x to y are one kernel, winograd_conv. On a GPU, and for dU, they are kernels of their own:
-// a launch transforms gridDim.y tiles from tile_begin on; they are counted along the rows of y, tiles_x a row. In matrices
+// a launch transforms gridDim.x tiles from tile_begin on; they are counted along the rows of y, tiles_x a row. In matrices
 // each has `padded` columns: the batch, and zeros up to the next whole vector of the CPU. Threads run along the batch.
 #include "packed_gemm.cuh"
 
@@ -62,13 +62,13 @@ __device__ __forceinline__ void transform_input(const real* __restrict__ x, real
 template <bool WHOLE>
 __device__ __forceinline__ void transform_inputs(const real* __restrict__ x, real* __restrict__ v, Images of_x, int padded,
                                                  int padding, int tiles_x, int tile_begin, int step) {
-    const int c = blockIdx.x, tile = tile_begin + blockIdx.y;
-    transform_input<WHOLE>(x + c * of_x.channel(), v + (long long)c * step + (long long)blockIdx.y * padded,
-                           (long long)gridDim.x * step, of_x, of_x.batch, padded, tile / tiles_x * OUTPUTS - padding,
+    const int c = blockIdx.y, tile = tile_begin + blockIdx.x;
+    transform_input<WHOLE>(x + c * of_x.channel(), v + (long long)c * step + (long long)blockIdx.x * padded,
+                           (long long)gridDim.y * step, of_x, of_x.batch, padded, tile / tiles_x * OUTPUTS - padding,
                            tile % tiles_x * OUTPUTS - padding);
 }
 
-// v (16, C, step), of those tiles of x; step >= P. Grid: channels x tiles.
+// v (16, C, step), of those tiles of x; step >= P. Grid: tiles x channels, so that rows of v are written in their order.
 extern "C" __global__ void winograd_input(const real* __restrict__ x, real* __restrict__ v, int height, int width, int batch,
                                           int padded, int padding, int tiles_x, int tile_begin, int step) {
     const Images of_x{height, width, batch};
@@ -111,12 +111,12 @@ __device__ __forceinline__ void transform_output(const Stored* __restrict__ m, l
     }
 }
 
-// m (16, O, P) -> those tiles of y. Grid: outputs x tiles.
+// m (16, O, P) -> those tiles of y. Grid: tiles x outputs.
 extern "C" __global__ void winograd_output(const real* __restrict__ m, real* __restrict__ y, int height, int width, int batch,
                                            int padded, int tiles_x, int tile_begin) {
-    const Outputs tile = outputs_of_tile(blockIdx.x, tile_begin + blockIdx.y, {height, width, batch}, tiles_x);
+    const Outputs tile = outputs_of_tile(blockIdx.y, tile_begin + blockIdx.x, {height, width, batch}, tiles_x);
     const long long element = (long long)gridDim.x * gridDim.y * padded;
-    const real* elements = m + ((long long)blockIdx.x * gridDim.y + blockIdx.y) * padded;
+    const real* elements = m + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * padded;
     if (whole_lanes(batch)) transform_output<true>(elements, element, y, tile, batch, batch, padded);
     else transform_output<false>(elements, element, y, tile, batch, batch, padded);
 }
@@ -124,8 +124,8 @@ extern "C" __global__ void winograd_output(const real* __restrict__ m, real* __r
 template <bool WHOLE>
 __device__ __forceinline__ void transform_gradient(const real* __restrict__ dy, real* __restrict__ e, int height, int width,
                                                    int batch, int padded, int tiles_x, int tile_begin, int step) {
-    const Outputs tile = outputs_of_tile(blockIdx.x, tile_begin + blockIdx.y, {height, width, batch}, tiles_x);
-    const long long element = (long long)gridDim.x * step;
+    const Outputs tile = outputs_of_tile(blockIdx.y, tile_begin + blockIdx.x, {height, width, batch}, tiles_x);
+    const long long element = (long long)gridDim.y * step;
     LANE_LOOP(n, batch) {
         const real* in = dy + tile.begin + n;
         const lanes a = load<WHOLE>(in, batch - n);
@@ -133,7 +133,7 @@ __device__ __forceinline__ void transform_gradient(const real* __restrict__ dy, 
         const lanes c = tile.below ? load<WHOLE>(in + tile.row, batch - n) : lanes{};
         const lanes d = tile.below && tile.right ? load<WHOLE>(in + tile.row + batch, batch - n) : lanes{};
         const lanes t[TILE][OUTPUTS] = {{a, b}, {a + c, b + d}, {a - c, b - d}, {-c, -d}};
-        real* out = e + (long long)blockIdx.x * step + (long long)blockIdx.y * padded + n;
+        real* out = e + (long long)blockIdx.y * step + (long long)blockIdx.x * padded + n;
         UNROLL for (int i = 0; i < TILE; ++i) {
             store<WHOLE>(out, t[i][0], padded - n), out += element;
             store<WHOLE>(out, t[i][0] + t[i][1], padded - n), out += element;
@@ -143,7 +143,7 @@ __device__ __forceinline__ void transform_gradient(const real* __restrict__ dy, 
     }
 }
 
-// e (16, O, step), of those tiles of dy; step >= P. Grid: outputs x tiles.
+// e (16, O, step), of those tiles of dy; step >= P. Grid: tiles x outputs.
 extern "C" __global__ void winograd_output_gradient(const real* __restrict__ dy, real* __restrict__ e, int height, int width,
                                                     int batch, int padded, int tiles_x, int tile_begin, int step) {
     if (whole_lanes(batch)) transform_gradient<true>(dy, e, height, width, batch, padded, tiles_x, tile_begin, step);

@@ -17,7 +17,6 @@ KERNELS = Kernels("winograd.cu")
 ELEMENTS = 16           # of a tile: as many matrix products
 OUTPUTS = 2             # of a tile, along a side
 DW_COLUMNS = 256        # a sum for dweight has at least so many columns: each ends with a pass over dU
-MOST_TILES = 65535      # of a launch: CUDA's limit of a grid's second dimension
 STRIP_BYTES = 256 << 10  # of V in a step of a block on the CPU, which has one tile at least: it stays in the second cache
 
 
@@ -39,7 +38,7 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
         columns = (end - begin) * g.padded
         v = g.transform_input(x, begin, end)
         e = empty((ELEMENTS * groups, len(dy) // groups, v.shape[2]), dy.dtype, like=dy)
-        KERNELS.winograd_output_gradient[(len(dy), end - begin), threads_along(g.batch)](
+        KERNELS.winograd_output_gradient[(end - begin, len(dy)), threads_along(g.batch)](
             dy, e, *dy.shape[1:], g.padded, g.tiles_x, begin, v.shape[2])
         g.product.multiply_rows(e, v, du, columns, begin > 0)
     windows = dweight.size // 9
@@ -69,7 +68,8 @@ def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, a
         columns = (end - begin) * g.padded
         m = empty((ELEMENTS * groups, len(y) // groups, columns), y.dtype, like=y)
         g.product.multiply(u, g.transform_input(x, begin, end), m, 0, columns)
-        KERNELS.winograd_output[(len(y), end - begin), threads_along(g.batch)](m, y, *y.shape[1:], g.padded, g.tiles_x, begin)
+        KERNELS.winograd_output[(end - begin, len(y)), threads_along(g.batch)](
+            m, y, *y.shape[1:], g.padded, g.tiles_x, begin)
 
 
 def _parts(x: Array, y: Array, g: _Geometry, product: Packed) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -97,14 +97,14 @@ class _Geometry:
 
     def split(self, fewest: int = 1) -> list[tuple[int, int]]:
         """Ranges of tiles, of at least `fewest`, that are computed one after another."""
-        return chunks.split(self.tiles, self.tile_bytes, self._like, fewest, MOST_TILES)
+        return chunks.split(self.tiles, self.tile_bytes, self._like, fewest)
 
     def transform_input(self, x: Array, begin: int, end: int) -> Array:
         """V (16 * groups, C/groups, step) of the tiles begin .. end-1 of x."""
         channels, height, width, batch = x.shape
         step = self.product.step((end - begin) * self.padded)
         v = empty((ELEMENTS * self.groups, channels // self.groups, step), x.dtype, like=x)
-        KERNELS.winograd_input[(channels, end - begin), threads_along(batch)](
+        KERNELS.winograd_input[(end - begin, channels), threads_along(batch)](
             x, v, height, width, batch, self.padded, self.padding, self.tiles_x, begin, step)
         return v
 
