@@ -165,8 +165,9 @@ __device__ __forceinline__ void prefetch(const Stored* source, long long count =
     for (long long i = 0; i < count; i += 64 / sizeof(Stored)) __builtin_prefetch(source + i, 0, CACHE == 1 ? 3 : 2);
 }
 
-__device__ __forceinline__ void prefetch_to_write(real* target, long long count) {
-    for (long long i = 0; i < count; i += 64 / sizeof(real)) __builtin_prefetch(target + i, 1);
+template <class Stored>
+__device__ __forceinline__ void prefetch_to_write(Stored* target, long long count) {
+    for (long long i = 0; i < count; i += 64 / sizeof(Stored)) __builtin_prefetch(target + i, 1);
 }
 
 __device__ __forceinline__ lanes as_lanes(integers values) { return __builtin_convertvector(values, lanes); }
@@ -221,7 +222,9 @@ __device__ __forceinline__ void sum_each(const lanes (&values)[COUNT], acc (&sum
 
 template <int CACHE = 1, class Stored>
 __device__ __forceinline__ void prefetch(const Stored*, long long = 1) {}  // a GPU waits for memory in other threads
-__device__ __forceinline__ void prefetch_to_write(real*, long long) {}
+
+template <class Stored>
+__device__ __forceinline__ void prefetch_to_write(Stored*, long long) {}
 
 __device__ __forceinline__ lanes as_lanes(integers value) { return value; }
 

@@ -51,7 +51,11 @@ __device__ __forceinline__ void forward_row(const real* __restrict__ x, real* __
         const Part part{first_row + (long long)(x_origin + kx_begin) * size.batch, ky_end - ky_begin, kx_end - kx_begin,
                         ky_begin * size.kernel_w + kx_begin};
         const long long out = ((long long)blockIdx.x * size.out_width + ox) * size.batch;
-        prefetch_next_row(first_row, ox, size);
+        // The first cache would lose a part of long rows before they are read.
+        if (row * size.stride * sizeof(real) <= 8192) prefetch_next_row<1>(first_row, ox, size);
+        else prefetch_next_row<2>(first_row, ox, size);
+        prefetch_to_write(y + out + 4 * size.batch, size.batch);
+        prefetch_to_write(winner + out + 4 * size.batch, size.batch);
         if (part.rows == 2 && part.columns == 2) max_of<2, 2, WHOLE>(part, y + out, winner + out, size);
         else if (part.rows == 3 && part.columns == 3) max_of<3, 3, WHOLE>(part, y + out, winner + out, size);
         else max_of<0, 0, WHOLE>(part, y + out, winner + out, size);

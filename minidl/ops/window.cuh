@@ -31,7 +31,7 @@ struct Pooling {
 
 // To be called for each window `out` of a row of windows, whose first row of the source is `row`: a share of what the next row
 // of windows meets first, in the order of memory. Processors foresee that order, and not that of a window's rows taking turns.
-template <int CACHE = 1>
+template <int CACHE>
 __device__ __forceinline__ void prefetch_next_row(const real* row, int out, const Pooling& size) {
     if (size.stride > size.kernel_w || size.stride > size.kernel_h) return;  // there are gaps, which nobody reads
     if (size.out_width == 1) return;  // a window reads whole rows, in that order
