@@ -50,7 +50,7 @@ struct Fiber {
     void* asan_stack;
 };
 
-static const size_t STACK_BYTES = 256 * 1024;
+static const size_t STACK_BYTES = 64 * 1024;  // the sanitizer marks all of a stack at each switch
 static const int WARP_SIZE = 32;
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;

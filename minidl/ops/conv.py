@@ -137,6 +137,7 @@ def _weight_gradient(dy: Array, x: Array, weight: Array, dweight: Array, dx: Arr
             # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
             adjoint, dx_matrix = of_dx
             product.multiply(adjoint, dy_rows, dx_matrix, begin * g.batch, columns)
+        del dy_rows, cols  # their memory, in the cache still, is that of the next
 
 
 def _input_gradient(dy: Array, weight: Array, dx: Array, g: _Geometry) -> None:

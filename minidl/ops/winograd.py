@@ -41,6 +41,7 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
         KERNELS.winograd_output_gradient[(end - begin, len(dy)), threads_along(g.batch)](
             dy, e, *dy.shape[1:], g.padded, g.tiles_x, begin, v.shape[2])
         g.product.multiply_rows(e, v, du, columns, begin > 0)
+        del e, v  # their memory, in the cache still, is that of the next
     windows = dweight.size // 9
     KERNELS.winograd_weight_gradient[blocks_for(windows, 512), 128](du, dweight, windows)
 
