@@ -19,17 +19,17 @@ from minidl.ops.window import output_size, threads_along
 
 KERNELS = Kernels("conv.cu")
 
-# Who computes, per array module; cupy's limits are guesses. Measured on a core of Zen 4 with AVX-512, 3x3, batches of 32 and 64,
-# GFLOP/s of the definition (forward, dweight, both gradients):
-#   channels             winograd.py     im2col        group_conv.py
-#   8 -> 8               31, 36, 38      37, 28, 35
-#   16 -> 64             79, 74, 75      76, 67, 52
-#   32 -> 32             90, 85, 90      68, 56, 62
-#   4 of 32 groups       12, 14, 14      18, 15, 17    82, 59, 63
-#   24 of 2 groups       71, 69, 73      58, 60, 62    89, 75, 83
-#   48 of 2 groups       105, 98, 109    74, 65, 72    92, 75, 81
-WINOGRAD_CHANNELS = {"numpy": 16, "cupy": 16}        # at least so many, in and out, without groups
-WINOGRAD_GROUP_CHANNELS = {"numpy": 32, "cupy": 32}  # and of each group
+# Who computes, per array module; cupy's limits are guesses. Measured on a core of Zen 4 with AVX-512, 3x3, 32x32 pixels, batch
+# 32, GFLOP/s of the definition (forward, dweight, dx):
+#   channels             winograd.py      im2col        group_conv.py
+#   8 -> 8               54, 22, 80       18, 25, 39
+#   16 -> 64             138, 88, 125     71, 67, 65
+#   32 -> 32             127, 93, 123     69, 63, 75
+#   16 of 2 groups       97, 70, 92       56, 52, 65    92, 73, 93
+#   24 of 2 groups       126, 97, 139     72, 66, 76    103, 75, 79
+#   48 of 2 groups       163, 126, 170    85, 74, 84    89, 75, 82
+WINOGRAD_CHANNELS = {"numpy": 8, "cupy": 16}         # at least so many, in and out, without groups
+WINOGRAD_GROUP_CHANNELS = {"numpy": 24, "cupy": 32}  # and of each group
 DIRECT_GROUP_CHANNELS = {"numpy": 50, "cupy": 16}    # of a group at most so many, in and out, for group_conv.py
 STRETCH = {"numpy": 512, "cupy": 32}  # pixels of a row of cols that one block of im2col copies: long runs are read fastest
 DW_COLUMNS = 512  # of cols, at least, in a sum for dweight: each ends with a pass over it
