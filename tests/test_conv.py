@@ -113,21 +113,10 @@ def test_gradients(target, rng, compute, shape, outputs, stride, padding, groups
     got = backward(target, x, weight, dy, "float64", dict(stride=stride, padding=padding, groups=groups))
     again = backward(target, x, weight, dy, "float64", dict(stride=stride, padding=padding, groups=groups))
     for index, (result, repeated) in enumerate(zip(got, again)):
-        expected = _vjp(arguments, index, dy)
+        # Linear in each argument: two points and any step are exact, and rounding falls with the step.
+        expected = numerical_vjp(reference.conv2d, arguments, index, dy, h=1.0)
         assert_close(result, expected, 1e-6, ("dx", "dweight", "dbias")[index])
         assert np.array_equal(result, repeated)
-
-
-_known = {}
-
-
-def _vjp(arguments, index, dy):
-    """numerical_vjp of the convolution, computed once for all targets: the inputs are the same in each."""
-    key = (index, *(a.tobytes() if isinstance(a, np.ndarray) else a for a in (*arguments, dy)))
-    if key not in _known:
-        # Linear in each argument: two points and any step are exact, and rounding falls with the step.
-        _known[key] = numerical_vjp(reference.conv2d, arguments, index, dy, h=1.0)
-    return _known[key]
 
 
 @pytest.mark.parametrize("shape, outputs, stride, padding, groups, way, dtype", in_precisions(EACH_WAY, PRECISIONS[1:]), ids=str)
