@@ -160,6 +160,9 @@ def pooled_bytes() -> int:
     return _host_pool.held_bytes()
 
 
+CACHE_LINE = 64  # bytes
+
+
 class HostPool:
     """Memory of large NumPy arrays, kept for the next arrays, as CuPy does on a GPU.
 
@@ -219,15 +222,22 @@ class HostPool:
         fitting = [index for index, block in enumerate(self._free) if size <= block.nbytes <= 2 * size]
         if not fitting:
             try:
-                return np.empty(size, np.uint8)
+                return _fresh(size)
             except MemoryError:  # what is kept for later is needed now
                 self._free.clear()
                 self._free_bytes = 0
-                return np.empty(size, np.uint8)
+                return _fresh(size)
         # Of equal blocks the one that came back last: it is the likeliest to be in the cache still.
         block = self._free.pop(min(reversed(fitting), key=lambda index: self._free[index].nbytes))
         self._free_bytes -= block.nbytes
         return block
+
+
+def _fresh(size: int) -> Array:
+    """Bytes from the operating system that begin with a cache line: a vector that begins elsewhere may lie in two."""
+    block = np.empty(size + CACHE_LINE - 1, np.uint8)
+    begin = -block.ctypes.data % CACHE_LINE
+    return block[begin:begin + size]
 
 
 _host_pool = HostPool()

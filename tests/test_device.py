@@ -257,6 +257,11 @@ def test_small_arrays_bypass_the_pool(pool, shape):
     assert pool.empty((256, 256), FLOAT).base is not None  # the smallest that does not
 
 
+@pytest.mark.parametrize("size", [1 << 16, 65_537, 1 << 20])
+def test_pooled_arrays_begin_with_a_cache_line(pool, size):
+    assert [address(pool.empty((size,), FLOAT)) % 64 for _ in range(2)] == [0, 0]
+
+
 def test_threads_share_the_pool(pool):
     """No memory is handed to two at once."""
     def work(me):
