@@ -176,6 +176,7 @@ class HostPool:
         self._free: list[Array] = []  # blocks, in the order in which they came back
         self._free_bytes = self._used_bytes = self._peak_bytes = 0
         self._lock = threading.Lock()
+        self._lent: dict[int, tuple[weakref.ref[Array], Array]] = {}  # by the reference's id: whose array lives, and its block
         self._returned: deque[Array] = deque()  # blocks whose arrays are gone, before they are counted
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -189,9 +190,10 @@ class HostPool:
             self._used_bytes += block.nbytes
             self._peak_bytes = max(self._peak_bytes, self._used_bytes)
         # All views of an array keep alive the first one that stands on a foreign buffer: `owner`, not `block`.
-        owner = np.frombuffer(block.data, np.uint8, count=size)
-        weakref.finalize(owner, self._return, block).atexit = False
-        return owner.view(dtype).reshape(shape)
+        owner = np.frombuffer(block.data, dtype, count=size // dtype.itemsize)
+        reference = weakref.ref(owner, self._return)
+        self._lent[id(reference)] = reference, block
+        return owner.reshape(shape)
 
     def held_bytes(self) -> int:
         """Bytes of all blocks, in use or kept for later."""
@@ -199,10 +201,10 @@ class HostPool:
             self._take_back()
             return self._used_bytes + self._free_bytes
 
-    def _return(self, block: Array) -> None:
-        # A finalizer, it may run in the middle of anything, this class included: it never waits for the lock. Whoever
-        # has it, or takes it next, counts the block.
-        self._returned.append(block)
+    def _return(self, reference: weakref.ref[Array]) -> None:
+        # It may run in the middle of anything, this class included: it never waits for the lock. Whoever has it, or takes
+        # it next, counts the block.
+        self._returned.append(self._lent.pop(id(reference))[1])
         if self._lock.acquire(blocking=False):
             try:
                 self._take_back()
