@@ -196,8 +196,8 @@ class Kernel:
             raise TypeError(f"{self.name}: {len(arguments)} arguments, the kernel has {len(self.parameters)}: "
                             + ", ".join(parameter.name for parameter in self.parameters))
         xp, precision = self._target(arguments)
-        values = [self._check_array(parameter, argument, xp, dtype) if parameter.is_array
-                  else self._convert_scalar(parameter, argument, dtype)
+        scalar = self._host_scalar if xp is np else self._convert_scalar
+        values = [self._check_array(parameter, argument, xp, dtype) if parameter.is_array else scalar(parameter, argument, dtype)
                   for parameter, argument, dtype in zip(self.parameters, arguments, self._dtypes(precision))]
         if _Settings.threads_per_block and not self.kernels.fixed_threads:
             threads = _Settings.threads_per_block
@@ -258,10 +258,19 @@ class Kernel:
             less = f", less the {MAX_THREADS} by which a loop may step past its end" if counts else ""
             raise TypeError(f"{self.name}: {parameter.name} = {argument} does not fit {dtype}{less}") from None
 
-    def _launch_on_host(self, precision: str, grid: tuple[int, int], threads: int, values: list[Array | np.generic]) -> None:
+    def _host_scalar(self, parameter: Parameter, argument: Any, dtype: np.dtype[Any]) -> Any:
+        """A number -> an object of ctypes that holds it, for reading only."""
+        if type(argument) is int:
+            return self._known_scalar(parameter, argument, dtype)
+        return _HOST_SCALARS[dtype](self._convert_scalar(parameter, argument, dtype))
+
+    @functools.lru_cache(maxsize=1 << 14)  # most are sizes, which come again in each step
+    def _known_scalar(self, parameter: Parameter, argument: int, dtype: np.dtype[Any]) -> Any:
+        return _HOST_SCALARS[dtype](self._convert_scalar(parameter, argument, dtype))
+
+    def _launch_on_host(self, precision: str, grid: tuple[int, int], threads: int, values: list[Any]) -> None:
         function = self._host_function(_Settings.mode, precision)
-        cells = [_POINTER(_address(value)) if isinstance(value, np.ndarray) else _HOST_SCALARS[value.dtype](value)
-                 for value in values]
+        cells = [_POINTER(_address(value)) if isinstance(value, np.ndarray) else value for value in values]
         pointers = (_POINTER * len(cells))(*map(ctypes.addressof, cells))
         message = ctypes.create_string_buffer(300)
         launch = _Launch(*grid, threads, ctypes.addressof(message), len(message))
