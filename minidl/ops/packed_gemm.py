@@ -61,13 +61,13 @@ class Packed:
 
     def __init__(self, sizes: list[int], acc_bytes: int) -> None:
         """sizes: as gemm_sizes gives them."""
-        self._rows, self._panel, self._strip, self._dw_block, self._dw_columns, self.unit = sizes
+        self._rows, self._panel, self._vector, self._dw_block, self._dw_columns, self.unit = sizes
         self._acc_bytes = acc_bytes
 
     def images(self, batch: int) -> int:
         """Images whose pixels fit a panel, a multiple of a vector: a batch in as few and as equal parts as there can be."""
         parts = -(-batch // self._panel)
-        return -(-batch // (parts * self._strip)) * self._strip
+        return -(-batch // (parts * self._vector)) * self._vector
 
     def tile_rows(self, m: int) -> int:
         return self._rows
