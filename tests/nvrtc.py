@@ -126,6 +126,16 @@ def kernel_parameters(ptx):
             for name, parameters in re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx)}
 
 
+def widest_accesses(ptx):
+    """The PTX of a Program -> {kernel name: (bytes of global memory that a thread reads at once, and writes, at most)}."""
+    def widest(instruction, text):
+        return max((int(vector or 1) * int(bits) // 8
+                    for vector, bits in re.findall(rf"{instruction}\.global[.\w]*?(?:\.v(\d))?\.[a-z](\d+)", text)), default=0)
+
+    _, *kernels = re.split(r"\.entry (?=\w)", ptx)
+    return {re.match(r"\w+", text)[0]: (widest("ld", text), widest("st", text)) for text in kernels}
+
+
 def usage_table(rows):
     """[(kernel name, precision, architecture, Usage), ...] -> text for people, under the version of the compiler."""
     head = ("kernel", "precision", "architecture", *Usage._fields)

@@ -90,6 +90,18 @@ def test_forward(target, rng, shape, variant, dtype, training):
     assert_close(target.host(y), case.expected(), tolerance(dtype, terms=np.prod(shape[1:])), "y")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_that_go_past_the_caches(machine, rng, variant):
+    """As they are many; rows begin anywhere."""
+    case = Case(rng, (3, 27, 27, 501), variant, "float32", machine)
+    y = machine.host(case.forward())
+    assert_close(y, case.expected(), tolerance("float32", terms=27 * 27 * 501), "y")
+    some = Case(rng, (3, 27, 27, 3), variant, "float32", machine, training=False)
+    some.x, some.z, some.gamma, some.beta = case.x[..., :3], case.z[..., :3], case.gamma, case.beta
+    some.running = machine.host(case.mean), 1 / machine.host(case.rstd) ** 2 - EPS
+    assert_close(y[..., :3], machine.host(some.forward()), tolerance("float32"), "y of some images")
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_running_statistics(target, rng, shape, dtype):

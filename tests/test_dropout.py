@@ -74,3 +74,12 @@ def test_sizes_that_are_no_multiple_of_four(target):
 def test_refused(target, apply, rate):
     with pytest.raises(ValueError, match="dropout: rate .* is not in 0 <= rate < 1"):
         apply(target.array(np.ones((1, 1, 1, 1))), rate, KEY, LAYER, step(target, 0))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_arrays_that_begin_anywhere(target, rng, dtype):
+    x = rng.integers(-8, 9, 103).astype(float)
+    y = target.host(dropout.apply(target.array(x, dtype), 0.5, KEY, LAYER, step(target, 0)))
+    for offset in (1, 2):
+        moved = target.array(np.concatenate([np.zeros(offset), x]), dtype)[offset:]
+        assert np.array_equal(target.host(dropout.apply(moved, 0.5, KEY, LAYER, step(target, 0))), y)

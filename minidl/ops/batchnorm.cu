@@ -17,7 +17,7 @@
 // Two ways to equal results, bit for bit. Either a block takes a group of whole channels and goes over their rows twice
 // (bn_forward*, bn_backward*; grid: groups): what fits a cache comes from memory once. Or a block takes a tile (grid: tiles x
 // channels), and kernels of their own combine the tiles of a row, one thread a channel, and apply what comes out.
-#include "sums.cuh"
+#include "rows.cuh"
 
 // The row of a channel in a tensor (C, row).
 template <class T>
@@ -109,40 +109,41 @@ __device__ __forceinline__ T affine(T x, Channel channel) {
     return (x - channel.mean) * channel.scale + channel.beta;
 }
 
-__device__ __forceinline__ acc relu(acc value) { return value < acc(0) ? acc(0) : value; }
+template <class T>
+__device__ __forceinline__ T relu(T value) { return value < T{} ? T{} : value; }
 
 // `z` is read only in the variant that adds it.
 template <bool ADDS, bool RECTIFIES>
 __device__ __forceinline__ void apply_tile(const real* x, const real* z, const acc* mean, const acc* rstd, const acc* gamma,
-                                           const acc* beta, real* y, int c, int t, int row, int tile) {
+                                           const acc* beta, real* y, int channels, int c, int t, int row, int tile) {
     const Channel channel = channel_of(c, mean, rstd, gamma, beta);
+    const long long total = (long long)channels * row;
     const real *x_row = row_of(x, c, row), *z_row = row_of(z, c, row);
     real* y_row = row_of(y, c, row);
-    const int end = tile_end(t, row, tile);
-    BLOCK_LOOP(i, t * tile, end) {
-        acc value = affine(acc(x_row[i]), channel);
-        if (ADDS) value += acc(z_row[i]);
-        y_row[i] = real(RECTIFIES ? relu(value) : value);
-    }
+    map_over({y_row}, of_block(t * tile, tile_end(t, row, tile), total), [=](auto& y, auto x, auto z) {
+        const auto value = affine(x, channel);
+        const auto sum = ADDS ? value + z : value;
+        y[0] = RECTIFIES ? relu(sum) : sum;
+    }, x_row, z_row);
 }
 
 extern "C" __global__ void bn_apply(const real* __restrict__ x, const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                     const acc* __restrict__ gamma, const acc* __restrict__ beta, real* __restrict__ y, int row,
                                     int tile) {
-    apply_tile<false, false>(x, x, mean, rstd, gamma, beta, y, blockIdx.y, blockIdx.x, row, tile);
+    apply_tile<false, false>(x, x, mean, rstd, gamma, beta, y, gridDim.y, blockIdx.y, blockIdx.x, row, tile);
 }
 
 extern "C" __global__ void bn_apply_relu(const real* __restrict__ x, const acc* __restrict__ mean,
                                          const acc* __restrict__ rstd, const acc* __restrict__ gamma,
                                          const acc* __restrict__ beta, real* __restrict__ y, int row, int tile) {
-    apply_tile<false, true>(x, x, mean, rstd, gamma, beta, y, blockIdx.y, blockIdx.x, row, tile);
+    apply_tile<false, true>(x, x, mean, rstd, gamma, beta, y, gridDim.y, blockIdx.y, blockIdx.x, row, tile);
 }
 
 extern "C" __global__ void bn_apply_add_relu(const real* __restrict__ x, const real* __restrict__ z,
                                              const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                              const acc* __restrict__ gamma, const acc* __restrict__ beta,
                                              real* __restrict__ y, int row, int tile) {
-    apply_tile<true, true>(x, z, mean, rstd, gamma, beta, y, blockIdx.y, blockIdx.x, row, tile);
+    apply_tile<true, true>(x, z, mean, rstd, gamma, beta, y, gridDim.y, blockIdx.y, blockIdx.x, row, tile);
 }
 
 // Statistics of all rows of a group, then all results: long streams through memory, where rows are short.
@@ -163,7 +164,7 @@ __device__ __forceinline__ void forward(const real* x, const real* z, const acc*
     __syncthreads();
     for (int c = begin; c < end; ++c)
         for (int t = 0; t < tiles; ++t)
-            apply_tile<ADDS, RECTIFIES>(x, z, mean, rstd, gamma, beta, y, c, t, row, tile);
+            apply_tile<ADDS, RECTIFIES>(x, z, mean, rstd, gamma, beta, y, channels, c, t, row, tile);
 }
 
 extern "C" __global__ void bn_forward(const real* __restrict__ x, const acc* __restrict__ gamma, const acc* __restrict__ beta,
@@ -282,14 +283,15 @@ __device__ __forceinline__ void tile_dx(const real* x, const real* dy, const rea
     const Channel channel = channel_of(c, mean, rstd, gamma, beta);
     const acc g_mean = dbeta[c] * inverse_m, slope = rstd[c] * dgamma[c] * inverse_m;
     const real *x_row = row_of(x, c, row), *dy_row = row_of(dy, c, row), *y_row = row_of(y, c, row);
+    const auto dx_and_g = [=](auto& results, auto x, auto dy, auto y) {
+        const auto g = masked<MASK>(dy, x, y, channel);
+        results[0] = channel.scale * (g - g_mean - (x - channel.mean) * slope);
+        if (MASK == FROM_Y) results[1] = g;
+    };
+    const auto positions = of_block(t * tile, tile_end(t, row, tile));
     real *dx_row = row_of(dx, c, row), *dz_row = row_of(dz, c, row);
-    const int end = tile_end(t, row, tile);
-    BLOCK_LOOP(i, t * tile, end) {
-        const acc value = acc(x_row[i]);
-        const acc g = masked<MASK>(acc(dy_row[i]), value, acc(y_row[i]), channel);
-        if (MASK == FROM_Y) dz_row[i] = real(g);
-        dx_row[i] = real(channel.scale * (g - g_mean - (value - channel.mean) * slope));
-    }
+    if constexpr (MASK == FROM_Y) map_over({dx_row, dz_row}, positions, dx_and_g, x_row, dy_row, y_row);
+    else map_over({dx_row}, positions, dx_and_g, x_row, dy_row, y_row);
 }
 
 extern "C" __global__ void bn_backward_x(const real* __restrict__ x, const real* __restrict__ dy,

@@ -9,7 +9,7 @@
 //
 // A chunk is a range of output pixels (oy, ox), with all their images: `cols` then has pixel_count * N columns.
 // Chellapilla, Puri, Simard, "High performance convolutional neural networks for document processing", 2006.
-#include "lanes.cuh"
+#include "rows.cuh"
 #include "window.cuh"
 
 // cols (groups * K, step). Grid: groups * K x stretches of `stretch` pixels. Threads run along the batch.
@@ -29,12 +29,7 @@ extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__
         if (inside) run = stride > 1 ? 1 : run < width - ix ? run : width - ix;
         else if (ix < 0) run = stride > 1 ? 1 : run < -ix ? run : -ix;
         const int count = run * batch;
-        if (inside) {
-            const real* pixels = image + ((long long)iy * width + ix) * batch;
-            BLOCK_LOOP(n, 0, count) out[n] = pixels[n];
-        } else {
-            BLOCK_LOOP(n, 0, count) out[n] = real(acc(0));
-        }
+        copy_over(out, inside ? image + ((long long)iy * width + ix) * batch : 0, count);
         out += count;
         i += run;
         ox += run;

@@ -5,16 +5,15 @@
 // kernel serves both directions, and nothing is stored. A position is kept if its 32 random bits are >= p * 2^32.
 #include "common.cuh"
 
-// Elements 4 * group + (0 .. count-1), which share one call of the generator.
-__device__ __forceinline__ void drop(const real* __restrict__ x, real* __restrict__ y, long long group, int count,
-                                     unsigned long long key, unsigned now, unsigned layer, unsigned threshold,
-                                     acc scale) {
+// The elements 4 * group + (0 .. count-1), which share one call of the generator.
+__device__ __forceinline__ void drop(const real* x, real* y, long long group, int count, unsigned long long key, unsigned now,
+                                     unsigned layer, unsigned threshold, acc scale) {
     unsigned bits[] = {(unsigned)group, (unsigned)(group >> 32), now, layer};
     philox(key, bits);
     UNROLL for (int k = 0; k < 4; ++k) {
         if (k >= count) break;
-        const acc value = acc(x[4 * group + k]);
-        y[4 * group + k] = real((bits[k] >= threshold ? value : acc(0)) * scale);
+        const acc value = acc(x[k]);
+        y[k] = real((bits[k] >= threshold ? value : acc(0)) * scale);
     }
 }
 
@@ -22,8 +21,20 @@ __device__ __forceinline__ void drop(const real* __restrict__ x, real* __restric
 extern "C" __global__ void dropout(const real* __restrict__ x, const long long* __restrict__ step, real* __restrict__ y,
                                    long long n, unsigned long long key, unsigned layer, unsigned threshold, acc scale) {
     const unsigned now = (unsigned)*step;
-    GRID_LOOP(group, n / 4) drop(x, y, group, 4, key, now, layer, threshold, scale);
-    GRID_LOOP(rest, n % 4 ? 1 : 0) drop(x, y, n / 4, n % 4, key, now, layer, threshold, scale);
+#ifndef MINIDL_FAST
+    struct alignas(4 * sizeof(real)) Four {  // which a thread of a GPU reads and writes at once
+        real values[4];
+    };
+    if (((size_t)x | (size_t)y) % sizeof(Four) == 0) {
+        GRID_LOOP(group, n / 4) {
+            Four four = ((const Four*)x)[group];
+            drop(four.values, four.values, group, 4, key, now, layer, threshold, scale);
+            ((Four*)y)[group] = four;
+        }
+    } else
+#endif
+    GRID_LOOP(group, n / 4) drop(x + 4 * group, y + 4 * group, group, 4, key, now, layer, threshold, scale);
+    GRID_LOOP(rest, n % 4 ? 1 : 0) drop(x + n / 4 * 4, y + n / 4 * 4, n / 4, n % 4, key, now, layer, threshold, scale);
 }
 
 #define IMAGES 512  // whose decisions a block keeps, so that it goes through the pixels in the order of memory

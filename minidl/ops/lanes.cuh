@@ -25,6 +25,7 @@
 #endif
 typedef acc lanes __attribute__((vector_size(VECTOR_BYTES)));
 typedef lanes lanes_in_memory __attribute__((aligned(alignof(acc)), may_alias));  // where a batch begins anywhere
+typedef float float_vector __attribute__((vector_size(VECTOR_BYTES)));
 typedef decltype(lanes{} > lanes{}) integers;
 typedef std::remove_reference_t<decltype(integers{}[0])> lane_integer;
 #if defined(__x86_64__) && !defined(__AVX512F__)
@@ -71,6 +72,29 @@ __device__ __forceinline__ void store(Stored* target, lanes value, int left) {
     *(lanes_in_memory*)values = value;
     if (!WHOLE && left < LANES) store_part(target, values, left);
     else SIMD for (int i = 0; i < LANES; ++i) target[i] = Stored(values[i]);
+}
+
+// Without reading the line first, as a store does, and without keeping it in a cache. Others see it after the fence.
+template <class Stored>
+__device__ __forceinline__ void store_past_caches(Stored* target, lanes value) {
+    if (sizeof(Stored) != sizeof(acc) || (size_t)target % sizeof(lanes)) return store<true>(target, value, LANES);
+#ifdef __clang__
+    __builtin_nontemporal_store(value, (lanes*)target);
+#elif defined(__AVX512F__)
+    __builtin_ia32_movntps512((float*)target, (float_vector)value);
+#elif defined(__AVX__)
+    __builtin_ia32_movntps256((float*)target, (float_vector)value);
+#elif defined(__SSE__)
+    __builtin_ia32_movntps((float*)target, (float_vector)value);
+#else
+    *(lanes*)target = value;
+#endif
+}
+
+__device__ __forceinline__ void past_caches_fence() {
+#ifdef __SSE__
+    __builtin_ia32_sfence();
+#endif
 }
 
 // Integers are stored in fewer bits.

@@ -3,16 +3,19 @@
 //   y = max(x, 0), NaN stays NaN         dx = dy where y > 0, else 0 (at the kink, 0)
 //
 // Grid: the flat array, shared by all threads.
-#include "common.cuh"
+#include "rows.cuh"
 
 extern "C" __global__ void relu_forward(const real* __restrict__ x, real* __restrict__ y, long long n) {
-    GRID_LOOP(i, n) {
-        const acc value = acc(x[i]);
-        y[i] = real(value < acc(0) ? acc(0) : value);
-    }
+    map_over({y}, of_grid(n), [](auto& y, auto x) {
+        const decltype(x) zero{};
+        y[0] = x < zero ? zero : x;
+    }, x);
 }
 
 extern "C" __global__ void relu_backward(const real* __restrict__ dy, const real* __restrict__ y, real* __restrict__ dx,
                                          long long n) {
-    GRID_LOOP(i, n) dx[i] = real(acc(y[i]) > acc(0) ? acc(dy[i]) : acc(0));
+    map_over({dx}, of_grid(n), [](auto& dx, auto dy, auto y) {
+        const decltype(y) zero{};
+        dx[0] = y > zero ? dy : zero;
+    }, dy, y);
 }

@@ -1,0 +1,154 @@
+// Rows of memory, element by element, read and written as widely as the target can: on a GPU 16 bytes at a time, where the
+// arrays are aligned so; in the fast host target in vectors.
+//
+//   acc sums[2];
+//   sum_over(sums, begin, end, [=](auto& sums, auto x, auto dy) {        // the block's threads share the row's elements
+//       sums[0] += dy;
+//       sums[1] += dy * x;
+//   }, x_row, dy_row);
+//   map_over({y_row}, of_block(begin, end), [=](auto& results, auto x) { results[0] = 2 * x; }, x_row);
+//   map_over({y}, of_grid(n), [=](auto& results, auto a, auto b) { results[0] = a + b; }, a, b);
+//   copy_over(to, from, count);                                          // zeros where `from` is 0
+//
+// The function sees one position, or a vector of them: what it gets and what it gives are acc or lanes. All threads must call
+// these. What is written may be what is read, position by position, but otherwise overlaps with nothing.
+#pragma once
+#include "lanes.cuh"
+
+// The positions that the threads of a block, or of the grid, share.
+template <class Index>
+struct Positions {
+    Index begin, end;
+#ifdef MINIDL_FAST
+    bool past_caches;
+#else
+    Index thread, threads;
+#endif
+};
+
+#ifdef MINIDL_FAST
+
+// Bytes of an array that is stored past the caches: an ordinary store first reads the line that it overwrites, a third of all
+// that moves. Measured on two cores of Zen 4, arrays of 8 MB and more, in no cache: sums and ReLUs are 1.4 to 2 times as fast,
+// batch norm 1.1 to 1.3; its backward, which reads all twice, would be slower, and pooling, too.
+#define PAST_CACHES (4LL << 20)
+
+// whole: the elements of the array of which this is a part, if it may be stored past the caches.
+__device__ __forceinline__ Positions<int> of_block(int begin, int end, long long whole = 0) {
+    return {begin, end, sizeof(real) == sizeof(acc) && whole * (long long)sizeof(real) >= PAST_CACHES};
+}
+
+__device__ __forceinline__ Positions<long long> of_grid(long long n) {
+    return {share_begin(n), share_begin(n, 1), sizeof(real) == sizeof(acc) && n * (long long)sizeof(real) >= PAST_CACHES};
+}
+
+#else
+
+__device__ __forceinline__ Positions<int> of_block(int begin, int end, long long = 0) {
+    return {begin, end, (int)threadIdx.x, (int)blockDim.x};
+}
+
+__device__ __forceinline__ Positions<long long> of_grid(long long n) {
+    return {0, n, blockIdx.x * (long long)blockDim.x + threadIdx.x, gridDim.x * (long long)blockDim.x};
+}
+
+#define PIECE ((int)(16 / sizeof(real)))
+
+struct alignas(16) Piece {
+    real values[PIECE];
+};
+
+template <class... Pointers>
+__device__ __forceinline__ bool in_pieces(Pointers... arrays) {
+    return ((size_t)arrays | ...) % sizeof(Piece) == 0;
+}
+
+__device__ __forceinline__ const Piece& piece_at(const real* source) { return *(const Piece*)source; }
+
+#endif
+
+template <int COUNT, class Add, class... Reals>
+__device__ __forceinline__ void sum_over(acc (&sums)[COUNT], int begin, int end, Add add, const Reals*... rows) {
+#ifdef MINIDL_FAST
+    // A sum is a chain of additions, each waiting for the one before: several of them side by side, where BLOCK_LOOP_SUM has
+    // one, half as fast as a cache could be read.
+    const int CHAINS = 4 / COUNT;
+    lanes chains[CHAINS][COUNT] = {};
+    int i = begin;
+    for (; end - i >= CHAINS * LANES; i += CHAINS * LANES)
+        UNROLL for (int k = 0; k < CHAINS; ++k) add(chains[k], load<true>(rows + i + k * LANES, LANES)...);
+    for (; i < end; i += LANES) {
+        lanes terms[COUNT] = {};
+        add(terms, load<false>(rows + i, end - i)...);
+        for (int s = 0; s < COUNT; ++s) {
+            for (int lane = end - i; lane < LANES; ++lane) terms[s][lane] = 0;
+            chains[0][s] += terms[s];
+        }
+    }
+    for (int k = 1; k < CHAINS; ++k)
+        for (int s = 0; s < COUNT; ++s) chains[0][s] += chains[k][s];
+    sum_each(chains[0], sums);
+#else
+    acc terms[COUNT] = {};
+    const auto add_each = [&](auto... pieces) {
+        UNROLL for (int k = 0; k < PIECE; ++k) add(terms, acc(pieces.values[k])...);
+    };
+    const int pieces = in_pieces((rows + begin)...) ? (end - begin) / PIECE : 0;
+    for (int p = threadIdx.x; p < pieces; p += blockDim.x) add_each(piece_at(rows + begin + p * PIECE)...);
+    BLOCK_LOOP(i, begin + pieces * PIECE, end) add(terms, acc(rows[i])...);
+    sum_each(terms, sums);
+#endif
+}
+
+template <int COUNT, class Index, class Map, class... Reals>
+__device__ __forceinline__ void map_over(real* const (&targets)[COUNT], Positions<Index> at, Map map, const Reals*... sources) {
+    const auto map_one = [&](Index i) {
+        acc results[COUNT];
+        map(results, acc(sources[i])...);
+        UNROLL for (int t = 0; t < COUNT; ++t) targets[t][i] = real(results[t]);
+    };
+#ifdef MINIDL_FAST
+    Index i = at.begin;
+    if (at.past_caches) {
+        for (; i < at.end && (size_t)(targets[0] + i) % sizeof(lanes); ++i) map_one(i);
+        for (; at.end - i >= LANES; i += LANES) {
+            lanes results[COUNT];
+            map(results, load<true>(sources + i, LANES)...);
+            UNROLL for (int t = 0; t < COUNT; ++t) store_past_caches(targets[t] + i, results[t]);
+        }
+        past_caches_fence();
+    }
+    SIMD for (Index j = i; j < at.end; ++j) map_one(j);
+#else
+    const auto map_each = [&](Index i, auto... pieces) {
+        Piece written[COUNT];
+        UNROLL for (int k = 0; k < PIECE; ++k) {
+            acc results[COUNT];
+            map(results, acc(pieces.values[k])...);
+            UNROLL for (int t = 0; t < COUNT; ++t) written[t].values[k] = real(results[t]);
+        }
+        UNROLL for (int t = 0; t < COUNT; ++t) *(Piece*)(targets[t] + i) = written[t];
+    };
+    const bool aligned = in_pieces(targets[0] + at.begin, targets[COUNT - 1] + at.begin, (sources + at.begin)...);
+    const Index pieces = aligned ? (at.end - at.begin) / PIECE : 0;
+    for (Index p = at.thread; p < pieces; p += at.threads) {
+        const Index i = at.begin + p * PIECE;
+        map_each(i, piece_at(sources + i)...);
+    }
+    for (Index i = at.begin + pieces * PIECE + at.thread; i < at.end; i += at.threads) map_one(i);
+#endif
+}
+
+__device__ __forceinline__ void copy_over(real* __restrict__ target, const real* __restrict__ source, int count) {
+#ifdef MINIDL_FAST
+    const int copied = 0;
+#else
+    const int pieces = in_pieces(target, source) ? count / PIECE : 0, copied = pieces * PIECE;
+    BLOCK_LOOP(p, 0, pieces) ((Piece*)target)[p] = source ? ((const Piece*)source)[p] : Piece{};
+#endif
+    if (source) {
+        BLOCK_LOOP(i, copied, count) target[i] = source[i];
+    } else {
+        BLOCK_LOOP(i, copied, count) target[i] = real(acc(0));
+    }
+}
