@@ -12,7 +12,6 @@ in all epochs together, both in per cent of the bare loop.
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -21,7 +20,8 @@ import threading
 import time
 from pathlib import Path
 
-from minidl import command, run_folder
+import records
+from minidl import command
 from minidl.commands import train
 from minidl.commands.arguments import positive
 from minidl.progress import Progress
@@ -101,9 +101,7 @@ def main():
     print(f"{row['steps']} steps, medians of {args.repeats}: bare {row['bare_seconds']:.3f} s, in train.py "
           f"{row['epoch_seconds']:.3f} s | loop {row['loop_percent']:+.2f} %, checkpoints {row['checkpoints_percent']:.2f} %")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"environment": run_folder.environment(run.place), "rows": [row]}, file, indent=1)
-            file.write("\n")
+        records.write(args.json, run.place, [row])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Pictures of benchmarks, in the form of minidl's own (plots.py)."""
 
-import math
 
 from minidl.plots import COLOURS, GRAY, SMALL, picture
 

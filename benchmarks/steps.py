@@ -13,6 +13,7 @@ import numpy as np
 import models
 import records
 from minidl import blas, optim
+from minidl.data.dataset import IMAGE_SHAPE
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.ops import loss
 from minidl.step_graph import StepGraph
@@ -25,7 +26,7 @@ LAYOUTS = {"torch": "contiguous_format", "torch channels_last": "channels_last"}
 
 def macs(name):
     """Multiply-accumulates of one image, forward."""
-    return models.create(name, CLASSES).macs((3, 32, 32))
+    return models.create(name, CLASSES).macs(IMAGE_SHAPE)
 
 
 class Minidl:

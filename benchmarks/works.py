@@ -16,10 +16,10 @@ import numpy as np
 
 import models
 from minidl import layers
+from minidl.data.dataset import IMAGE_SHAPE
 from minidl.kernels import acc_dtype
 from minidl.ops import add, augment, avgpool, batchnorm, conv, dropout, linear, loss, maxpool, optimizer, relu
 
-IMAGE = (3, 32, 32)
 CLASSES = 100
 OTHERS = "others"  # in the place of a network's name
 
@@ -506,14 +506,14 @@ class Augmentation(Work):
     kernels = ("augment_draw", "augment_apply", "augment_mix")
 
     def __str__(self):
-        return text(*IMAGE)
+        return text(*IMAGE_SHAPE)
 
     def cases(self, inputs):
         return (self._mix if self.mix else self._shift)(inputs)
 
     def _shift(self, inputs):
-        xp, place, rng, (channels, height, width) = inputs.xp, inputs.place, inputs.rng, IMAGE
-        images = place.array(rng.integers(0, 256, (10_000, *IMAGE), dtype=np.uint8))
+        xp, place, rng, (channels, height, width) = inputs.xp, inputs.place, inputs.rng, IMAGE_SHAPE
+        images = place.array(rng.integers(0, 256, (10_000, *IMAGE_SHAPE), dtype=np.uint8))
         labels, indices = inputs.labels(10_000), place.array(rng.permutation(10_000)[:self.batch].astype(np.int32))
         scale, shift, step = inputs.master(channels), inputs.master(channels), xp.zeros(1, np.int64)
         settings = dict(key=1, padding=4, flips=True)
@@ -530,11 +530,11 @@ class Augmentation(Work):
                           for image, dy, dx, flip in zip(x, *draws[:3])])
             return (xp.ascontiguousarray(x.transpose(1, 2, 3, 0)),)
 
-        pixels = self.batch * math.prod(IMAGE)
+        pixels = self.batch * math.prod(IMAGE_SHAPE)
         yield Case("augmentation", ours, pixels * (1 + inputs.dtype.itemsize), 2 * pixels, in_numpy)
 
     def _mix(self, inputs):
-        x, share = inputs.normal(*IMAGE, self.batch), inputs.place.array([0.75], inputs.acc)
+        x, share = inputs.normal(*IMAGE_SHAPE, self.batch), inputs.place.array([0.75], inputs.acc)
         before = x.copy()
 
         def ours():
@@ -656,7 +656,7 @@ def of_network(name, batch):
     network = models.create(name, CLASSES)
     network.skip_input_gradient()
     tracer = _Tracer(batch)
-    network.trace(_Value(IMAGE), tracer)
+    network.trace(_Value(IMAGE_SHAPE), tracer)
     size = sum(parameter.size for parameter in network.named_parameters().values())
     return tracer.counts + Counter([Augmentation(batch), Loss((CLASSES, batch)), Step("sgd", size)])
 

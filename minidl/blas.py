@@ -67,8 +67,8 @@ def _transposed_and_leading_dimension(name: str, array: Array) -> tuple[bool, in
 
 
 def start_on_host() -> None:
-    """Let NumPy's BLAS start its threads and take its buffers before arrays take the memory: it ends a process in which it
-    finds none."""
+    """Let NumPy's BLAS start its threads and take its buffers while memory is free: OpenBLAS ends the process where it cannot
+    get them later."""
     factor = np.ones((512, 512), np.float32)
     factor @ factor
 
@@ -93,7 +93,7 @@ def _gemm_on_host(a: Array, b: Array, out: Array, alpha: float, beta: float) -> 
 
 
 def _round_to_tf32(array: Array) -> Array:
-    """float32 -> float32 with 10 bits of mantissa, to nearest, ties away from zero, as the tensor cores read it."""
+    """float32 -> float32 with 10 bits of mantissa, to nearest, ties away from zero: what cvt.rna of the GPU does."""
     bits = np.ascontiguousarray(array).view(np.uint32)
     rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
     return np.where(np.isfinite(array), rounded, array)

@@ -13,7 +13,7 @@ from typing import Any
 from minidl import weights
 from minidl.errors import CheckpointError
 
-LAST, PREVIOUS, BEST = "last.npz", "last.previous.npz", "best.npz"
+LAST, PREVIOUS, BEST = weights.LAST, "last.previous.npz", "best.npz"
 
 
 @dataclass
@@ -63,5 +63,5 @@ def _load(path: Path) -> Checkpoint:
         case {"settings": dict(), "epoch": epoch, "step": int(), "history": list(history)} as progress if len(history) == epoch:
             arrays = {name.removeprefix(weights.TRAINING): state.pop(name)
                       for name in list(state) if name.startswith(weights.TRAINING)}
-            return Checkpoint(state, arrays, {key: metadata[key] for key in weights.describe("", 0, {})}, progress)
+            return Checkpoint(state, arrays, {key: metadata[key] for key in weights.METADATA}, progress)
     raise CheckpointError(f"{path} is not a checkpoint of this version")

@@ -14,10 +14,11 @@ READER_LEFT = 141  # as shells report a process that SIGPIPE ended
 def run(main: Callable[[], int | None], may_speak: Callable[[], bool] = lambda: True) -> int:
     """Call main() -> the exit code of the process, that of main or of the error that it raised.
 
-    No traceback for anything that a user can cause or mend. may_speak() is asked before an error is printed.
+    No traceback for anything that a user can cause or mend. may_speak() is asked before an error is printed; one without
+    a text is not.
     """
     def fail(message: object, code: int) -> int:
-        if may_speak():
+        if str(message) and may_speak():
             print(f"error: {message}", file=sys.stderr)
         return code
 
@@ -30,7 +31,7 @@ def run(main: Callable[[], int | None], may_speak: Callable[[], bool] = lambda: 
     except UserError as error:
         return fail(error, error.exit_code)
     except MemoryError as error:
-        return fail(f"not enough memory: {error}; try a smaller --batch-size", DeviceError.exit_code)
+        return fail(f"not enough memory{f': {error}' if str(error) else ''}", DeviceError.exit_code)
     except signals.Stop as stop:
         return fail(stop, stop.exit_code)
     except BrokenPipeError:

@@ -7,8 +7,11 @@ from minidl.errors import UsageError
 
 
 def library(module: str, extra: str) -> Any:
-    """The module, which the extra of that name brings. Raises UsageError where it is not installed."""
+    """The module, which the extra of that name brings. Raises UsageError where it is not installed, or cannot be imported."""
+    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(f"the package {module.partition('.')[0]} is needed: `pip install \"minidl[{extra}]\"`") from None
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
+            raise UsageError(f"the package {package} is needed: `pip install \"minidl[{extra}]\"`") from None
+        raise UsageError(f"the package {package} cannot be imported: {error}") from None

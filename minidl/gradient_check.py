@@ -123,7 +123,7 @@ class _Trial:
             slopes = np.array([self._slopes({name: unit}, STEP) for unit in _units(gradient.shape)]).reshape(-1, 3)
             expected = slopes[:, 0]
             allowed = self._allowed(expected, np.sqrt(np.mean(expected[np.isfinite(expected)] ** 2)), STEP)
-            results.append(self._result(name, gradient.ravel(), slopes, allowed, np.full(gradient.size, STEP), gradient.shape))
+            results.append(self._result(name, [name], gradient.ravel(), slopes, allowed, np.full(gradient.size, STEP), gradient.shape))
         return results
 
     def directions(self) -> list[Result]:
@@ -148,7 +148,7 @@ class _Trial:
                 allowed[i] = self._allowed(slopes[i, 0], typical, step)
                 if not _at_kink(slopes[i], allowed[i]):
                     break
-        return self._result(argument, got, slopes, allowed, steps, None)
+        return self._result(argument, names, got, slopes, allowed, steps, None)
 
     def _direction(self, name: str) -> Array:
         """Random, and as long as the argument itself, so that small parameters count as much as large ones."""
@@ -178,14 +178,15 @@ class _Trial:
         """The error at the limit: relative to the derivative, or where its terms cancel, to a typical one."""
         return LIMIT * np.maximum(np.abs(expected), typical) + self.noise / step
 
-    def _result(self, argument: str, got: Array, slopes: Array, allowed: Array, steps: Array,
+    def _result(self, argument: str, names: list[str], got: Array, slopes: Array, allowed: Array, steps: Array,
                 shape: tuple[int, ...] | None) -> Result:
+        """names: the arguments that `argument` stands for."""
         at_kink = _at_kink(slopes, allowed)
         error = LIMIT * np.abs(got - slopes[:, 0]) / allowed
         error = np.where(at_kink, 0, np.where(np.isnan(error), np.inf, error))
         wrong = error > LIMIT
         shown = int(np.argmax(at_kink if at_kink.any() and not wrong.any() else error))
-        verdict = ("unrepeatable" if argument in self.unrepeatable else "wrong" if wrong.any() else
+        verdict = ("unrepeatable" if self.unrepeatable.intersection(names) else "wrong" if wrong.any() else
                    "kink" if at_kink.any() else "ok")
         index = None if shape is None else tuple(map(int, np.unravel_index(shown, shape)))
         return Result(argument, got.size, int(wrong.sum()), int(at_kink.sum()), verdict, float(error.max()), index,

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from minidl.device import Array, Device
-from minidl.layers import Layer, Parameter
+from minidl.layers import Layer
 
 # around(name of the layer, the layer, "forward" or "backward", the call, its arguments) -> what the call returns
 Around: TypeAlias = Callable[..., Any]
@@ -51,7 +51,7 @@ def first_nonfinite(model: Layer, step: Callable[[], object]) -> str | None:
         result = call(*args, **out)
         if not found:
             tensors = {"its output": result} if kind == "forward" else {
-                **{f"the gradient of its {key}": parameter.grad for key, parameter in parameters_of(layer).items()},
+                **{f"the gradient of its {key}": parameter.grad for key, parameter in layer.own_parameters().items()},
                 "the gradient of its input": result}
             found.extend(f"layer {name}, {what}" for what, tensor in tensors.items() if not _finite(model.device, tensor))
         return result
@@ -59,11 +59,6 @@ def first_nonfinite(model: Layer, step: Callable[[], object]) -> str | None:
     with watch(model, around):
         step()
     return found[0] if found else None
-
-
-def parameters_of(layer: Layer) -> dict[str, Parameter]:
-    """{name: Parameter} of the layer itself."""
-    return {key: value for key, value in vars(layer).items() if isinstance(value, Parameter)}
 
 
 def _finite(device: Device, tensor: Array | tuple[Array, ...] | None) -> bool:
@@ -87,7 +82,7 @@ def statistics(model: Layer, step: Callable[[], object]) -> dict[str, dict[str, 
     its root mean square, that of its gradient, and update_ratio, the length of its change over its own unless that is 0.
     """
     rows: dict[str, dict[str, float]] = {}
-    weights = {name: parameters_of(layer)["weight"] for name, layer in model.named_layers() if "weight" in parameters_of(layer)}
+    weights = {name: layer.own_parameters()["weight"] for name, layer in model.named_layers() if "weight" in layer.own_parameters()}
     before = {name: _float64(model.device, weight.master) for name, weight in weights.items()}
 
     def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any, **out: Any) -> Any:
@@ -120,8 +115,8 @@ def _rms(values: Array) -> float:
 def profile(model: Layer, step: Callable[[], object], repeats: int) -> dict[str, dict[str, float]]:
     """Run step() `repeats` times -> {layer: {"forward", "backward": median seconds}}, and of the whole step as "step".
 
-    The device is waited for before and after each layer, so that the sum is more than a step takes by itself, whose time is
-    taken without that. On a GPU each layer is an NVTX range.
+    The device is synchronized around each layer, so the layers add up to more than "step", which is measured without that.
+    On a GPU each layer is an NVTX range.
     """
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     device = model.device

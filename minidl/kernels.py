@@ -172,7 +172,7 @@ def parse_signatures(source: str) -> dict[str, list[Parameter]]:
 
 @functools.cache
 def _name(dtype: np.dtype[Any]) -> str:
-    """NumPy makes it anew each time, for as long as the rest of a launch's checks take."""
+    """dtype.name, which NumPy makes anew at each access: that takes as long as all other checks of a launch."""
     return dtype.name
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")  # of a Tracer
 Shape: TypeAlias = tuple[int, ...]  # (C, H, W) of one image
-# Makes an array that was not kept again, in an array `out` if one is given.
+# Makes an array that was not kept again. That of a BatchNorm2d takes `out`, an array to write to.
 Again: TypeAlias = Callable[..., Array]
 
 
@@ -43,21 +43,25 @@ class Parameter:
 
     After `Layer.initialize`: `data`, what layers compute with, in the type of storage; `master`, what the optimizer
     updates, float32 or float64 (the same array where the types are one); `grad`, like master. All are views of flat
-    buffers.
+    buffers. Before, there are none: RuntimeError.
     """
 
-    data: Any    # each an Array, but None before Layer.initialize
-    master: Any
-    grad: Any
+    data: Array
+    master: Array
+    grad: Array
 
     def __init__(self, shape: tuple[int, ...], initializer: Initializer) -> None:
         self.shape, self.initializer = tuple(shape), initializer
         self.size = math.prod(self.shape)
-        self.data = self.master = self.grad = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("data", "master", "grad"):
+            raise RuntimeError(f"this parameter of shape {self.shape} has no values yet: call initialize() of the whole network")
+        raise AttributeError(name)
 
 
 class Parameters:
-    """All parameters of a network in flat arrays, so that an optimizer is one launch, and its running statistics in another.
+    """All parameters of a network in flat arrays, so that an optimizer is one launch; and all running statistics in one more.
 
     data, master, grad: flat arrays as in Parameter; by_name: {name: Parameter}; buffers: as master, of what is kept but not
     learned. Each tensor starts at a multiple of 64 elements, which suits vector loads and tensor cores; the gaps hold zeros,
@@ -141,8 +145,8 @@ class Layer:
 
     # ---- what is kept from forward to backward
 
-    # What `forward` saves that takes memory: "x" or "y", its input or output, or "statistics" (2 C), "winner" (uint16, as
-    # many as y), "step" (one int64). An "x" of Conv2d only where `forget_input` is not called.
+    # What `forward` keeps for backward, for summary.py: "x" its input, "y" its output, "statistics" two numbers a channel,
+    # "winner" a uint16 for each output, "step" one int64. A Conv2d keeps no x if `forget_input` was called.
     keeps: ClassVar[tuple[str, ...]] = ()
 
     def remakes_output(self, remakes_input: bool) -> bool:
@@ -171,15 +175,22 @@ class Layer:
         for name, child in self.children().items():
             yield from child.named_layers(f"{prefix}.{name}" if prefix else name)
 
+    def own_parameters(self) -> dict[str, Parameter]:
+        """{name: Parameter} of this layer itself."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Parameter)}
+
     def named_parameters(self) -> dict[str, Parameter]:
         """{dotted name: Parameter} of this layer and all below it."""
-        return {f"{path}.{name}".lstrip("."): value for path, layer in self.named_layers()
-                for name, value in vars(layer).items() if isinstance(value, Parameter)}
+        return {f"{path}.{name}".lstrip("."): parameter for path, layer in self.named_layers()
+                for name, parameter in layer.own_parameters().items()}
 
     def named_buffers(self) -> dict[str, Array]:
         """{dotted name: array} of what is kept but not learned: running statistics."""
         return {f"{path}.{name}".lstrip("."): getattr(layer, name)
                 for path, layer in self.named_layers() for name in layer.buffers}
+
+    def _named_arrays(self) -> dict[str, Array]:
+        return {name: parameter.master for name, parameter in self.named_parameters().items()} | self.named_buffers()
 
     buffers: tuple[str, ...] = ()
 
@@ -212,8 +223,7 @@ class Layer:
 
     def state_dict(self) -> dict[str, Array]:
         """{name: NumPy array}: parameters and running statistics, with PyTorch's names and layouts."""
-        arrays = {name: parameter.master for name, parameter in self.named_parameters().items()} | self.named_buffers()
-        return {name: np.array(self.device.to_host(array)) for name, array in arrays.items()}
+        return {name: np.array(self.device.to_host(array)) for name, array in self._named_arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Take over {name: array}. Nothing changes unless every name and shape fits.
@@ -221,7 +231,7 @@ class Layer:
         Names ending in num_batches_tracked, which PyTorch keeps and nobody needs, are passed over. Raises
         CheckpointError with the first five mismatches.
         """
-        arrays = {name: parameter.master for name, parameter in self.named_parameters().items()} | self.named_buffers()
+        arrays = self._named_arrays()
         state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
         faults = [f"{name}: missing in the file" for name in arrays if name not in state]
         faults += [f"{name}: not in the model" for name in state if name not in arrays]
@@ -627,7 +637,7 @@ class Sequential(Composition):
 
     def __init__(self, *layers: Layer, **named_layers: Layer) -> None:
         for name, layer in {**{str(i): layer for i, layer in enumerate(layers)}, **named_layers}.items():
-            if hasattr(self, name):
+            if hasattr(self, name) or name in Layer.__annotations__:
                 raise ValueError(f"Sequential: a layer cannot be named {name!r}")
             setattr(self, name, layer)
 

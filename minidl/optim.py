@@ -39,6 +39,8 @@ class Optimizer:
             limit = 1 if name in ("momentum", "beta1", "beta2", "rho") else math.inf
             if not 0 <= value < limit:
                 raise UsageError(f"{type(self).__name__}: {name} {value} is not in 0 <= {name} < {limit}")
+            if name == "eps" and value == 0:
+                raise UsageError(f"{type(self).__name__}: eps must be more than 0, as it is divided by")
         self.parameters, self.clip_norm, self.settings = parameters, clip_norm, settings
         self.scales_loss = parameters.data.dtype == np.float16
         xp = array_module(parameters.master)
@@ -131,8 +133,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": Ada
 class Average:
     """An exponential average of the weights and running statistics that an Optimizer's network has after each step.
 
-    It begins as what they are now, and keeps the share `decay` of itself in a step; fewer in the first ones, so that it soon
-    forgets what it began with. Formula: ops/optimizer.cu. Raises UsageError for a decay outside 0 <= decay < 1.
+    It begins as what they are now. Each step keeps the share `decay` of it, the first steps less, so that what it began with
+    is soon forgotten. Formula: ops/optimizer.cu. Raises UsageError for a decay outside 0 <= decay < 1.
     """
 
     def __init__(self, optimizer: Optimizer, decay: float) -> None:

@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from minidl import command, device
+from minidl import command, device, signals
 from minidl.device import Array, Device
 from minidl.errors import DeviceError
 
 CAPACITY = 32_000_000  # bytes that are exchanged at once; containers often have 64 MB of shared memory
 GRACE_SECONDS = 5  # for the other ranks to end by themselves after one did
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Team:
@@ -102,25 +103,34 @@ def launch(size: int, work: Callable[[Any, Team], None], arguments: Any) -> int:
     os.environ["OMP_NUM_THREADS"] = str(max(1, device.cpu_threads() // size))
     context = multiprocessing.get_context("spawn")
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    try:
-        descriptor, name = tempfile.mkstemp(prefix="minidl-", dir=folder)
-        os.ftruncate(descriptor, CAPACITY)
-        os.close(descriptor)
-    except OSError as error:
-        raise DeviceError(f"{size} ranks need {CAPACITY / 1e6:.0f} MB in {folder or tempfile.gettempdir()}: "
-                          f"{error.strerror or error}") from None
+    with tempfile.NamedTemporaryFile(prefix="minidl-", dir=folder, delete=False) as file:
+        memory = Path(file.name)
+        try:
+            file.write(bytes(CAPACITY))  # the memory is taken now: a rank for which there is none later dies of SIGBUS
+            file.flush()
+        except OSError as error:
+            memory.unlink()
+            raise DeviceError(f"{size} ranks need {CAPACITY / 1e6:.0f} MB in {memory.parent}: {error.strerror or error}") from None
     barrier, spoken = context.Barrier(size), context.Value("b", 0)
-    ranks = [context.Process(target=_rank, args=(rank, size, Path(name), barrier, spoken, work, arguments), daemon=True)
+    ranks = [context.Process(target=_rank, args=(rank, size, memory, barrier, spoken, work, arguments), daemon=True)
              for rank in range(size)]
     try:
-        for rank in ranks:
-            rank.start()
-        with _signals_passed_on(ranks[0]):
-            return _wait(ranks)
+        # The ranks inherit that signals wait, until they have handlers; so do those for this process, until it passes them on.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            signals.obey()
+            for rank in ranks:
+                rank.start()
+            with _signals_passed_on(ranks[0]):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+                return _wait(ranks)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     finally:
         for rank in ranks:
-            rank.kill()
-        Path(name).unlink(missing_ok=True)
+            if rank.pid:
+                rank.kill()
+        memory.unlink(missing_ok=True)
 
 
 def _rank(rank: int, size: int, memory: Path, barrier: Any, spoken: Any, work: Callable[[Any, Team], None],
@@ -131,6 +141,9 @@ def _rank(rank: int, size: int, memory: Path, barrier: Any, spoken: Any, work: C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what came from a terminal before setpgid is for the rank 0
+    signals.install()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def first_to_speak() -> bool:
         """Of an error that all ranks have, one speaks."""
@@ -154,7 +167,7 @@ def _signals_passed_on(first: Any) -> Iterator[None]:
         if first.is_alive():
             os.kill(first.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
     try:
         yield
     finally:

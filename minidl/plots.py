@@ -68,7 +68,7 @@ def picture(path: FilePath, width: float, height: float, layout: str | None = "c
 
 
 @dataclass(frozen=True)
-class Run:
+class History:
     """What is drawn of a run. history: rows of its metrics.csv, {column: number as text}; classes: of its data, if known."""
 
     name: str
@@ -80,7 +80,7 @@ class Run:
         return [float(row.get(name) or "nan") for row in self.history]
 
 
-def curves(runs: Sequence[Run], path: FilePath) -> Figure:
+def curves(runs: Sequence[History], path: FilePath) -> Figure:
     """Loss, top-1 and learning rate over the epochs, a colour for each of the runs; its last test top-1 is named."""
     legend_columns = max(1, 120 // (8 + max(len(run.name) for run in runs)))
     legend_lines = -(-len(runs) // legend_columns)
@@ -116,7 +116,7 @@ def _colours(count: int) -> Sequence[Any]:
     return list(library("matplotlib", "plot").colormaps["viridis"](np.linspace(0, 0.9, count)))
 
 
-def _line(axes: Axes, run: Run, column: str, **style: Any) -> None:
+def _line(axes: Axes, run: History, column: str, **style: Any) -> None:
     """Draw a column over the epochs, where it has finite numbers."""
     points = [(epoch, value) for epoch, value in zip(run.column("epoch"), run.column(column)) if math.isfinite(value)]
     if points:
@@ -131,7 +131,7 @@ def _frame(axes: Axes, title: str, most: float = math.inf) -> None:
     axes.xaxis.set_major_locator(library("matplotlib.ticker", "plot").MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
-def _name_last(axes: Axes, runs: Sequence[Run], colours: Sequence[Any]) -> None:
+def _name_last(axes: Axes, runs: Sequence[History], colours: Sequence[Any]) -> None:
     """Write the last test top-1 of each run beside the axes, as near to its height as the others allow."""
     highest = axes.get_ylim()[1]
     last = sorted((value, index) for index, run in enumerate(runs) if math.isfinite(value := run.column("test_top1")[-1]))

@@ -25,7 +25,7 @@ class Progress:
 
             def show(metrics: Metrics | None) -> None:
                 if metrics:
-                    bar.set_postfix(loss=loss(metrics.loss), top1=f"{metrics.top1:.1%}", refresh=False)
+                    bar.set_postfix(loss=loss_text(metrics.loss), top1=f"{metrics.top1:.1%}", refresh=False)
                 bar.update()
 
             yield show
@@ -44,8 +44,8 @@ class Progress:
             return f"{100 * float(row[column]):.2f}"
 
         print(self._line(
-            f"{row['epoch']}/{self.epochs}", rate(float(row["lr"])), loss(float(row["train_loss"])), share("train_top1"),
-            share("val_top1") if self.validates else "", loss(float(row["test_loss"])), share("test_top1"), share("test_top5"),
+            f"{row['epoch']}/{self.epochs}", rate_text(float(row["lr"])), loss_text(float(row["train_loss"])), share("train_top1"),
+            share("val_top1") if self.validates else "", loss_text(float(row["test_loss"])), share("test_top1"), share("test_top5"),
             f"{float(row['images_per_second']):,.0f}", brief(float(row["seconds"]))), flush=True)
 
     def _line(self, epoch: str, lr: str, train: str, train_top1: str, val: str, test: str, test_top1: str, test_top5: str,
@@ -56,13 +56,13 @@ class Progress:
                 f"  {test:>6} {test_top1:>6} {test_top5:>6}  {speed:>9} {time:>6}").rstrip()
 
 
-def rate(lr: float) -> str:
+def rate_text(lr: float) -> str:
     """0.00125 -> "0.00125", 0.000125 -> "1.25e-4", 1.51e-10 -> "1.5e-10": a learning rate in at most 7 letters."""
     texts = [format(lr, form).replace("e-0", "e-") for form in (".3g", ".2e", ".1e")]
     return next((text for text in texts if len(text) <= 7), texts[-1])
 
 
-def loss(value: float) -> str:
+def loss_text(value: float) -> str:
     """4.605, 1235, 2e+09: in at most 6 letters. One above 99 has other worries than decimals."""
     return f"{value:.3f}" if value < 99 else f"{value:.0f}" if value < 999_999 else f"{value:.0e}"
 

@@ -140,7 +140,7 @@ class Run:
             arrays |= {f"weights/{name}": array for name, array in self.network.state_dict().items()}
         progress: dict[str, Any] = {
             "settings": self.settings.as_dict(), "epoch": self.epoch, "step": self.step, "history": self.history,
-            "best": self.best, "seconds": self.seconds}
+            "best": self.best, "seconds": self.seconds, "repeats": self.repeats}
         return Checkpoint(state, arrays, self.about(), progress)
 
     def load(self, checkpoint: Checkpoint) -> None:

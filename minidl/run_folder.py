@@ -24,7 +24,6 @@ from minidl.errors import CheckpointError, UsageError
 from minidl.extras import library
 
 COLUMNS = ("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "images_per_second", "seconds")
-VALIDATION = ("val_loss", "val_top1")  # after them, where images are held out
 
 
 class RunFolder:
@@ -97,7 +96,7 @@ class RunFolder:
     def draw_curves(self, history: Sequence[Mapping[str, str]], classes: int) -> None:
         """curves.png, where the extra that draws is installed."""
         with self._survives("curves.png"), contextlib.suppress(UsageError):
-            plots.curves([plots.Run(self.path.name, history, classes)], self.path / "curves.png")
+            plots.curves([plots.History(self.path.name, history, classes)], self.path / "curves.png")
 
     def start_tensorboard(self) -> None:
         """Write the metrics for TensorBoard as well, to the folder tensorboard. Raises UsageError without the extra."""

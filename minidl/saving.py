@@ -44,8 +44,11 @@ class Saver:
     def save(self) -> None:
         """Write last.npz now, unless there is one of this very step. Raises DivergedError, and writes nothing, where a number
         in it is not finite."""
+        if self.run.team.rank > 0:
+            self._last = time.perf_counter()
+            return
         position = self.run.epoch, self.run.step
-        if self.run.team.rank > 0 or position == self._saved and self.saved:
+        if position == self._saved and self.saved:
             return
         begin = time.perf_counter()
         self.run.seconds = self._before + begin - self._begin

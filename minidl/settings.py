@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from minidl import data, optim
+from minidl.data.dataset import IMAGE_SHAPE
 from minidl.errors import UsageError
 
 if sys.version_info >= (3, 11):
@@ -37,7 +38,7 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = 
 LARGEST_FILE = 1_000_000  # bytes of a config.toml
 LONGEST_SHOWN = 100  # letters of a value in a message
 LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}  # what kernels take
-SIDE = 32  # pixels, of the images of all data sets
+SIDE = IMAGE_SHAPE[1]  # pixels
 # What an optimizer knows by itself, and a recipe says for its own optimizer.
 HYPERPARAMETERS = ("lr", "momentum", "nesterov", "weight_decay", "beta1", "beta2", "rho", "eps")
 OF_MULTISTEP = ("milestones", "factor", "restart_at_milestones")
@@ -153,7 +154,8 @@ class Settings:
 
     def hyperparameters(self) -> dict[str, Any]:
         """What the class of the optimizer is given, besides clip_norm."""
-        return {name: getattr(self, name) for name in known_to(self.optimizer)}
+        given = {name: getattr(self, name) for name in known_to(self.optimizer)}
+        return {name: value for name, value in given.items() if value is not None}
 
     def with_epochs(self, epochs: int) -> Settings:
         """The same for another number of epochs; milestones keep their place in proportion."""

@@ -41,7 +41,7 @@ class StepGraph:
         allocate, current = cuda.get_allocator(), cuda.get_current_stream()
 
         def allocate_for_good(size: int) -> Any:
-            with current:  # CuPy keeps what is free by stream, and much is since the first step
+            with current:  # CuPy keeps free memory by stream: what the first step freed is this one's
                 return allocate(size)
 
         memory = cuda.MemoryPool(allocate_for_good)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minidl.data.dataset import IMAGE_SHAPE
 from minidl.device import Device, select
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.layers import Conv2d, Layer, Shape
@@ -25,7 +26,7 @@ class Row:
     parameters: int
     macs: int              # of one image, forward
     activation_bytes: int  # kept for backward, and not by a layer before
-    workspace_bytes: int   # of im2col, while the layer runs
+    workspace_bytes: int   # of what a convolution unfolds or transforms, while it runs
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Summary:
         return dataclasses.asdict(self)
 
 
-def summarize(network: Layer, shape: Shape = (3, 32, 32), batch_size: int = 128, dtype: str = "float32",
+def summarize(network: Layer, shape: Shape = IMAGE_SHAPE, batch_size: int = 128, dtype: str = "float32",
               device: Device | None = None) -> Summary:
     """A network, which need not be initialized, for images of `shape` (C, H, W) -> Summary.
 
@@ -111,7 +112,7 @@ class _Costs:
 
 def table(summary: Summary) -> str:
     """The rows and the totals, for people."""
-    head = ("layer", "type", "output", "parameters", "MACs", "kept for backward", "im2col")
+    head = ("layer", "type", "output", "parameters", "MACs", "kept for backward", "workspace")
     rows = [(row.name, row.type, " x ".join(map(str, row.output_shape)), f"{row.parameters:,}", f"{row.macs:,}",
              megabytes(row.activation_bytes), megabytes(row.workspace_bytes)) for row in summary.rows]
     total = ("total", "", "", f"{summary.parameters:,}", f"{summary.macs:,}", megabytes(summary.activation_bytes),

@@ -35,8 +35,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step needs: indices int32 (N) of its images, N the batch size, the learning rate, and with mixup the share of each
-    image beside its partner's, an array of one element on the device."""
+    """What a step needs.
+
+    indices: int32 (N) of its images, N the batch size; lr: the learning rate; share: with mixup the weight of each image
+    beside its partner's, an array of one element on the device, else None.
+    """
 
     indices: Array
     lr: float

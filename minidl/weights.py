@@ -40,6 +40,8 @@ Metadata: TypeAlias = dict[str, Any]  # see `describe`
 FilePath: TypeAlias = str | os.PathLike[str]
 
 FORMAT = "minidl weights 1"
+METADATA = ("format", "arch", "options", "classes", "dataset", "mean", "std", "class_names")  # see `describe`
+LAST = "last.npz"  # of the files in the folder of a run: its newest checkpoint
 TRAINING = "training/"  # how the names of arrays begin that are not weights, in a checkpoint
 # Compression takes a tenth off trained weights. A file that promises to grow a hundredfold is made to fill the memory.
 MOST_EXPANSION = 100
@@ -185,7 +187,7 @@ def load(path: FilePath) -> tuple[State, Metadata | None]:
     """
     state, metadata = load_all(path)
     state = {name: array for name, array in state.items() if not name.startswith(TRAINING)}
-    return state, metadata and {key: metadata[key] for key in describe("", 0, {})}
+    return state, metadata and {key: metadata[key] for key in METADATA}
 
 
 def load_all(path: FilePath) -> tuple[State, Metadata | None]:
@@ -207,7 +209,7 @@ def load_all(path: FilePath) -> tuple[State, Metadata | None]:
 
 def file_of(path: FilePath) -> Path:
     """The last checkpoint of a run, if `path` is its folder, or else the path itself."""
-    return Path(path) / "last.npz" if os.path.isdir(path) else Path(path)
+    return Path(path) / LAST if os.path.isdir(path) else Path(path)
 
 
 def _read(file: BinaryIO, path: Path) -> tuple[State, str | None]:

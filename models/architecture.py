@@ -39,7 +39,8 @@ class Architecture:
             return self.builder(classes, **self.settings, **options)
         except (ValueError, TypeError) as error:
             given = ", ".join(f"{name}={value}" for name, value in options.items())
-            raise UsageError(f"model options {given}: {error}") from None
+            reason = error if isinstance(error, ValueError) else "a value is of the wrong type"
+            raise UsageError(f"model options {given}: {reason}" if given else str(reason)) from None
 
 
 def one_of(option: str, value: Choice, *choices: Choice) -> Choice:

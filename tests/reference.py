@@ -47,11 +47,6 @@ def batch_norm(x, gamma, beta, mean, var, eps):
     return gamma * (x - mean) / np.sqrt(var + eps) + beta
 
 
-def batch_norm_training(x, gamma, beta, eps):
-    """Batch norm with the statistics of x itself."""
-    return batch_norm(x, gamma, beta, *batch_moments(x), eps)
-
-
 def relu(x):
     return np.maximum(x, 0)
 

@@ -89,6 +89,11 @@ def test_a_gradient_that_is_added_to_the_last_one(place):
     assert verdicts(check(Scale(accumulate), SHAPE, device=place)) == {"x": "ok", "gamma": "unrepeatable", "beta": "ok"}
 
 
+def test_one_such_parameter_of_many(place):
+    results = check_directions(Scale(accumulate), SHAPE, device=place)
+    assert verdicts(results)["parameters"] == "unrepeatable"
+
+
 class Hinge(Layer):
     """max(x - c, 0), with c so that the first x that it sees is `distance` above the kink in one element."""
 

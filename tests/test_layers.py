@@ -8,8 +8,8 @@ import pytest
 from minidl import initializers
 from minidl.device import select
 from minidl.errors import CheckpointError
-from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d,
-                           Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
+from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Layer,
+                           Layer, Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 from reference import assert_close
 
 
@@ -141,6 +141,21 @@ def test_initial_values_depend_on_seed_and_name_alone(dtype):
         assert_close(again.named_parameters()[name].master, parameter.master, 1e-6)
         if parameter.initializer not in (initializers.zeros, initializers.ones):
             assert not np.array_equal(other.named_parameters()[name].master, parameter.master)
+    more = Sequential(before=Linear(2, 2), stem=Conv2d(3, 4, 3, padding=1, bias=False), twin=Conv2d(3, 4, 3, padding=1, bias=False))
+    more.initialize(seed=1)
+    assert np.array_equal(more.stem.weight.master, first.stem.weight.master)
+    assert not np.array_equal(more.twin.weight.master, more.stem.weight.master)
+
+
+def test_nothing_is_computed_before_it_is_initialized():
+    for use in (lambda layer: layer.forward(np.zeros((3, 2, 2, 1), np.float32)), Layer.state_dict):
+        with pytest.raises(RuntimeError, match=r"this parameter of shape \(4, 3, 1, 1\) has no values yet: call initialize"):
+            use(Conv2d(3, 4, 1, bias=False))
+
+
+def test_input_of_another_type_is_refused(rng):
+    with pytest.raises(TypeError, match="conv: the input is float64, the weight float32: convert one with astype"):
+        Conv2d(3, 4, 3).initialize().forward(rng.normal(size=(3, 5, 5, 2)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -171,6 +186,9 @@ def test_shapes_and_macs():
     (lambda: BatchNorm2d(2).initialize().forward(np.zeros((2, 2, 2, 1), np.float32), np.zeros((2, 2, 1, 1), np.float32)),
      r"batch norm: z \(2, 2, 1, 1\) has another shape than x \(2, 2, 2, 1\)"),
     (lambda: Sequential(forward=ReLU()), "a layer cannot be named 'forward'"),
+    (lambda: Sequential(step=ReLU()), "a layer cannot be named 'step'"),
+    (lambda: MaxPool2d((2,)), r"a window has two sides, \(height, width\): \(2,\) has 1"),
+    (lambda: Conv2d(3, 4, (3, 3, 3)), r"\(3, 3, 3\) has 3"),
     (lambda: initializers.he_normal("fan")(np.random.default_rng(0), (2, 2)), "mode 'fan' is not fan_in or fan_out"),
 ])
 def test_refused(make, message):

@@ -4,6 +4,7 @@ What the ranks do in these tests is in functions of this module, which they impo
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minidl import data, device, optim, parallel
+from minidl import data, device, optim, parallel, signals
 from minidl.data.batches import Augmentation, Batches
 from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Sequential
 from minidl.parallel import ALONE, Team
@@ -145,8 +146,11 @@ def test_large_arrays_are_added_piece_by_piece(tmp_path):
 
 def test_where_one_rank_raises_all_end_within_ten_seconds(tmp_path):
     with launch(fail_in_rank_1, 2, tmp_path) as process:
-        errors = process.stderr.read()
+        errors = process.stderr.readline()
+        begin = time.monotonic()
+        errors += process.stderr.read()
         process.wait(SECONDS)
+        assert time.monotonic() - begin < 10
     assert process.returncode == 1
     assert errors.count("Traceback") == 1 and "RuntimeError: a fault of one rank" in errors
 
@@ -202,12 +206,48 @@ def test_train_with_ranks_and_resume_where_it_was_interrupted(tmp_path):
             assert line
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 130 and errors.count("error: interrupted, and saved after 1 epochs and ") == 1, errors
+    assert process.returncode == 130 and errors.count("error: ") == 1, errors
+    assert re.match(r"error: interrupted, and saved after 1 epochs and \d+ steps; go on with --resume it\n", errors), errors
     resumed = train(tmp_path, "--resume", "it")
     assert (resumed.returncode, resumed.stderr) == (0, "")
     whole, it = arrays(tmp_path / "whole"), arrays(tmp_path / "it")
     assert whole.keys() == it.keys() and all(np.array_equal(whole[name], it[name]) for name in whole)
     assert [row["test_loss"] for row in rows(tmp_path / "whole")] == [row["test_loss"] for row in rows(tmp_path / "it")]
+
+
+def stop_while_rank_0_saves(folder, team):
+    """What train.py does when it is interrupted, with a disk that takes its time."""
+    trainer = trainer_of(team, norm=False)
+    (Path(folder) / f"{os.getpid()}.rank").touch()
+    try:
+        trainer.epoch([Batch(trainer.batches.epoch(0)[0], 0.05)] * 1_000_000)
+    except signals.Stop as stop:
+        if team.rank == 0:
+            time.sleep(parallel.GRACE_SECONDS + 2)
+            (Path(folder) / "saved").touch()
+        team.of_first(0.0)
+        raise signals.Stop(stop.exit_code, "" if team.rank else "saved") from None
+
+
+def test_ranks_wait_for_the_one_that_saves(tmp_path):
+    with launch(stop_while_rank_0_saves, 2, tmp_path) as process:
+        wait_until(lambda: len(list(tmp_path.glob("*.rank"))) == 2, SECONDS)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (130, "error: saved\n") and (tmp_path / "saved").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("seconds", [0, 0.2, 0.4, 0.6, 0.8, 1.2])
+def test_ctrl_c_of_a_terminal_while_ranks_start(tmp_path, seconds):
+    """It goes to the whole group of processes."""
+    with start(tmp_path, *RANKS, "--epochs", "1000", "-o", "it", stderr=subprocess.PIPE, start_new_session=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: children.read_text(), SECONDS)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
 
 
 def test_what_is_not_shared_is_refused(tmp_path):

@@ -68,7 +68,7 @@ def assert_legible(figure):
 
 
 def test_curves_are_the_columns(tmp_path):
-    runs = [plots.Run("one", history(30, 0.6), 100), plots.Run("other", history(20, 0.7, val_loss=2, val_top1=0.65), 100)]
+    runs = [plots.History("one", history(30, 0.6), 100), plots.History("other", history(20, 0.7, val_loss=2, val_top1=0.65), 100)]
     loss, top1, rate = plots.curves(runs, tmp_path / "it.png").axes
     for axes, columns in ((loss, ("train_loss", "val_loss", "test_loss")), (top1, ("train_top1", "val_top1", "test_top1")),
                           (rate, ("lr",))):
@@ -85,19 +85,19 @@ def test_curves_are_the_columns(tmp_path):
 
 
 def test_chance_is_the_loss_of_a_network_that_knows_nothing(tmp_path):
-    runs = [plots.Run("a", history(3, 0.9), 100), plots.Run("b", history(3, 0.9), 10), plots.Run("c", history(3, 0.9))]
+    runs = [plots.History("a", history(3, 0.9), 100), plots.History("b", history(3, 0.9), 10), plots.History("c", history(3, 0.9))]
     loss = plots.curves(runs, tmp_path / "it.png").axes[0]
     assert [line.get_ydata()[0] for line in loss.lines[-2:]] == [math.log(10), math.log(100)]
     assert {"chance, 10 classes", "chance, 100 classes"} <= set(texts(loss))
 
 
 def test_limits(tmp_path):
-    loss, top1, rate = plots.curves([plots.Run("it", history(5, 0.5), 100)], tmp_path / "it.png").axes
+    loss, top1, rate = plots.curves([plots.History("it", history(5, 0.5), 100)], tmp_path / "it.png").axes
     assert loss.get_ylim() == (0, pytest.approx(1.05 * math.log(100)))
     assert top1.get_ylim() == (0, pytest.approx(1.05 * 0.5)) and rate.get_ylim() == (0, pytest.approx(1.05 * 0.08))
     exploded = history(5, 1.0)
     exploded[0]["train_loss"] = "1e9"
-    loss, top1, _ = plots.curves([plots.Run("it", exploded, 100)], tmp_path / "it.png").axes
+    loss, top1, _ = plots.curves([plots.History("it", exploded, 100)], tmp_path / "it.png").axes
     assert loss.get_ylim() == (0, pytest.approx(1.5 * math.log(100))), "the others can still be seen"
     assert top1.get_ylim() == (0, 1.02)
 
@@ -107,20 +107,20 @@ def test_what_is_missing_is_not_drawn(tmp_path):
     rows[1]["test_loss"], rows[2]["test_loss"], rows[3]["test_top1"] = "", "nan", "inf"
     for row in rows:
         del row["lr"], row["train_loss"]
-    loss, top1, rate = plots.curves([plots.Run("it", rows)], tmp_path / "it.png").axes
+    loss, top1, rate = plots.curves([plots.History("it", rows)], tmp_path / "it.png").axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 4]]
     assert [list(line.get_xdata()) for line in top1.lines] == [[1, 2, 3, 4], [1, 2, 3]]
     assert not rate.lines and not any("inf" in text for text in texts(top1))
 
 
 def test_a_single_epoch_is_a_point(tmp_path):
-    loss, top1, _ = plots.curves([plots.Run("it", history(1, 0.5), 10)], tmp_path / "it.png").axes
+    loss, top1, _ = plots.curves([plots.History("it", history(1, 0.5), 10)], tmp_path / "it.png").axes
     assert {line.get_marker() for line in top1.lines} == {"o"}
 
 
 def test_a_picture_of_six_runs_is_legible(tmp_path):
     names = ["res2next29-2c24w4s", "resnext29-2x64d", "simplenet-5m", "wrn-28-4", "wrn-16-2", "simplenet-310k"]
-    runs = [plots.Run(f"{name}-cifar100-20260101-00000{index}", history(60, 0.99 - 0.001 * index), 100)
+    runs = [plots.History(f"{name}-cifar100-20260101-00000{index}", history(60, 0.99 - 0.001 * index), 100)
             for index, name in enumerate(names)]
     figure = plots.curves(runs, tmp_path / "it.png")
     assert_legible(figure)
@@ -128,14 +128,14 @@ def test_a_picture_of_six_runs_is_legible(tmp_path):
 
 
 def test_runs_beyond_the_palette_have_colours_of_their_own(tmp_path):
-    figure = plots.curves([plots.Run(f"run {index}", history(3, 0.5)) for index in range(12)], tmp_path / "it.png")
+    figure = plots.curves([plots.History(f"run {index}", history(3, 0.5)) for index in range(12)], tmp_path / "it.png")
     assert len({to_hex(line.get_color()) for line in figure.axes[2].lines}) == 12
     assert_legible(figure)
 
 
 @pytest.mark.parametrize("name", ["$a_{b$", "_it", "実験 ✓", "a" * 250, "%d {} \\frac", ""])
 def test_any_name(tmp_path, name):
-    figure = plots.curves([plots.Run(name, history(2, 0.5)), plots.Run("other", history(2, 0.5))], tmp_path / "it.png")
+    figure = plots.curves([plots.History(name, history(2, 0.5)), plots.History("other", history(2, 0.5))], tmp_path / "it.png")
     assert name in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
@@ -218,7 +218,7 @@ def test_contact_sheet_of_one_image(tmp_path):
 
 
 def draw(path):
-    return plots.curves([plots.Run("it", history(2, 0.5), 10)], path)
+    return plots.curves([plots.History("it", history(2, 0.5), 10)], path)
 
 
 @pytest.mark.parametrize("name, start", [("it.png", b"\x89PNG"), ("it.PDF", b"%PDF"), ("it.svg", b"<?xml")])

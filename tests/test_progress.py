@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from minidl.progress import Progress, brief, loss, percent, rate
+from minidl.progress import Progress, brief, loss_text, percent, rate_text
 from minidl.training import Metrics
 
 USUAL = dict(epoch="7", lr="0.0325", train_loss="4.10512", train_top1="0.05120", val_loss="3.9", val_top1="0.06600",
@@ -85,14 +85,14 @@ def test_quiet_says_nothing(capsys):
     (0.1, "0.1"), (0.0125, "0.0125"), (0.00125, "0.00125"), (0.000125, "1.25e-4"), (1e-5, "1e-5"), (0.0001, "0.0001"),
     (1.5082e-06, "1.51e-6"), (6.49e-10, "6.5e-10"), (0, "0"), (12.3456, "12.3"), (1e18, "1e+18"), (0.0325, "0.0325")])
 def test_rate(lr, text):
-    assert rate(lr) == text and len(text) <= 7
+    assert rate_text(lr) == text and len(text) <= 7
 
 
 @pytest.mark.parametrize("value, text", [
     (4.60517, "4.605"), (0.00004, "0.000"), (98.9999, "99.000"), (99.4, "99"), (1234.567, "1235"), (999_998.4, "999998"),
     (999_999.9, "1e+06"), (2.34e30, "2e+30"), (float("nan"), "nan"), (float("inf"), "inf")])
 def test_loss(value, text):
-    assert loss(value) == text and len(text) <= 6
+    assert loss_text(value) == text and len(text) <= 6
 
 
 @pytest.mark.parametrize("seconds, text", [

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +13,7 @@ from minidl import checkpoint, data, weights
 from minidl.run import Run
 from minidl.settings import Settings
 from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, rows, send, small, train  # noqa: F401
-from test_train import DIGITS, SECONDS, assert_refused, start
+from test_train import SECONDS, assert_refused, start
 from test_train import train as train_process
 
 
@@ -222,6 +221,13 @@ def test_another_network(stopped, arguments, lines, override):
     result = train(stopped.parent, "--resume", "it", *arguments.split(), *override)
     assert_refused(result, 5, "the weights do not fit this network:\n", *(f"\n{line}" for line in lines))
     assert result.stderr.count("\n") <= 7
+    assert content(stopped) == before
+
+
+def test_another_optimizer(stopped):
+    before = content(stopped)
+    result = train(stopped.parent, "--resume", "it", "--optimizer", "adam", "--override")
+    assert_refused(result, 5, "the checkpoint does not fit these settings: of 'first_moment' it has nothing")
     assert content(stopped) == before
 
 

@@ -82,7 +82,7 @@ def test_workspace_of_winograd_is_the_memory_of_v_and_m(monkeypatch):
 
 def test_table_lines_up():
     lines = summary.table(summary.summarize(models.create("simplenet-310k"))).splitlines()
-    assert lines[0].split() == ["layer", "type", "output", "parameters", "MACs", "kept", "for", "backward", "im2col"]
+    assert lines[0].split() == ["layer", "type", "output", "parameters", "MACs", "kept", "for", "backward", "workspace"]
     assert len({len(line) for line in lines}) == 1 and lines[-1].startswith("total")
     assert "318,212" in lines[-1] and "55,793,920" in lines[-1]
 

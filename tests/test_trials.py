@@ -11,7 +11,6 @@ import struct
 import sys
 import tempfile
 
-import numpy as np
 import pytest
 
 import models
@@ -192,6 +191,14 @@ def test_the_batch_is_one_and_the_test_set(tmp_path):
     said = assert_ended_well(train(tmp_path, *RUN, "--overfit-batch", "--val-split", "10", "--patience", "2", "-o", "it"))
     assert "| digits: 8 training, 8 test images |" in said[0] and said[1].startswith("A trial: one batch again and again")
     assert len(rows(tmp_path / "it")) == 3 and "val_top1" not in rows(tmp_path / "it")[0]
+
+
+def test_a_trial_with_one_batch_goes_on_as_one(tmp_path):
+    whole, it = ([*RUN, "--overfit-batch", "-o", name] for name in ("whole", "it"))
+    said = assert_ended_well(train(tmp_path, *whole))
+    assert train(tmp_path, *it, before=at_step(STEPS + 2, send(signal.SIGINT))).returncode == 130
+    resumed = assert_ended_well(train(tmp_path, "--resume", "it"))
+    assert resumed[0] == said[0] and digests(tmp_path / "it") == digests(tmp_path / "whole")
 
 
 def test_profile(tmp_path):

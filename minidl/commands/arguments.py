@@ -7,10 +7,10 @@ from typing import Any
 
 import models
 from minidl import weights
+from minidl.device import Device
 from minidl.errors import UsageError
 from minidl.layers import Layer
 
-IMAGE_SHAPE = (3, 32, 32)  # of all architectures
 MODEL_KWARGS: dict[str, Any] = dict(nargs="+", default=[], metavar="NAME=VALUE", help="options of the network")
 
 
@@ -27,15 +27,17 @@ def add_architecture(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--model-kwargs", **MODEL_KWARGS)
 
 
-def new_file(path: Path) -> Path:
-    """The path, if there is nothing yet. Raises UsageError otherwise: nothing is ever overwritten."""
+def new_file(path: Path, flag: str = "-o") -> Path:
+    """The path, if there is nothing yet. Raises UsageError otherwise, with the flag that names another: nothing is ever
+    overwritten."""
     if os.path.lexists(path):
-        raise UsageError(f"{path} exists: name another with -o")
+        raise UsageError(f"{path} exists: name another with {flag}")
     return path
 
 
-def network_with(state: weights.State, metadata: weights.Metadata) -> Layer:
-    """The network of the metadata with its weights. Raises CheckpointError with the first mismatches if they do not fit."""
-    network = models.find(metadata["arch"])[1].create(metadata["classes"], metadata["options"]).initialize()
+def network_with(state: weights.State, metadata: weights.Metadata, place: Device | None = None) -> Layer:
+    """The network of the metadata with its weights, on a device, by default the CPU. Raises CheckpointError with the first
+    mismatches if they do not fit."""
+    network = models.create(metadata["arch"], metadata["classes"], **metadata["options"]).initialize(place)
     network.load_state_dict(state)
     return network

@@ -5,16 +5,16 @@ What is missing is downloaded first, unless the environment variable MINIDL_OFFL
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minidl import data, plots
+from minidl.commands.arguments import new_file
 from minidl.data import cifar, digits
 from minidl.data.dataset import Dataset
-from minidl.errors import DataError, UsageError
+from minidl.errors import DataError
 from minidl.plots import words
 from minidl.summary import aligned
 
@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.picture:
-        plots.check(args.picture)
-        if os.path.lexists(args.picture):
-            raise UsageError(f"{args.picture} exists: name another with --picture")
+        plots.check(new_file(args.picture, "--picture"))
     it = data.CIFARS.get(args.dataset)
     found = cifar.obtain(it, data.folders(args.data_dir)) if it else None
     files = found.files() if found else [(digits.PATH, digits.FILE)]

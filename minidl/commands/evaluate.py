@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import models
 from minidl import data, device, plots, signals, weights
-from minidl.commands.arguments import positive
+from minidl.commands.arguments import network_with, new_file, positive
 from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
-from minidl.device import Array, Device
+from minidl.device import Array
 from minidl.errors import CheckpointError, UsageError
 from minidl.layers import Layer
 from minidl.plots import words
@@ -43,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.picture:
-        plots.check(args.picture)
-        if os.path.lexists(args.picture):
-            raise UsageError(f"{args.picture} exists: name another with --picture")
+        plots.check(new_file(args.picture, "--picture"))
     place = device.select(args.device)
     state, metadata = load(args.checkpoint)
     name = args.dataset or metadata["dataset"]
@@ -58,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
                          f"of {name}")
     if metadata["mean"] and metadata["std"]:
         test_set = dataclasses.replace(test_set, mean=tuple(metadata["mean"]), std=tuple(metadata["std"]))
-    logits = outputs(network_on(place, state, metadata), test_set, args.batch_size, args.checkpoint)
+    logits = outputs(network_with(state, metadata, place), test_set, args.batch_size, args.checkpoint)
     evaluation = Evaluation.of(logits, test_set)
     if args.json:
         print(json.dumps({"checkpoint": args.checkpoint, "arch": metadata["arch"], "dataset": name, **evaluation.as_dict()}))
@@ -87,13 +83,6 @@ def load(path: str) -> tuple[weights.State, weights.Metadata]:
 def _may_be_numbers(values: Any) -> bool:
     """Whether the list `values` is one of three numbers, one for each colour, or None."""
     return values is None or len(values) == 3 and all(isinstance(value, (int, float)) and abs(value) < 1e6 for value in values)
-
-
-def network_on(place: Device, state: weights.State, metadata: weights.Metadata) -> Layer:
-    """The network of the metadata with its weights, on a device. Raises CheckpointError where they do not fit."""
-    network = models.create(metadata["arch"], metadata["classes"], **metadata["options"]).initialize(place)
-    network.load_state_dict(state)
-    return network
 
 
 def outputs(network: Layer, dataset: Dataset, batch_size: int, path: str) -> Array:

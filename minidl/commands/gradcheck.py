@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import models
 from minidl import device
-from minidl.commands.arguments import IMAGE_SHAPE, MODEL_KWARGS
+from minidl.commands.arguments import MODEL_KWARGS
+from minidl.data.dataset import IMAGE_SHAPE
 from minidl.errors import UsageError, UserError
 from minidl.gradient_check import LIMIT, Result, check, check_directions
 from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Layer,

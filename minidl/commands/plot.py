@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"picture: {output}")
 
 
-def read(folder: Path) -> plots.Run:
+def read(folder: Path) -> plots.History:
     """What a run has recorded so far. Raises CheckpointError with the reason where that cannot be read, or is nothing."""
     path = folder / "metrics.csv"
     try:
@@ -50,7 +50,7 @@ def read(folder: Path) -> plots.Run:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error)[:200]}") from None
-    return plots.Run(folder.resolve().name, history, _classes(folder))
+    return plots.History(folder.resolve().name, history, _classes(folder))
 
 
 def _checked(row: dict[str, str]) -> dict[str, str]:

@@ -9,9 +9,9 @@ import json
 import numpy as np
 
 from minidl import device, images
-from minidl.commands.arguments import IMAGE_SHAPE, positive
-from minidl.commands.evaluate import load, network_on, outputs
-from minidl.data.dataset import Dataset
+from minidl.commands.arguments import network_with, positive
+from minidl.commands.evaluate import load, outputs
+from minidl.data.dataset import IMAGE_SHAPE, Dataset
 from minidl.errors import CheckpointError
 from minidl.plots import words
 from minidl.summary import aligned
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
     pixels = np.stack([images.read(path, IMAGE_SHAPE[1]) for path in args.images])
     nothing_known = np.zeros(len(pixels), np.int32)  # labels
     dataset = Dataset("the images", pixels, nothing_known, classes, tuple(metadata["mean"]), tuple(metadata["std"]))
-    logits = outputs(network_on(place, state, metadata), dataset, BATCH_SIZE, args.checkpoint).astype(np.float64)
+    logits = outputs(network_with(state, metadata, place), dataset, BATCH_SIZE, args.checkpoint).astype(np.float64)
     probabilities = np.exp(logits - logits.max(axis=0))
     probabilities /= probabilities.sum(axis=0)
     best = np.argsort(-logits, axis=0, kind="stable")[:args.topk]  # (k, M)

@@ -5,7 +5,8 @@ import json
 
 import models
 from minidl import device, summary
-from minidl.commands.arguments import IMAGE_SHAPE, MODEL_KWARGS, positive
+from minidl.commands.arguments import MODEL_KWARGS, positive
+from minidl.data.dataset import IMAGE_SHAPE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

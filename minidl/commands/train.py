@@ -256,6 +256,9 @@ def finish(run: Run, folder: RunFolder, quiet: bool) -> None:
                 train_epoch(run, folder, progress, saver)
     except signals.Stop as stop:
         saver.save()
+        run.team.of_first(0.0)  # no rank ends before the first has saved: `launch` ends those that are left
+        if run.team.rank > 0:
+            raise signals.Stop(stop.exit_code, "") from None
         folder.log("stop", epoch=run.epoch, step=run.step, exit_code=stop.exit_code)
         where = f"after {run.epoch} epochs and {run.step} steps"
         raise signals.Stop(stop.exit_code, f"interrupted, and saved {where}; go on with --resume {folder.path}" if saver.saved
@@ -442,7 +445,7 @@ def go_on(run: Run, folder: RunFolder, quiet: bool) -> None:
 
 def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE) -> tuple[Run, RunFolder]:
     """A run where its checkpoint was taken, and its folder."""
-    run = new_run(chosen, team)
+    run = new_run(chosen, team, overfit=saved.progress.get("repeats", 1) > 1)
     run.load(saved)
     folder = RunFolder(path if path.is_dir() else path.parent) if team.rank == 0 else NoFolder()
     folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left

@@ -64,7 +64,8 @@ class Batches:
              part: slice = slice(None)) -> tuple[Array, Array]:
         """indices int32 (N) -> x (C, H, W, N), labels int32 (N). step: int64 (1), on which the variation depends.
 
-        part: only these images of the batch, varied as they are in the whole. Raises ValueError where mirrored padding reaches beyond the image.
+        part: only these images of the batch, varied as they are in the whole. Raises ValueError where mirrored padding
+        reaches beyond the image.
         """
         height, width = self.images.shape[2:]
         a = augmentation

@@ -10,6 +10,7 @@ regular file of exactly its official size; nothing is unpacked to disk, and no p
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import tarfile
 import zlib
@@ -22,13 +23,12 @@ import numpy as np
 
 from minidl.data import plain_pickle
 from minidl.data.checked_file import File
-from minidl.data.dataset import Dataset, check_labels
+from minidl.data.dataset import IMAGE_SHAPE, Dataset, check_labels
 from minidl.device import Array
 from minidl.errors import DataError
 
 HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
-IMAGE = (3, 32, 32)  # channels red, green, blue; rows from the top
-PIXELS = 3 * 32 * 32  # bytes of an image
+PIXELS = math.prod(IMAGE_SHAPE)  # bytes of an image
 ARCHIVE_EXTRA = 1_000_000  # bytes that an archive may unpack to beside the files read: headers, padding, a readme
 LEVELS = ("class", "superclass")  # of labels and names; not every data set has the second
 CLASS, SUPERCLASS = range(2)
@@ -79,7 +79,7 @@ class BinaryEdition(Edition):
     def images_and_labels(self, raw: bytes, count: int) -> list[Array]:
         """raw (bytes) -> uint8 (count, 3, 32, 32), then uint8 (count,) for each level"""
         table = np.frombuffer(raw, np.uint8).reshape(count, self.label_bytes + PIXELS)
-        images = table[:, self.label_bytes :].reshape(count, *IMAGE)
+        images = table[:, self.label_bytes :].reshape(count, *IMAGE_SHAPE)
         return [images, *(table[:, column] for column in reversed(range(self.label_bytes)))]
 
     def names_in(self, raw: bytes, file: File) -> dict[int, list[str]]:
@@ -102,7 +102,7 @@ class PythonEdition(Edition):
         for labels in levels:
             if len(labels) != count:
                 raise ValueError(f"{len(labels):,} labels, expected {count:,}")
-        images = plain_pickle.uint8_array(contents.get("data"), (count, PIXELS)).reshape(count, *IMAGE)
+        images = plain_pickle.uint8_array(contents.get("data"), (count, PIXELS)).reshape(count, *IMAGE_SHAPE)
         return [images, *(np.array(labels, np.int32) for labels in levels)]
 
     def names_in(self, raw: bytes, file: File) -> dict[int, list[str]]:

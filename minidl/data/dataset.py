@@ -7,6 +7,8 @@ import numpy as np
 from minidl.device import Array
 from minidl.errors import DataError
 
+IMAGE_SHAPE = (3, 32, 32)  # of all data sets and architectures: channels red, green, blue; rows from the top
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:

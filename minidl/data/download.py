@@ -61,8 +61,9 @@ class _CutOff(_Failed):
 def fetch(title: str, sources: Sequence[Source], folder: Path) -> Path:
     """The path of the first file of `sources` that lies whole in `folder`, downloaded if none does.
 
-    title: what the files are, for messages. Files that are there but differ are renamed to <name>.bad; so is a download
-    that differs, once, before the next mirror is asked. Progress and what is wrong with mirrors goes to stderr.
+    title: what the files are, for messages. Files that are there but differ are renamed to <name>.bad; so is a download that
+    differs: its mirror is asked again after all others, and a second one that differs is the last. Progress and what is wrong
+    with mirrors goes to stderr.
 
     Raises DownloadError where no mirror gives a file; DataError where the folder cannot be written.
     """

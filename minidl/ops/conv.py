@@ -32,7 +32,7 @@ WINOGRAD_CHANNELS = {"numpy": 8, "cupy": 16}         # at least so many, in and 
 WINOGRAD_GROUP_CHANNELS = {"numpy": 24, "cupy": 32}  # and of each group
 DIRECT_GROUP_CHANNELS = {"numpy": 50, "cupy": 16}    # of a group at most so many, in and out, for group_conv.py
 STRETCH = {"numpy": 512, "cupy": 32}  # pixels of a row of cols that one block of im2col copies: long runs are read fastest
-DW_COLUMNS = 512  # of cols, at least, in a sum for dweight: each ends with a pass over it
+DW_COLUMNS = 512  # of cols, at least, that one sum for dweight takes: each sum costs a pass over dweight
 
 
 def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0,
@@ -57,9 +57,7 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
              padding: int = 0, groups: int = 1, input_gradient: bool = True, dx: Array | None = None) -> Array | None:
     """dy (O, H', W', N), x and weight as in `forward` -> dx (C, H, W, N), or None without `input_gradient`.
 
-    The result is written to `dx` if given, which may not be dy.
-
-    Overwrites dweight (O, C/groups, kh, kw) and dbias (O), of the type of accumulation: float32 where the others are 16
+    The result is written to `dx` if given, which may not be dy: that is read until the end. Overwrites dweight (O, C/groups, kh, kw) and dbias (O), of the type of accumulation: float32 where the others are 16
     bits wide.
     """
     g = _Geometry(x, weight, stride, padding, groups)
@@ -189,6 +187,8 @@ class _Geometry:
     def __init__(self, x: Array, weight: Array, stride: int, padding: int, groups: int) -> None:
         self.channels, self.height, self.width, self.batch = x.shape
         outputs, group_channels, *kernel = weight.shape
+        if x.dtype != weight.dtype:
+            raise TypeError(f"conv: the input is {x.dtype}, the weight {weight.dtype}: convert one with astype")
         if groups < 1 or self.channels % groups or outputs % groups:
             raise ValueError(f"conv: {self.channels} input and {outputs} output channels do not divide into {groups} groups")
         if group_channels * groups != self.channels:

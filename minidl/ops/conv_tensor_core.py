@@ -36,8 +36,8 @@ def applies(x: Array, weight: Array, stride: int, padding: int, groups: int) -> 
 def fits(x: Array, weight: Array, stride: int, padding: int, groups: int) -> bool:
     """`applies`, wherever the arrays are. Of both, only shape and type matter."""
     outputs, group_channels, *kernel = weight.shape
-    multiplied = x.dtype.name in ("float16", "bfloat16") or x.dtype.name == "float32" and blas.allow_tf32
-    return (multiplied and kernel == [3, 3] and stride == 1 and 0 <= padding <= 2 and x.shape[3] * x.itemsize % 16 == 0
+    for_tensor_cores = x.dtype.name in ("float16", "bfloat16") or x.dtype.name == "float32" and blas.allow_tf32
+    return (for_tensor_cores and kernel == [3, 3] and stride == 1 and 0 <= padding <= 2 and x.shape[3] * x.itemsize % 16 == 0
             and min(group_channels, outputs // groups) >= LEAST_CHANNELS)
 
 

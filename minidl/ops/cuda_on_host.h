@@ -10,7 +10,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-// static: otherwise the loader would give all libraries the one array that a function has in shared memory.
+// static: the loader merges inline functions of all its libraries, and so the arrays that SHARED makes in them.
 #define __forceinline__ static inline __attribute__((always_inline))
 
 struct dim3 {

@@ -32,4 +32,4 @@ def _decision(rate: float) -> tuple[int, float]:
     """The number below which random 32 bits drop an element, and the factor of those kept."""
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate {rate} is not in 0 <= rate < 1")
-    return round(rate * 2**32), 1 / (1 - rate)
+    return min(round(rate * 2**32), 2**32 - 1), 1 / (1 - rate)

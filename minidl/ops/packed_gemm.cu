@@ -28,10 +28,10 @@
 #endif
 #define DW_BLOCK (16 * DW_ROWS)
 
-// sizes (6): ROWS, PANEL, STRIP, DW_BLOCK, DW_COLUMNS, and how many columns are loaded at once. `like` decides the type.
+// sizes (6): ROWS, PANEL, VECTOR_COLUMNS, DW_BLOCK, DW_COLUMNS, and how many columns are loaded at once. `like` decides the type.
 extern "C" __global__ void gemm_sizes(const real* __restrict__ like, int* __restrict__ sizes) {
     if (blockIdx.x == 0 && threadIdx.x == 0)
-        sizes[0] = ROWS, sizes[1] = PANEL, sizes[2] = STRIP, sizes[3] = DW_BLOCK, sizes[4] = DW_COLUMNS, sizes[5] = UNIT;
+        sizes[0] = ROWS, sizes[1] = PANEL, sizes[2] = VECTOR_COLUMNS, sizes[3] = DW_BLOCK, sizes[4] = DW_COLUMNS, sizes[5] = UNIT;
 }
 
 // packed (B, tiles, K, rows) of w, whose elements [b, m, k] lie at b * M * K + m * m_step + k * k_step. Grid: B x tiles.
@@ -48,15 +48,15 @@ extern "C" __global__ void gemm_pack(const real* __restrict__ w, acc* __restrict
 template <bool WHOLE>
 __device__ __forceinline__ void multiply_tile(const acc* __restrict__ w, const real* __restrict__ panel, long long step,
                                               real* __restrict__ y, long long y_step, int depth, int rows, int columns) {
-    LANE_LOOP(n, STRIP) {
+    LANE_LOOP(n, VECTOR_COLUMNS) {
         UNROLL for (int r = 0; r < ROWS; ++r)
             if (WHOLE) prefetch_to_write(y + r * y_step + n, PANEL);
         lanes sums[ROWS][VECTORS] = {};
         tile_sums(w, panel + n, step, depth, sums);
         UNROLL for (int r = 0; r < ROWS; ++r)
             UNROLL for (int j = 0; j < VECTORS; ++j) {
-                const int left = columns - j * STRIP - n;
-                if (WHOLE || (r < rows && left > 0)) store<WHOLE>(y + r * y_step + j * STRIP + n, sums[r][j], left);
+                const int left = columns - j * VECTOR_COLUMNS - n;
+                if (WHOLE || (r < rows && left > 0)) store<WHOLE>(y + r * y_step + j * VECTOR_COLUMNS + n, sums[r][j], left);
             }
     }
 }

@@ -5,9 +5,9 @@
 #ifndef MINIDL_FAST  // on threads these kernels are only tested
 #define ROWS 3
 #define VECTORS 2
-#define STRIP 8
+#define VECTOR_COLUMNS 8
 #else
-#define STRIP LANES
+#define VECTOR_COLUMNS LANES
 #define VECTORS 3
 #ifdef FEW_REGISTERS
 #define ROWS 4
@@ -15,7 +15,7 @@
 #define ROWS 8
 #endif
 #endif
-#define PANEL (VECTORS * STRIP)
+#define PANEL (VECTORS * VECTOR_COLUMNS)
 
 // sums[r][j] += w[k, r] * columns[k, j] over all k: w packed, COUNT vectors of columns, rows of which lie `step` apart.
 template <int COUNT>
@@ -23,7 +23,7 @@ __device__ __forceinline__ void tile_sums(const acc* __restrict__ w, const real*
                                           int depth, lanes (&sums)[ROWS][COUNT]) {
     for (int k = 0; k < depth; ++k) {
         lanes values[COUNT];
-        UNROLL for (int j = 0; j < COUNT; ++j) values[j] = load<true>(columns + k * step + j * STRIP, STRIP);
+        UNROLL for (int j = 0; j < COUNT; ++j) values[j] = load<true>(columns + k * step + j * VECTOR_COLUMNS, VECTOR_COLUMNS);
         UNROLL for (int r = 0; r < ROWS; ++r)
             UNROLL for (int j = 0; j < COUNT; ++j) sums[r][j] += w[k * ROWS + r] * values[j];
     }

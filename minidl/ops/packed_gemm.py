@@ -24,14 +24,14 @@ KERNELS = Kernels("packed_gemm.cu")
 THREADS = 32  # of a block, where these kernels run on threads at all
 STRIP = 16  # tiles of a row of dw, at most, that are summed beside the same rows of dy
 SHARES = 6  # of a product for each core, at least, where it has so many blocks: they are dealt out evenly
-CACHE_WAY = 4096  # bytes: what lies so far apart, or a large part of it, shares the same few lines of the first cache
+CACHE_WAY = 4096  # bytes: addresses a multiple of this apart meet in the same set of the first cache; `step` avoids that
 
 
 class Blas:
     """Operands are plain matrices."""
 
     packs = False
-    unit = 1  # what the number of columns of an image must be a multiple of, if it is to be loaded at once
+    unit = 1  # a batch is padded to a multiple of this, so that whole vectors can be loaded
 
     def tile_rows(self, m: int) -> int:
         """Rows of a tile of a matrix of m rows."""

@@ -2,8 +2,11 @@
 
 
 def pair(size: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
-    """A number, or a pair (height, width) -> the pair."""
-    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    """A number, or a pair (height, width) -> the pair. Raises ValueError for another count of numbers."""
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"a window has two sides, (height, width): {size} has {len(sides)}")
+    return sides
 
 
 def output_size(op: str, size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: int) -> tuple[int, ...]:

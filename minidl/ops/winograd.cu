@@ -157,14 +157,14 @@ extern "C" __global__ void winograd_output_gradient(const real* __restrict__ dy,
 template <int COUNT>
 __device__ __forceinline__ void multiply_elements(const acc* __restrict__ u, long long u_element, const real* __restrict__ v,
                                                   int depth, acc* __restrict__ m) {
-    const int padded = COUNT * STRIP;
+    const int padded = COUNT * VECTOR_COLUMNS;
     for (int e = 0; e < TILE * TILE; ++e) {
-        LANE_LOOP(n, STRIP) {
+        LANE_LOOP(n, VECTOR_COLUMNS) {
             lanes sums[ROWS][COUNT] = {};
             tile_sums(u + e * u_element, v + (long long)e * depth * padded + n, padded, depth, sums);
             UNROLL for (int r = 0; r < ROWS; ++r)
                 UNROLL for (int j = 0; j < COUNT; ++j)
-                    store<true>(m + (e * ROWS + r) * padded + j * STRIP + n, sums[r][j], STRIP);
+                    store<true>(m + (e * ROWS + r) * padded + j * VECTOR_COLUMNS + n, sums[r][j], VECTOR_COLUMNS);
         }
     }
 }
@@ -180,7 +180,7 @@ template <bool WHOLE>
 __device__ __forceinline__ void convolve_tiles(const real* __restrict__ x, const acc* __restrict__ u, long long u_element,
                                                real* __restrict__ v, acc* __restrict__ m, real* __restrict__ y, Group g,
                                                int ty, int tx, int count, int images) {
-    const int vectors = (images + STRIP - 1) / STRIP, padded = vectors * STRIP;
+    const int vectors = (images + VECTOR_COLUMNS - 1) / VECTOR_COLUMNS, padded = vectors * VECTOR_COLUMNS;
     const long long element = (long long)g.sources * padded, v_tile = TILE * TILE * element;
     for (int c = 0; c < g.sources; ++c)
         for (int t = 0; t < count; ++t)

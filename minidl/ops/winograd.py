@@ -16,7 +16,7 @@ from minidl.ops.window import threads_along
 KERNELS = Kernels("winograd.cu")
 ELEMENTS = 16           # of a tile: as many matrix products
 OUTPUTS = 2             # of a tile, along a side
-DW_COLUMNS = 256        # a sum for dweight has at least so many columns: each ends with a pass over dU
+DW_COLUMNS = 256        # of V, at least, that one sum for dU takes: each sum costs a pass over dU
 STRIP_BYTES = 256 << 10  # of V in a step of a block on the CPU, which has one tile at least: it stays in the second cache
 
 
