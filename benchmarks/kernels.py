@@ -41,6 +41,8 @@ from minidl.ops import conv, optimizer
 
 ROW_SECONDS, FEWEST = 1.0, 5  # a row takes no longer, unless so many runs do
 BEYOND_CACHES = 128 << 20  # bytes
+SPIN = 'extern "C" __global__ void spin(long long cycles) { const long long end = clock64() + cycles; while (clock64() < end); }'
+SPIN_CYCLES = 2_000_000  # about a millisecond
 # Most that peers may differ, in root mean square: a ReLU decides otherwise where rounding does.
 TOLERANCES = {"fp32": 3e-3, "tf32": 2e-2, "bf16": 1e-1}
 
@@ -57,6 +59,8 @@ class Bench:
         self.other_tensor = self.inputs.master(BEYOND_CACHES // 4)
         self.target = place.xp.zeros_like(self.other_tensor)
         self.state = place.xp.zeros(optimizer.STATE_SIZE, self.inputs.acc)
+        if place.name != "cpu":
+            self.spin = place.xp.RawKernel(SPIN, "spin")
 
     def measure_ceilings(self):
         """Of a copy; of the fastest product of n x n matrices, be it that of BLAS, of a convolution or of PyTorch."""
@@ -71,14 +75,15 @@ class Bench:
         self.gemm = max(2 * n**3 / min(self.seconds(product, product) for _ in range(4)) for product in candidates)
 
     def seconds(self, function, before):
-        """Of function(), after before(). On a GPU its first launches are queued until that is done, so that the host does not
-        count."""
+        """Of function(), after before(). On a GPU all its launches are queued behind a kernel that takes longer than queueing
+        does, so that the host does not count."""
         before()
         if self.place.name == "cpu":
             begin = time.perf_counter()
             function()
             return time.perf_counter() - begin
         start, end = (self.place.xp.cuda.Event() for _ in range(2))
+        self.spin((1,), (1,), (np.int64(SPIN_CYCLES),))
         start.record()
         function()
         end.record()

@@ -150,7 +150,7 @@ class Convolution(Work):
                "winograd_conv", "winograd_input", "winograd_output", "winograd_output_gradient", "winograd_weight",
                "winograd_weight_gradient",
                "group_conv_pack", "group_conv_forward", "group_conv_backward_x", "group_conv_tile_dweight",
-               "group_conv_combine_dweight", "conv_tensor_core_pack", "conv_tensor_core_forward_64",
+               "sum_parts", "conv_tensor_core_pack", "conv_tensor_core_forward_64",
                "conv_tensor_core_forward_128", "conv_tensor_core_dweight_64", "conv_tensor_core_dweight_128",
                "bias_add", "bias_tile_sums", "bias_combine_sums")
 

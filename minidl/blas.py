@@ -29,6 +29,12 @@ def gemm(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float = 0.0) 
     _check(a, b, out)
     if out.size == 0:
         return
+    if a.shape[-1] == 0:  # sums of nothing, for which cuBLAS wants addresses nevertheless
+        if beta:
+            out *= out.dtype.type(beta)
+        else:
+            out[...] = 0
+        return
     product = _gemm_on_host if array_module(out) is np else _gemm_on_gpu
     product(a, b, out, alpha, beta)
 
@@ -122,14 +128,17 @@ def _gemm_on_gpu(a: Any, b: Any, out: Any, alpha: float, beta: float) -> None:  
     for name, array in (("b", b), ("a", a), ("out", out)):
         transposed, leading = _transposed_and_leading_dimension(name, array)
         batch_stride = array.strides[0] // array.itemsize if array.ndim == 3 else 0
-        operands.append((int(transposed), ctypes.c_void_p(array.data.ptr), _CUDA_TYPES[array.dtype.name], leading,
-                         ctypes.c_longlong(batch_stride)))
-    (b_op, *b_matrix), (a_op, *a_matrix), (_, *out_matrix) = operands
-    batch = out.shape[0] if out.ndim == 3 else 1
+        operands.append((int(transposed), [ctypes.c_void_p(array.data.ptr), _CUDA_TYPES[array.dtype.name], leading],
+                         [ctypes.c_longlong(batch_stride)]))
+    batch = [out.shape[0] if out.ndim == 3 else 1]
+    function = "cublasGemmStridedBatchedEx"
+    if batch == [1]:  # this one splits long sums among blocks
+        function, batch = "cublasGemmEx", []
+        operands = [(op, matrix, []) for op, matrix, _ in operands]
+    (b_op, b_matrix, b_stride), (a_op, a_matrix, a_stride), (_, out_matrix, out_stride) = operands
     _Cublas.of_current_device().call(
-        "cublasGemmStridedBatchedEx", b_op, a_op, out.shape[-1], out.shape[-2], a.shape[-1],
-        ctypes.byref(scalar(alpha)), *b_matrix, *a_matrix, ctypes.byref(scalar(beta)), *out_matrix,
-        batch, compute, _DEFAULT_ALGORITHM)
+        function, b_op, a_op, out.shape[-1], out.shape[-2], a.shape[-1], ctypes.byref(scalar(alpha)), *b_matrix, *b_stride,
+        *a_matrix, *a_stride, ctypes.byref(scalar(beta)), *out_matrix, *out_stride, *batch, compute, _DEFAULT_ALGORITHM)
 
 
 class _Cublas:

@@ -43,6 +43,11 @@ class Device:
     def __init__(self, name: str, xp: ModuleType, description: str) -> None:
         self.name, self.xp, self.description = name, xp, description
 
+    def check_type(self, dtype: np.dtype[Any]) -> None:
+        """Raise DeviceError where the device's library has no arrays of this type."""
+        if dtype.name == "bfloat16" and self.name != "cpu" and int(self.xp.__version__.split(".")[0]) < 14:
+            raise DeviceError(f"bfloat16 needs CuPy 14, and this is {self.xp.__version__}: upgrade it, or use another precision")
+
     def synchronize(self) -> None:
         """Wait until everything launched so far is done, so that a clock can be read."""
         if self.name != "cpu":
@@ -62,17 +67,23 @@ def select(name: str = "auto") -> Device:
 
     Raises DeviceError for a GPU that is not there, saying what is missing, and UsageError for another name.
     """
+    index = gpu_number(name)
+    return _cpu() if index is None else _gpu(index)
+
+
+def gpu_number(name: str) -> int | None:
+    """The number of the GPU that `select` would take, or None for the CPU. No memory of the GPU is taken. Raises as `select`."""
     if name == "cpu":
-        return _cpu()
+        return None
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not match:
         raise UsageError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
     missing = _missing_for_gpu()
     if missing and name == "auto":
-        return _cpu()
+        return None
     if missing:
         raise DeviceError(f"--device {name}: {missing}")
-    return _gpu(int(match[1] or 0))
+    return int(match[1] or 0)
 
 
 def _cpu() -> Device:

@@ -200,10 +200,12 @@ class Layer:
         """Put the network on a device and give its parameters their initial values. Returns the network.
 
         device: a Device, by default the CPU. dtype: type of storage, float32, float64, bfloat16 or float16. The values
-        depend on (seed, name of the parameter) alone, not on device or type.
+        depend on (seed, name of the parameter) alone, not on device or type. Raises DeviceError for a type that the device
+        does not have.
         """
         device = device or select("cpu")
         dtype = storage_dtype(dtype)
+        device.check_type(dtype)
         self.device, self.dtype = device, dtype
         self.step = device.xp.zeros(1, np.int64)  # of training; dropout masks depend on it
         by_name = self.named_parameters()
@@ -636,6 +638,8 @@ class Sequential(Composition):
     """Layers one after another: Sequential(a, b) names them "0", "1"; Sequential(conv=a, norm=b) as given."""
 
     def __init__(self, *layers: Layer, **named_layers: Layer) -> None:
+        if not layers and not named_layers:
+            raise ValueError("Sequential: there are no layers")
         for name, layer in {**{str(i): layer for i, layer in enumerate(layers)}, **named_layers}.items():
             if hasattr(self, name) or name in Layer.__annotations__:
                 raise ValueError(f"Sequential: a layer cannot be named {name!r}")
@@ -650,8 +654,7 @@ class Sequential(Composition):
         return iter(self.children().values())
 
     def skip_input_gradient(self) -> None:
-        for layer in list(self)[:1]:
-            layer.skip_input_gradient()
+        next(iter(self)).skip_input_gradient()
 
     def forward(self, x: Array) -> Array:
         again = None
@@ -663,13 +666,10 @@ class Sequential(Composition):
         return x
 
     def forget_input(self, again: Again) -> None:
-        for layer in list(self)[:1]:
-            layer.forget_input(again)
+        next(iter(self)).forget_input(again)
 
     def output_again(self) -> Again | None:
-        for layer in list(self)[-1:]:
-            return layer.output_again()
-        return None
+        return list(self)[-1].output_again()
 
     def backward(self, dy: Array) -> Any:
         for layer in reversed(list(self)):

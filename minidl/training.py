@@ -148,6 +148,7 @@ class Trainer:
 
     def _step_of_epoch(self, batches: Sequence[Batch], done: int) -> None:
         if self.inspects and done == len(batches):
+            self._graphs.clear()  # the memory that they keep is needed: this step's kernels are launched one by one
             self.statistics = inspection.statistics(self.model, lambda: self.step(batches[-1]))
         else:
             self.step(batches[done - 1])

@@ -51,8 +51,8 @@ def compile_to_cubin(path, options, arch):
 
     May be called from several threads at once.
     """
-    # -ftz: CuPy adds it to whatever it compiles. -v: ptxas writes what each kernel uses into the log.
-    options = [*options, f"-arch={arch}", f"-I{library()[1]}", "-ftz=true", "--ptxas-options=-v"]
+    # The first two: CuPy adds them to whatever it compiles. -v: ptxas writes what each kernel uses into the log.
+    options = ["--device-as-default-execution-space", "-ftz=true", *options, f"-arch={arch}", f"-I{library()[1]}", "--ptxas-options=-v"]
     encoded = (ctypes.c_char_p * len(options))(*map(os.fsencode, options))
     program = ctypes.c_void_p()
     _call("nvrtcCreateProgram", ctypes.byref(program), path.read_bytes(), os.fsencode(path.name), 0, None, None)

@@ -4,6 +4,7 @@ The fork spares the start of Python; everything else is what a user's process do
 """
 
 import csv
+import gc
 import hashlib
 import os
 import signal
@@ -64,6 +65,7 @@ def forked(folder, work):
     process = os.fork()
     if process == 0:
         code = CRASHED
+        gc.freeze()  # what belongs to the parent, perhaps on a GPU, is not cleared away here
         try:
             os.chdir(folder)
             for number in (signal.SIGINT, signal.SIGTERM):

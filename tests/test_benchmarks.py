@@ -114,7 +114,7 @@ def test_work_of_a_step_is_that_of_a_real_one(name, launched, monkeypatch):
     place, batch = device.select("cpu"), 2
     network = models.create(name).initialize(place)
     network.skip_input_gradient()
-    x, labels = np.ones((*works.IMAGE, batch), np.float32), np.zeros(batch, np.int32)
+    x, labels = np.ones((*works.IMAGE_SHAPE, batch), np.float32), np.zeros(batch, np.int32)
     launched.clear()
     dlogits = loss.forward_backward(network.forward(x), labels, np.zeros(4), np.ones(1, np.float32))
     network.backward(dlogits)
@@ -139,7 +139,7 @@ def test_work_of_a_step_is_that_of_a_real_one(name, launched, monkeypatch):
     assert number(works.Convolution) == len(convolutions)
     macs = sum(next(work.cases(works.Inputs(place, np.dtype("float32")))).flops * count for work, count in counts.items()
                if isinstance(work, (works.Convolution, works.Linear)))
-    assert macs == 2 * batch * network.macs(works.IMAGE)
+    assert macs == 2 * batch * network.macs(works.IMAGE_SHAPE)
 
 
 def test_equal_work_is_one():

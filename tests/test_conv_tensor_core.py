@@ -35,10 +35,13 @@ SMALL = [((3, 3, 2, 8), 4, 1, 1), ((4, 3, 4, 8), 6, 0, 2)]
 PARTS = {"at once": (1, 1), "in parts": (1 << 20, 2)}
 
 
+TENSOR_CORES = gpu_present() and conv_tensor_core._has_tensor_cores(0)
+
+
 def pytest_generate_tests(metafunc):
     emulator = "sanitize" if metafunc.config.getoption("--sanitize") else "emulate"
     if "warps" in metafunc.fixturenames:
-        metafunc.parametrize("warps", [emulator, *(["cuda"] if gpu_present() else [])], indirect=True)
+        metafunc.parametrize("warps", [emulator, *(["cuda"] if TENSOR_CORES else [])], indirect=True)
     if "emulator" in metafunc.fixturenames:
         metafunc.parametrize("emulator", [emulator], indirect=True)
     if "dtype" in metafunc.fixturenames and "expected" not in metafunc.fixturenames:
@@ -227,7 +230,7 @@ def test_box_of_a_tile(batch, box):
     assert np.prod(box) == conv_tensor_core.COLUMNS
 
 
-@pytest.mark.skipif(not gpu_present(), reason="there is no NVIDIA GPU")
+@pytest.mark.skipif(not TENSOR_CORES, reason="there is no NVIDIA GPU of compute capability 8.0 or more")
 @pytest.mark.parametrize("channels, size, groups", [(64, 32, 1), (128, 16, 1), (256, 8, 1), (128, 32, 2), (96, 32, 2)])
 def test_layers_of_networks_on_a_gpu(rng, monkeypatch, channels, size, groups, dtype):
     """At batch 128, against the portable kernels in float64, which never come here."""

@@ -1,5 +1,6 @@
 """Choice of a device, threads, and the memory pool of the host."""
 
+import contextlib
 import os
 import sys
 import tracemalloc
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from minidl import nvidia_driver
-from minidl.device import HostPool, array_module, cpu_threads, empty, select, workers
+from minidl.device import Device, HostPool, array_module, cpu_threads, empty, select, workers
 from minidl.errors import DeviceError, UsageError
+from minidl.kernels import storage_dtype
 from minidl.nvidia_driver import Driver, Gpu
 
 # ---- choice --------------------------------------------------------------------------------------------------------
@@ -121,7 +123,8 @@ def test_an_empty_folder_named_cupy(install, monkeypatch, tmp_path):
     """Python imports it, but it is not CuPy, and nobody may take it for that."""
     (tmp_path / "cupy").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(DeviceError, match=f"^--device cuda: CuPy is not installed: {INSTALL}$"):
         select("cuda")
     assert "cupy" not in sys.modules
@@ -285,3 +288,12 @@ def test_empty_is_beside_an_array_or_on_a_device(install):
     install(cupy)
     for like in (cupy.ndarray(), select("cuda")):
         assert empty((2, 3), "float32", like) == ("cupy", (2, 3), "float32")
+
+
+def test_types_that_the_library_does_not_have():
+    for version, name, message in (("13.6.0", "cuda:0", "bfloat16 needs CuPy 14, and this is 13.6.0: upgrade it"),
+                                   ("14.0.1", "cuda:0", None), ("13.6.0", "cpu", None)):
+        place = Device(name, SimpleNamespace(__version__=version), "")
+        place.check_type(storage_dtype("float16"))
+        with pytest.raises(DeviceError, match=message) if message else contextlib.nullcontext():
+            place.check_type(storage_dtype("bfloat16"))

@@ -186,6 +186,7 @@ def test_shapes_and_macs():
     (lambda: BatchNorm2d(2).initialize().forward(np.zeros((2, 2, 2, 1), np.float32), np.zeros((2, 2, 1, 1), np.float32)),
      r"batch norm: z \(2, 2, 1, 1\) has another shape than x \(2, 2, 2, 1\)"),
     (lambda: Sequential(forward=ReLU()), "a layer cannot be named 'forward'"),
+    (Sequential, "Sequential: there are no layers"),
     (lambda: Sequential(step=ReLU()), "a layer cannot be named 'step'"),
     (lambda: MaxPool2d((2,)), r"a window has two sides, \(height, width\): \(2,\) has 1"),
     (lambda: Conv2d(3, 4, (3, 3, 3)), r"\(3, 3, 3\) has 3"),

@@ -126,7 +126,7 @@ def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> Non
     begin = time.perf_counter()
     run = new_run(chosen, team, overfit=args.overfit_batch)
     announce(run)
-    demo = is_demo(args, run.place)
+    demo = is_demo(args, run.place.name == "cpu")
     if demo:
         print("This is a demo on 1,797 small digits, because no GPU was found and no network or data were asked for.")
     if args.overfit_batch:
@@ -142,16 +142,16 @@ def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> Non
 
 def place_of(chosen: Settings, team: Team = ALONE) -> Device:
     """The device of a rank: of several on GPUs, each has its own."""
-    place = device.select(chosen.device)
-    return place if team.size == 1 or place.name == "cpu" else device.select(f"cuda:{team.rank}")
+    number = device.gpu_number(chosen.device)
+    return device.select(chosen.device if team.size == 1 or number is None else f"cuda:{team.rank}")
 
 
 # ---- settings ----------------------------------------------------------------------------------------------------
 
 
-def is_demo(args: argparse.Namespace, place: Device) -> bool:
+def is_demo(args: argparse.Namespace, on_cpu: bool) -> bool:
     """Whether digits are trained on: there is no GPU, and neither network nor data were asked for."""
-    return place.name == "cpu" and not any((args.arch, args.dataset, args.data_dir, args.config))
+    return on_cpu and not any((args.arch, args.dataset, args.data_dir, args.config))
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -174,10 +174,10 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
 def chosen_settings(args: argparse.Namespace) -> Settings:
     """All settings of a new run."""
     given = given_settings(args)
-    place = device.select(given.get("device", "auto"))
-    demo = is_demo(args, place)
+    on_cpu = device.gpu_number(given.get("device", "auto")) is None
+    demo = is_demo(args, on_cpu)
     given["dataset"] = given.get("dataset") or ("digits" if demo else "cifar100")
-    given["arch"] = models.find(given.get("arch") or (DEMO_ARCH if place.name == "cpu" else LARGE_ARCH))[0]
+    given["arch"] = models.find(given.get("arch") or (DEMO_ARCH if on_cpu else LARGE_ARCH))[0]
     recipe = recipes.recipe(given.get("recipe", "fast"), given["arch"], given["dataset"])
     return settings.resolve(given, recipe)
 

@@ -10,8 +10,8 @@ import functools
 
 from minidl import blas
 from minidl.device import Array, array_module, empty
-from minidl.kernels import Kernels, blocks_for
-from minidl.ops import group_conv
+from minidl.kernels import Kernels
+from minidl.ops.sum_parts import sum_parts
 
 KERNELS = Kernels("conv_tensor_core.cu", fixed_threads=True)
 THREADS, COLUMNS, CHUNK_BYTES = 256, 128, 64  # conv_tensor_core.cu
@@ -69,7 +69,7 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
     tile_dweight = empty((parts, *dweight.shape), dweight.dtype, like=x)
     kernel = KERNELS.conv_tensor_core_dweight_64 if rows == 64 else KERNELS.conv_tensor_core_dweight_128
     kernel[parts * tiles, THREADS](dy, x, tile_dweight, groups, *_sizes(x, dy, groups), padding, steps)
-    group_conv.KERNELS.group_conv_combine_dweight[blocks_for(dweight.size), 128](tile_dweight, dweight, parts, dweight.size)
+    sum_parts(tile_dweight, dweight)
 
 
 def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, adjoint: bool) -> None:

@@ -39,12 +39,13 @@ extern "C" __global__ void dropout(const real* __restrict__ x, const long long* 
 
 #define IMAGES 512  // whose decisions a block keeps, so that it goes through the pixels in the order of memory
 
-// x (C, H*W, N). Grid: one block per channel; threads run along the batch.
+// x (C, H*W, N). Grid: channels x stretches of `stretch` pixels; threads run along the batch.
 extern "C" __global__ void dropout_channels(const real* __restrict__ x, const long long* __restrict__ step,
-                                            real* __restrict__ y, int pixels, int batch, unsigned long long key,
+                                            real* __restrict__ y, int pixels, int stretch, int batch, unsigned long long key,
                                             unsigned layer, unsigned threshold, acc scale) {
     SHARED(int, kept, IMAGES);  // each thread reads what it has written: no barrier
     const unsigned c = blockIdx.x, now = (unsigned)*step;
+    const int first_pixel = blockIdx.y * stretch, end = pixels - first_pixel < stretch ? pixels : first_pixel + stretch;
     for (int begin = 0; begin < batch; begin += IMAGES) {
         const int count = batch - begin < IMAGES ? batch - begin : IMAGES;
         BLOCK_LOOP(n, 0, count) {
@@ -52,7 +53,7 @@ extern "C" __global__ void dropout_channels(const real* __restrict__ x, const lo
             philox(key, bits);
             kept[n] = bits[0] >= threshold;
         }
-        for (int i = 0; i < pixels; ++i) {
+        for (int i = first_pixel; i < end; ++i) {
             const long long first = ((long long)c * pixels + i) * batch + begin;
             BLOCK_LOOP(n, 0, count) {
                 const acc value = acc(x[first + n]);

@@ -1,11 +1,12 @@
 """Dropout and channel dropout. Formulas: dropout.cu. Each is its own backward: apply it to dy at the same step."""
 
-from minidl.device import Array, empty
-from minidl.kernels import Kernels, blocks_for
+from minidl.device import Array, array_module, empty
+from minidl.kernels import LARGEST_COUNT, Kernels, blocks_for
 from minidl.ops.window import threads_along
 
 KERNELS = Kernels("dropout.cu")
 THREADS = 256
+STRETCH = {"numpy": LARGEST_COUNT, "cupy": 16}  # pixels of a channel that a block takes, which then decides for its images
 
 
 def apply(x: Array, rate: float, key: int, layer: int, step: Array) -> Array:
@@ -23,8 +24,10 @@ def apply_to_channels(x: Array, rate: float, key: int, layer: int, step: Array) 
     """x (C, H, W, N) -> y: as `apply`, with one decision for each channel of each image."""
     channels, height, width, batch = x.shape
     y = empty(x.shape, x.dtype, like=x)
-    KERNELS.dropout_channels[channels, threads_along(batch)](
-        x, step, y, height * width, batch, key, layer, *_decision(rate))
+    pixels = height * width
+    stretch = STRETCH[array_module(x).__name__]
+    KERNELS.dropout_channels[(channels, -(-pixels // stretch)), threads_along(batch)](
+        x, step, y, pixels, stretch, batch, key, layer, *_decision(rate))
     return y
 
 

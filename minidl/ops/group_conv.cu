@@ -218,12 +218,3 @@ extern "C" __global__ void group_conv_tile_dweight(const real* __restrict__ x, c
     if (whole_lanes(batch)) sum_tile<true>(x, dy, tile_dweight, groups, rows, k_blocks, size);
     else sum_tile<false>(x, dy, tile_dweight, groups, rows, k_blocks, size);
 }
-
-extern "C" __global__ void group_conv_combine_dweight(const acc* __restrict__ tile_dweight, acc* __restrict__ dweight,
-                                                      int row_tiles, long long n) {
-    GRID_LOOP(i, n) {
-        acc total = 0;
-        for (int t = 0; t < row_tiles; ++t) total += tile_dweight[t * n + i];
-        dweight[i] = total;
-    }
-}

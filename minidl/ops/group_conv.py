@@ -2,6 +2,7 @@
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels, acc_dtype, blocks_for
+from minidl.ops.sum_parts import sum_parts
 from minidl.ops.window import threads_along
 
 KERNELS = Kernels("group_conv.cu")
@@ -33,7 +34,7 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding
     tiles, k_blocks = -(-(outputs // groups) // OUTPUTS), -(-(dweight.size // outputs) // BLOCK_TAPS)
     KERNELS.group_conv_tile_dweight[row_tiles * groups * tiles * k_blocks, threads_along(batch)](
         x, dy, tile_dweight, groups, *_sizes(x, dweight, dy, groups), stride, padding, rows, k_blocks)
-    KERNELS.group_conv_combine_dweight[blocks_for(dweight.size), 128](tile_dweight, dweight, row_tiles, dweight.size)
+    sum_parts(tile_dweight, dweight)
 
 
 def _pack(weight: Array, groups: int, *, adjoint: bool) -> tuple[Array, int]:
