@@ -12,6 +12,7 @@ in all epochs together, both in per cent of the bare loop.
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
 import sys

@@ -7,6 +7,7 @@ Every number there comes from a record: kernels-*.json, training-*.json, memory-
 overhead-*.json, the folders of runs of train.py that runs.toml names, and experiments.toml, the log of what was tried.
 """
 
+import argparse
 import csv
 import json
 import shlex
@@ -267,4 +268,5 @@ def environment_of(name):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     sys.exit(command.run(main))

@@ -6,6 +6,7 @@ with more arrays, whose names begin with "training/", and more metadata, the ent
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ def load(path: Path) -> tuple[Checkpoint, list[str]]:
     """
     if not path.is_dir():
         return _load(path), []
-    if not any((path / name).exists() for name in (LAST, PREVIOUS)):
+    if os.access(path, os.X_OK) and not any((path / name).exists() for name in (LAST, PREVIOUS)):
         raise CheckpointError(f"{path} holds no checkpoint, {LAST} or {PREVIOUS}")
     try:
         return _load(path / LAST), []
     except CheckpointError as error:
-        if not (path / PREVIOUS).exists():
+        if not os.path.exists(path / PREVIOUS):
             raise
         reason = error
     try:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minidl import signals
 from minidl.device import Array, Device, select
 from minidl.layers import Layer
 
@@ -163,6 +164,7 @@ class _Trial:
         moves = {name: self.device.array(move) for name, move in direction.items()}
 
         def loss(steps: int) -> float:
+            signals.obey()
             for name, move in moves.items():
                 self.values[name][...] = self.start[name] + steps * step * move
             return float((self.u * self.layer.forward(self.values["x"])).sum())

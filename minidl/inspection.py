@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from minidl import signals
 from minidl.device import Array, Device
 from minidl.layers import Layer
 
@@ -132,6 +133,7 @@ def profile(model: Layer, step: Callable[[], object], repeats: int) -> dict[str,
 
     step()
     for _ in range(repeats):
+        signals.obey()
         device.synchronize()
         begin = time.perf_counter()
         step()
@@ -139,6 +141,7 @@ def profile(model: Layer, step: Callable[[], object], repeats: int) -> dict[str,
         times["step"]["step"].append(time.perf_counter() - begin)
     with watch(model, around):
         for _ in range(repeats):
+            signals.obey()
             step()
     return {name: {kind: float(np.median(values)) for kind, values in kinds.items()} for name, kinds in times.items()}
 

@@ -641,6 +641,8 @@ class Sequential(Composition):
         if not layers and not named_layers:
             raise ValueError("Sequential: there are no layers")
         for name, layer in {**{str(i): layer for i, layer in enumerate(layers)}, **named_layers}.items():
+            if not isinstance(layer, Layer):
+                raise TypeError(f"Sequential: {name} is {layer!r}, not a Layer")
             if hasattr(self, name) or name in Layer.__annotations__:
                 raise ValueError(f"Sequential: a layer cannot be named {name!r}")
             setattr(self, name, layer)

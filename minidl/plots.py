@@ -7,6 +7,7 @@ CheckpointError where the file cannot be written. Nothing depends on the setting
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import textwrap
@@ -82,6 +83,7 @@ class History:
 
 def curves(runs: Sequence[History], path: FilePath) -> Figure:
     """Loss, top-1 and learning rate over the epochs, a colour for each of the runs; its last test top-1 is named."""
+    runs = [dataclasses.replace(run, name=_printable(run.name)) for run in runs]
     legend_columns = max(1, 120 // (8 + max(len(run.name) for run in runs)))
     legend_lines = -(-len(runs) // legend_columns)
     colours = _colours(len(runs))
@@ -108,6 +110,11 @@ def curves(runs: Sequence[History], path: FilePath) -> Figure:
         figure.legend([line([], [], color=colour, linewidth=2.5) for colour in colours], [run.name for run in runs],
                       loc="outside lower center", ncols=legend_columns, borderaxespad=0)
     return figure
+
+
+def _printable(name: str) -> str:
+    """A file's name, of which some bytes may be no text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _colours(count: int) -> Sequence[Any]:

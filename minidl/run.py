@@ -50,6 +50,9 @@ class Run:
             if settings.batch_size > len(dataset.labels):
                 raise UsageError(f"batch_size {settings.batch_size} is more than the {len(dataset.labels)} {what} images of "
                                  f"{dataset.name}")
+        outputs = network.output_shape(train_set.images.shape[1:])[0]
+        if outputs != len(train_set.classes):
+            raise UsageError(f"the network has {outputs} outputs, {train_set.name} {len(train_set.classes)} classes")
         self.train_set = train_set
         dtype = storage_dtype(STORAGE[settings.precision])
         blas.allow_tf32 = settings.precision == "tf32"

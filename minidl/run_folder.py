@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from minidl import __version__, checkpoint, data, plots, weights
+from minidl.data import process_lock
 from minidl.device import Device
 from minidl.errors import CheckpointError, UsageError
 from minidl.extras import library
@@ -29,11 +30,15 @@ COLUMNS = ("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", 
 class RunFolder:
     """What a run writes. Where the disk does not take it, the run goes on: there is one warning, and `troubles` has the last.
 
-    path: the folder. Make one by `new` or `existing`.
+    path: the folder, which is there. Until `close` no other process may make a RunFolder of it: UsageError.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        try:
+            self._release = process_lock.take_folder(path, self)
+        except BlockingIOError:
+            raise UsageError(f"another process writes to {path}: wait for its end, or name another folder") from None
         self.troubles: dict[str, str] = {}  # {file: why it was not written}
         self._tensorboard: Any = None
 
@@ -43,11 +48,11 @@ class RunFolder:
         try:
             path = Path(output) if output else _new_folder(name)
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise UsageError(f"the output folder {path} is not empty: name another one, or go on with --resume {path}")
+            folder = cls(path)
+            check_empty(path)
         except OSError as error:
             raise UsageError(f"the output folder {output or 'runs'} cannot be made: {error.strerror}") from None
-        return cls(path)
+        return folder
 
     def write_settings(self, settings: str, environment: Mapping[str, Any]) -> None:
         """settings: the text of config.toml; environment: to env.json."""
@@ -104,6 +109,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Nothing more will be added. TensorBoard's file is written by a thread, which may be behind."""
+        self._release()
         if self._tensorboard:
             with self._survives("tensorboard"):
                 self._tensorboard.close()
@@ -121,11 +127,18 @@ class RunFolder:
             self.troubles.pop(file, None)
 
 
+def check_empty(path: Path) -> None:
+    """Raise UsageError where there is something in the folder."""
+    if path.is_dir() and any(path.iterdir()):
+        again = f", or go on with --resume {path}" if (path / checkpoint.LAST).exists() else ""
+        raise UsageError(f"the output folder {path} is not empty: name another one{again}")
+
+
 class NoFolder(RunFolder):
     """What ranks write to that leave writing to another."""
 
     def __init__(self) -> None:
-        super().__init__(Path(os.devnull))
+        self.path, self.troubles = Path(os.devnull), {}
 
     def _nothing(self, *values: Any, **named: Any) -> None:
         pass

@@ -147,6 +147,8 @@ class Settings:
         """The text of a config.toml that gives these settings."""
         values = self.as_dict()
         options = values.pop("model_kwargs")
+        if self.time_budget:  # which decides how many there are
+            del values["epochs"]
         lines: list[str] = [f"{name} = {_toml(value)}\n" for name, value in values.items()]
         if options:
             lines += ["\n[model_kwargs]\n", *(f"{_key(name)} = {_toml(value)}\n" for name, value in options.items())]
@@ -239,7 +241,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
             raw = file.read(LARGEST_FILE + 1)
         if len(raw) > LARGEST_FILE:
             raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
-        given = tomllib.loads(raw.decode("utf-8"))
+        given = tomllib.loads(raw.decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
     except RecursionError:

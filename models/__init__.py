@@ -26,14 +26,14 @@ _FAMILIES: dict[str, Callable[..., Architecture]] = {
 def find(name: str) -> tuple[str, Architecture]:
     """A name or an alias -> the full name, the Architecture. Raises UsageError for an unknown one, with the nearest known.
 
-    Besides those of REGISTRY, resnext29-CxWd, res2next29-CcWwSs and wrn-D-K are known with any numbers of at least 1.
+    Besides those of REGISTRY, resnext29-CxWd, res2next29-CcWwSs and wrn-D-K are known with any numbers from 1 to 9,999.
     """
     name = ALIASES.get(name, name)
     if name in REGISTRY:
         return name, REGISTRY[name]
     for pattern, architecture in _FAMILIES.items():
         match = re.fullmatch(pattern, name)
-        if match and all(int(number) > 0 for number in match.groups()):
+        if match and all(0 < int(number) < 10_000 for number in match.groups()):
             return name, architecture(*map(int, match.groups()))
     known = [*ALIASES, *REGISTRY]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from minidl.errors import UsageError
 from minidl.layers import Layer
 
-Choice = TypeVar("Choice", str, int)
+Choice = TypeVar("Choice", str, int, bool)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> bool | int | float | str:
-    if text in ("true", "false"):
-        return text == "true"
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         try:
             return kind(text)

@@ -38,6 +38,7 @@ def simplenet(classes: int = 100, *, version: str = "5m", form: str = "pytorch",
     gain sqrt(2) as in the PyTorch version, or "he", normal.
     """
     channels, pointwise, default_rate = VERSIONS[version]
+    one_of("extra_pool", extra_pool, False, True)
     caffe = one_of("form", form, "pytorch", "caffe") == "caffe"
     elements = one_of("dropout", dropout, "channels", "elements") == "elements"
     weights = {"xavier": xavier_uniform(math.sqrt(2)), "he": he_normal()}[one_of("initializer", initializer, "xavier", "he")]

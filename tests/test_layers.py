@@ -147,10 +147,31 @@ def test_initial_values_depend_on_seed_and_name_alone(dtype):
     assert not np.array_equal(more.twin.weight.master, more.stem.weight.master)
 
 
+def test_parts_that_are_no_layers_are_refused():
+    for part in (ReLU, [ReLU()]):
+        with pytest.raises(TypeError, match=r"Sequential: act is .*, not a Layer"):
+            Sequential(act=part)
+
+
 def test_nothing_is_computed_before_it_is_initialized():
     for use in (lambda layer: layer.forward(np.zeros((3, 2, 2, 1), np.float32)), Layer.state_dict):
         with pytest.raises(RuntimeError, match=r"this parameter of shape \(4, 3, 1, 1\) has no values yet: call initialize"):
             use(Conv2d(3, 4, 1, bias=False))
+
+
+@pytest.mark.parametrize("layer", [
+    Conv2d(4, 4, 1), Conv2d(4, 8, 3, padding=1), Conv2d(4, 4, 3, stride=2), Conv2d(8, 8, 3, padding=1), Conv2d(4, 4, 3, groups=2),
+    BatchNorm2d(4), BatchNorm2d(4, relu=True), ReLU(), MaxPool2d(2), AvgPool2d(2), GlobalMaxPool2d(), GlobalAvgPool2d(), Linear(4, 3)],
+    ids=lambda layer: type(layer).__name__)
+def test_a_gradient_of_another_shape_is_refused(layer):
+    """It would be read beyond its end."""
+    channels = getattr(layer, "in_channels", 4)
+    x = np.ones((channels, 3) if isinstance(layer, Linear) else (channels, 6, 6, 3), np.float32)
+    layer.initialize()
+    for wrong in (lambda shape: (*shape[:-1], shape[-1] + 1), lambda shape: (shape[0] + 1, *shape[1:]), lambda shape: (1,) * len(shape)):
+        dy = np.ones(wrong(layer.forward(x).shape), np.float32)
+        with pytest.raises(ValueError, match=r"dy.* \(1|dy.* \(\d, |dy has shape"):
+            layer.backward(dy)
 
 
 def test_input_of_another_type_is_refused(rng):
@@ -184,7 +205,7 @@ def test_shapes_and_macs():
     (lambda: MaxPool2d((2, 3)), r"MaxPool2d: window \(2, 3\) is not square and needs a stride"),
     (lambda: ZeroPadChannels(2).forward(np.zeros((3, 2, 2, 1))), "ZeroPadChannels: 3 channels are more than 2"),
     (lambda: BatchNorm2d(2).initialize().forward(np.zeros((2, 2, 2, 1), np.float32), np.zeros((2, 2, 1, 1), np.float32)),
-     r"batch norm: z \(2, 2, 1, 1\) has another shape than x \(2, 2, 2, 1\)"),
+     r"batch norm: z has shape \(2, 2, 1, 1\), not \(2, 2, 2, 1\)"),
     (lambda: Sequential(forward=ReLU()), "a layer cannot be named 'forward'"),
     (Sequential, "Sequential: there are no layers"),
     (lambda: Sequential(step=ReLU()), "a layer cannot be named 'step'"),

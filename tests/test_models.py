@@ -299,6 +299,7 @@ def test_families_take_any_numbers(name, parameters):
     ("SimpleNet-310k", "unknown architecture 'SimpleNet-310k': did you mean simplenet-310k"),
     ("resnxt", "unknown architecture 'resnxt': did you mean resnext"),
     ("resnext29-0x64d", "did you mean resnext29-"),
+    ("wrn-10-99999999999999999999", "unknown architecture 'wrn-10-99999999999999999999'"),
     ("%", "unknown architecture '%': `--arch list` prints those that are known"),
     ("", "unknown architecture '': `--arch list`"),
 ])
@@ -317,6 +318,8 @@ def test_unknown_names(name, message):
     ("resnext", dict(shortcut="D"), "shortcut is 'D', not one of A, B, C"),
     ("res2net", dict(form="C"), "form is 'C', not one of A, B"),
     ("simplenet", dict(form="torch"), "form is 'torch', not one of pytorch, caffe"),
+    ("simplenet", dict(extra_pool="no"), "extra_pool is 'no', not one of False, True"),
+    ("wrn-28-10", dict(dropout="abc"), "model options dropout=abc: a value is of the wrong type"),
     ("report-resnext1", dict(halve_kernel=2), "halve_kernel is 2, not one of 3, 1"),
 ])
 def test_refused_options(name, options, message):

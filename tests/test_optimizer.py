@@ -348,3 +348,13 @@ def test_a_run_of_one_step_has_a_rate():
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(UsageError, match="schedule 'linear' is not one of cosine, multistep, onecycle, constant"):
         optim.Schedule("linear", 10, 0.1)
+
+
+def test_arrays_of_other_sizes_are_refused():
+    few, many, state = np.zeros(3, np.float32), np.zeros(4, np.float32), np.zeros(optimizer.STATE_SIZE, np.float32)
+    for step in (lambda: optimizer.sgd(many, few, many, many, state, momentum=0.9, weight_decay=0.0, nesterov=True),
+                 lambda: optimizer.adam(many, many, many, few, many, state, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0),
+                 lambda: optimizer.adadelta(many, many, many, many, few, state, rho=0.9, eps=1e-8, weight_decay=0.0),
+                 lambda: optimizer.average(few, many, state, 0.9), lambda: optimizer.cast(many, few)):
+        with pytest.raises(ValueError, match=r"optimizer: arrays of [34, ]+ elements"):
+            step()

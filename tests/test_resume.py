@@ -271,7 +271,8 @@ def test_a_finished_run_says_so(stopped):
     result = train(stopped.parent, "--resume", "it")
     assert (result.returncode, result.stderr) == (0, "")
     assert "it is finished: 3 epochs of 3, test top-1 " in result.stdout
-    assert content(stopped) == before
+    other = train(stopped.parent, "--resume", "it", "--lr", "0.5", "--override")
+    assert other.returncode == 0 and content(stopped) == before, "it says how it was trained"
     more = train(stopped.parent, "--resume", "it", "--epochs", 4, "--override")
     assert more.returncode == 0 and len(rows(stopped)) == 4
 

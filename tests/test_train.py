@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -254,6 +255,22 @@ def test_nothing_is_overwritten(tmp_path):
     kept.write_text("precious")
     assert_refused(train(tmp_path, *DIGITS, "-o", "full"), 2, "the output folder full is not empty")
     assert kept.read_text() == "precious" and list(kept.parent.iterdir()) == [kept]
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
+    with start(tmp_path, *DIGITS, "--epochs", "1000", "-o", "it", stderr=subprocess.DEVNULL) as process:
+        while not process.stdout.readline().lstrip().startswith("1/1000 "):
+            assert process.poll() is None
+        before = rows(tmp_path / "it")
+        for arguments in ((*DIGITS, "-o", "it"), ("--resume", "it")):
+            assert_refused(train(tmp_path, *arguments), 2, " it" if "-o" in arguments else "another process writes to it: wait")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=SECONDS)
+    assert process.returncode == 130 and rows(tmp_path / "it")[:len(before)] == before
+    shutil.rmtree(tmp_path / "it")
+    racing = [start(tmp_path, *DIGITS, "-o", "it", stderr=subprocess.PIPE) for _ in range(3)]
+    errors = [process.communicate(timeout=SECONDS)[1] for process in racing]
+    assert sorted(process.returncode for process in racing) == [0, 2, 2], errors
 
 
 def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path):

@@ -129,7 +129,15 @@ def test_a_seed_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path
 def test_seeds_of_other_settings_are_not_mixed(tmp_path):
     assert_ended_well(train(tmp_path, *RUN, "--runs", "2", "-o", "it"))
     result = train(tmp_path, *RUN, "--runs", "2", "-o", "it", "--lr", "0.5")
-    assert result.returncode == 2 and "lr: the run has 0.00625, given is 0.5" in result.stderr
+    assert result.returncode == 2 and "lr: the run has 0.00625, given is 0.5\nname another folder" in result.stderr
+
+
+def test_seeds_do_not_go_into_the_folder_of_a_run(tmp_path):
+    assert_ended_well(train(tmp_path, *RUN, "-o", "it"))
+    before = left_by(tmp_path / "it")
+    result = train(tmp_path, *RUN, "--runs", "2", "-o", "it")
+    assert result.returncode == 2 and "it is the folder of one run: name another one" in result.stderr
+    assert left_by(tmp_path / "it") == before
 
 
 def test_seeds_do_not_touch_what_is_not_theirs(tmp_path):

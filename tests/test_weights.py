@@ -533,6 +533,19 @@ def test_a_run_is_exported_and_imported(tmp_path):
     assert what_is_known == metadata
 
 
+def test_what_an_imported_file_was_trained_on(run_folder, state, tmp_path):
+    """A plain .npz does not say it."""
+    _, digits = data.load("digits")
+    fitting = {**state, "classifier.weight": np.zeros((10, state["classifier.weight"].shape[1])), "classifier.bias": np.zeros(10)}
+    for name, arrays in (("other.npz", state), ("fits.npz", fitting)):
+        weights.save(tmp_path / name, arrays)
+    arguments = ("--arch", "report-resnext3", "--dataset", "digits", "-o", "new.npz")
+    assert_refused(minidl(tmp_path, "import", "other.npz", *arguments), 2, "other.npz knows 7 classes, digits has 10")
+    assert minidl(tmp_path, "import", "fits.npz", *arguments).returncode == 0
+    metadata = weights.load(tmp_path / "new.npz")[1]
+    assert (metadata["dataset"], metadata["mean"], metadata["class_names"]) == ("digits", list(digits.mean), list("0123456789"))
+
+
 def test_the_plain_npz(run_folder, state):
     result = minidl(run_folder.parent, "export", "it", "--to", "npz")
     assert (result.returncode, result.stdout) == (0, "it/weights.npz: 3,869 parameters of report-resnext3\n")

@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 
 import models
-from minidl import weights
+from minidl import data, weights
 from minidl.commands.arguments import add_architecture, network_with, new_file
+from minidl.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="weights by the names of the network: .npz, .safetensors, .pt")
     add_architecture(parser, required=True)
+    parser.add_argument("--dataset", choices=data.NAMES,
+                        help="what the weights were trained on; the file then says its classes, mean and standard deviation")
+    parser.add_argument("--data-dir", help="folder with the official files of CIFAR")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: FILE's name, with .npz, in this folder")
 
 
@@ -20,6 +24,11 @@ def main(args: argparse.Namespace) -> None:
     output = new_file(args.output or Path(beside(args.file, ".npz").name))
     state, metadata = weights.load(args.file)
     metadata = described(args, state, metadata)
+    if args.dataset:
+        dataset = data.load(args.dataset, args.data_dir)[0]
+        if len(dataset.classes) != metadata["classes"]:
+            raise UsageError(f"{args.file} knows {metadata['classes']} classes, {args.dataset} has {len(dataset.classes)}")
+        metadata = weights.describe(metadata["arch"], metadata["classes"], metadata["options"], dataset)
     state = network_with(state, metadata).state_dict()
     weights.save(output, state, metadata)
     report(output, state, metadata)

@@ -31,7 +31,8 @@ def main(args: argparse.Namespace) -> None:
     place = device.select(args.device)
     state, metadata = load(args.checkpoint)
     if not (metadata["mean"] and metadata["std"]):
-        raise CheckpointError(f"{args.checkpoint} does not say how images must be normalized: no data set is named in it")
+        raise CheckpointError(f"{args.checkpoint} does not say how images must be normalized: `minidl import FILE --arch NAME "
+                              "--dataset NAME` writes a file that does")
     classes = tuple(metadata["class_names"] or (f"class {number}" for number in range(metadata["classes"])))
     pixels = np.stack([images.read(path, IMAGE_SHAPE[1]) for path in args.images])
     nothing_known = np.zeros(len(pixels), np.int32)  # labels

@@ -88,6 +88,8 @@ def main(args: argparse.Namespace) -> int | None:
         print(listing.table())
         return None
     if args.resume is None:
+        if args.override:
+            raise UsageError("--override is for a run that goes on: name it with --resume")
         chosen = chosen_settings(args)
         if args.print_config:
             sys.stdout.buffer.write(chosen.as_toml().encode())  # TOML is UTF-8, whatever a terminal is
@@ -124,6 +126,8 @@ def one_of_ranks(args: argparse.Namespace, team: Team) -> None:
 def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> None:
     """A new run, from its first line to its last."""
     begin = time.perf_counter()
+    if args.output and team.rank == 0:
+        run_folder.check_empty(Path(args.output))  # before anything that takes time
     run = new_run(chosen, team, overfit=args.overfit_batch)
     announce(run)
     demo = is_demo(args, run.place.name == "cpu")
@@ -179,7 +183,9 @@ def chosen_settings(args: argparse.Namespace) -> Settings:
     given["dataset"] = given.get("dataset") or ("digits" if demo else "cifar100")
     given["arch"] = models.find(given.get("arch") or (DEMO_ARCH if on_cpu else LARGE_ARCH))[0]
     recipe = recipes.recipe(given.get("recipe", "fast"), given["arch"], given["dataset"])
-    return settings.resolve(given, recipe)
+    chosen = settings.resolve(given, recipe)
+    models.create(chosen.arch, **chosen.model_kwargs)  # a wrong option is said before data is looked for
+    return chosen
 
 
 def differences(before: Settings, given: dict[str, Any]) -> dict[str, Any]:
@@ -359,6 +365,8 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     """Train with --runs seeds, one after another. What a former call with the same folder has finished is not done again."""
     if args.runs < 2:
         raise UsageError("--runs 1: a standard deviation needs at least 2")
+    if args.output and (Path(args.output) / "config.toml").exists():
+        raise UsageError(f"{args.output} is the folder of one run: name another one")
     parent = Path(args.output) if args.output else RunFolder.new(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
     last = []
     for seed in range(chosen.seed, chosen.seed + args.runs):
@@ -368,7 +376,7 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
             given = {**chosen.as_dict(), "seed": seed}
             if chosen.time_budget:  # has decided long ago
                 given = {name: value for name, value in given.items() if name not in ("epochs", "milestones", "time_budget")}
-            run, folder = reopened(path, *saved_run(path, given, override=False))
+            run, folder = reopened(path, *saved_run(path, given, "name another folder with -o"))
             announce(run)
             go_on(run, folder, args.quiet)
         else:
@@ -399,13 +407,14 @@ def to_resume(args: argparse.Namespace) -> tuple[Path, Checkpoint, Settings]:
     if "arch" in given:
         given["arch"] = models.find(given["arch"])[0]
     path = Path(args.resume) if args.resume else run_folder.newest(given.get("arch"))
-    return path, *saved_run(path, given, args.override)
+    remedy = "--override goes on with what is given; the result is then not that of either"
+    return path, *saved_run(path, given, "" if args.override else remedy)
 
 
-def saved_run(path: Path, given: dict[str, Any], override: bool) -> tuple[Checkpoint, Settings]:
+def saved_run(path: Path, given: dict[str, Any], remedy: str) -> tuple[Checkpoint, Settings]:
     """The checkpoint of a folder, or in a file, and its settings with those that are given.
 
-    Raises UsageError where settings are given that are not its own, without `override`, and CheckpointError.
+    Raises UsageError with the remedy, if there is one, where settings are given that are not its own; and CheckpointError.
     """
     saved, remarks = checkpoint.load(path)
     for remark in remarks:
@@ -418,9 +427,9 @@ def saved_run(path: Path, given: dict[str, Any], override: bool) -> tuple[Checkp
     now = dataclasses.replace(before, **given)
     if not changed.keys().isdisjoint({"arch", "model_kwargs", "dataset"}):  # that weights do not fit is no matter of choice
         new_run(dataclasses.replace(now, ranks=1)).network.load_state_dict(saved.state)
-    if changed and not override:
+    if changed and remedy:
         lines = [f"{name}: the run has {getattr(before, name)!r}, given is {value!r}" for name, value in changed.items()]
-        raise UsageError("\n".join([*lines, "--override goes on with what is given; the result is then not that of either"]))
+        raise UsageError("\n".join([*lines, remedy]))
     return saved, now
 
 
@@ -449,7 +458,7 @@ def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE
     run.load(saved)
     folder = RunFolder(path if path.is_dir() else path.parent) if team.rank == 0 else NoFolder()
     folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left
-    if chosen.as_dict() != saved.progress["settings"]:
+    if chosen.as_dict() != saved.progress["settings"] and not finished(run):
         folder.write_settings(chosen.as_toml(), run_folder.environment(run.place))
     return run, folder
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +34,24 @@ else:
         except BlockingIOError:
             return False
         return True
+
+
+def take_folder(path: Path, owner: object) -> Callable[[], object]:
+    """Lock a folder for as long as `owner` lives -> what unlocks it before. There is no lock where the system has none for
+    folders. Raises BlockingIOError where somebody else has it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return lambda: None
+    release = weakref.finalize(owner, os.close, descriptor)
+    try:
+        free = _try_lock(descriptor)
+    except OSError:
+        return release
+    if not free:
+        release()
+        raise BlockingIOError(errno.EWOULDBLOCK, "another process has it")
+    return release
 
 
 @contextlib.contextmanager

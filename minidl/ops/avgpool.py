@@ -23,8 +23,11 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0, ou
 
 def backward(dy: Array, x_shape: tuple[int, ...], window: tuple[int, ...], stride: int, padding: int = 0,
              dx: Array | None = None) -> Array:
-    """dy (C, H', W', N) -> dx of shape x_shape (C, H, W, N), written to `dx` if given."""
+    """dy (C, H', W', N) -> dx of shape x_shape (C, H, W, N), written to `dx` if given. Raises ValueError for other shapes."""
     channels, height, width, batch = x_shape
+    y_shape = channels, *output_size("average pool", (height, width), window, stride, padding), batch
+    if dy.shape != y_shape:
+        raise ValueError(f"average pool: dy {dy.shape} of an output of shape {y_shape}")
     dx = _result(dx, x_shape, dy)
     KERNELS.avgpool_backward[channels * height, threads_along(batch)](
         dy, dx, height, width, *dy.shape[1:3], batch, *window, stride, padding)

@@ -25,9 +25,10 @@ def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_va
     In training, mean and rstd = 1 / sqrt(biased variance + eps) are those of the batch, and the running
     statistics move towards it by `momentum` (PyTorch's: 0.1 keeps 90 %), in place, the variance unbiased.
     Otherwise they are the running statistics, which stay. mean and rstd are what `backward` needs.
-    Raises ValueError in training for fewer than 2 values per channel, and for z or out of another shape than x.
+    Raises ValueError in training for fewer than 2 values per channel, and for shapes that do not fit.
     """
     channels, row, tiles = _tiles(x)
+    _check_shapes((channels,), gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     if training and row < 2:
         raise ValueError(f"batch norm: {row} value per channel in training; a variance needs 2 or more")
     mean, rstd = empty((2, channels), gamma.dtype, like=x)
@@ -61,9 +62,12 @@ def backward(dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: 
              training: bool, relu: bool = False, y: Array | None = None) -> Array | tuple[Array, Array]:
     """dy, x (C, H, W, N); gamma, beta, mean, rstd (C) as in `forward` -> dx (C, H, W, N), or (dx, dz).
 
-    Overwrites dgamma, dbeta (C). For a forward with `z`, give its output `y`; the result is then (dx, dz).
+    Overwrites dgamma, dbeta (C). For a forward with `z`, give its output `y`; the result is then (dx, dz). Raises ValueError
+    for shapes that do not fit.
     """
     channels, row, tiles = _tiles(x)
+    _check_shapes(x.shape, dy=dy, y=y)
+    _check_shapes((channels,), gamma=gamma, beta=beta, mean=mean, rstd=rstd, dgamma=dgamma, dbeta=dbeta)
     inverse_m = 1 / row if training else 0.0
     dx = empty(x.shape, x.dtype, like=x)
     dz = None if y is None else empty(x.shape, x.dtype, like=x)
@@ -99,10 +103,14 @@ def _variant(kernel: str, relu: bool, added: Array | None) -> Kernel:
 
 def _arrays(x: Array, z: Array | None, out: Array | None) -> tuple[tuple[Array, ...], Array]:
     """What a forward reads, and y."""
-    for name, array in (("z", z), ("out", out)):
-        if array is not None and array.shape != x.shape:
-            raise ValueError(f"batch norm: {name} {array.shape} has another shape than x {x.shape}")
+    _check_shapes(x.shape, z=z, out=out)
     return (x,) if z is None else (x, z), empty(x.shape, x.dtype, like=x) if out is None else out
+
+
+def _check_shapes(shape: tuple[int, ...], **arrays: Array | None) -> None:
+    for name, array in arrays.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"batch norm: {name} has shape {array.shape}, not {shape}")
 
 
 def _tiles(x: Array) -> tuple[int, int, int]:

@@ -9,14 +9,17 @@ TILE = 4096  # values of a row that one block takes
 
 
 def add(y: Array, bias: Array, columns: slice = slice(None)) -> None:
-    """y (O, ...) seen as a matrix (O, P): add bias (O) to the range `columns` (a slice) of each row, in place."""
+    """y (O, ...) seen as a matrix (O, P): add bias (O) to the range `columns` (a slice) of each row, in place. Raises
+    ValueError for a bias of another shape."""
+    _check(bias, y)
     row = y.size // y.shape[0]
     begin, end, _ = columns.indices(row)
     KERNELS.bias_add[(-(-(end - begin) // TILE), y.shape[0]), THREADS](y, bias, row, begin, end - begin, TILE)
 
 
 def gradient(dy: Array, dbias: Array) -> None:
-    """dy (O, ...): overwrite dbias (O) with the sum of each row."""
+    """dy (O, ...): overwrite dbias (O) with the sum of each row. Raises ValueError for a dbias of another shape."""
+    _check(dbias, dy)
     rows = dy.shape[0]
     row = dy.size // rows
     tiles = -(-row // TILE)
@@ -24,3 +27,8 @@ def gradient(dy: Array, dbias: Array) -> None:
     KERNELS.bias_tile_sums[(tiles, rows), THREADS](dy, tile_sums, row, TILE)
     if tiles > 1:
         KERNELS.bias_combine_sums[blocks_for(rows, 32), 32](tile_sums, dbias, rows, tiles)
+
+
+def _check(bias: Array, y: Array) -> None:
+    if bias.shape != y.shape[:1]:
+        raise ValueError(f"bias: {bias.shape} is not one number for each of the {len(y)} rows")

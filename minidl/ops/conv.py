@@ -57,10 +57,14 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
              padding: int = 0, groups: int = 1, input_gradient: bool = True, dx: Array | None = None) -> Array | None:
     """dy (O, H', W', N), x and weight as in `forward` -> dx (C, H, W, N), or None without `input_gradient`.
 
-    The result is written to `dx` if given, which may not be dy: that is read until the end. Overwrites dweight (O, C/groups, kh, kw) and dbias (O), of the type of accumulation: float32 where the others are 16
-    bits wide.
+    The result is written to `dx` if given, which may not be dy: that is read until the end. Overwrites dweight (O, C/groups,
+    kh, kw) and dbias (O), of the type of accumulation: float32 where the others are 16 bits wide. Raises ValueError as
+    `forward`, and where the shape of dy, dweight or dbias does not fit.
     """
     g = _Geometry(x, weight, stride, padding, groups)
+    if dy.shape != g.out_shape or dweight.shape != weight.shape:
+        raise ValueError(f"conv: dy {dy.shape} and dweight {dweight.shape} of an output of shape {g.out_shape} and a weight "
+                         f"{weight.shape}")
     dx = _result("dx", dx, x.shape, x) if input_gradient else None
     if g.method:
         g.method.backward_weight(dy, x, dweight, **g.settings)

@@ -18,8 +18,10 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
              input_gradient: bool = True) -> Array | None:
     """dy (O, N), x and weight as in `forward` -> dx (C, N), or None without `input_gradient`.
 
-    Overwrites dweight (O, C) and dbias (O).
+    Overwrites dweight (O, C) and dbias (O). Raises ValueError for shapes that do not fit.
     """
+    if dy.shape != (len(weight), x.shape[1]):
+        raise ValueError(f"linear: dy {dy.shape} of an output of shape {(len(weight), x.shape[1])}")
     dx = conv.backward(_image(dy), _image(x), _window(weight), _window(dweight), dbias, input_gradient=input_gradient)
     return None if dx is None else dx.reshape(x.shape)
 

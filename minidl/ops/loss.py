@@ -21,6 +21,8 @@ def forward_backward(logits: Array, labels: Array, totals: Array, scale: Array, 
         raise ValueError(f"loss: logits {logits.shape} and labels {labels.shape} do not fit (K, N) and (N,)")
     if (other_labels is None) != (share is None) or (other_labels is not None and other_labels.shape != labels.shape):
         raise ValueError(f"loss: mixup needs a share, and other labels (N,), not {getattr(other_labels, 'shape', None)}")
+    if totals.shape != (4,):
+        raise ValueError(f"loss: totals {totals.shape} are not 4 numbers")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"loss: label smoothing {smoothing} is not in 0..1")
     classes, batch = logits.shape

@@ -31,8 +31,11 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0) ->
 
 def backward(dy: Array, winner: Array, x_shape: tuple[int, ...], window: tuple[int, ...], stride: int,
              padding: int = 0) -> Array:
-    """dy, winner (C, H', W', N) as in `forward` -> dx of shape x_shape (C, H, W, N)."""
+    """dy, winner (C, H', W', N) as in `forward` -> dx of shape x_shape (C, H, W, N). Raises ValueError for other shapes."""
     channels, height, width, batch = x_shape
+    y_shape = channels, *output_size("max-pool", (height, width), window, stride, padding), batch
+    if not dy.shape == winner.shape == y_shape:
+        raise ValueError(f"max-pool: dy {dy.shape} and winner {winner.shape} of an output of shape {y_shape}")
     dx = empty(x_shape, dy.dtype, like=dy)
     KERNELS.maxpool_backward[channels * height, threads_along(batch)](
         dy, winner, dx, height, width, *dy.shape[1:3], batch, *window, stride, padding)

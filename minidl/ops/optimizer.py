@@ -2,6 +2,7 @@
 
 Arguments: master, grad and the moments (n) of the accumulation type; data (n), the copy that layers compute with,
 of the type of storage, or `master` itself where the two types are one; state (11), the numbers of the current step.
+Arrays of other sizes raise ValueError.
 """
 
 from minidl.device import Array, empty
@@ -30,6 +31,7 @@ def norm(grad: Array, state: Array, clip_norm: float = 0.0) -> None:
 def sgd(master: Array, grad: Array, velocity: Array, data: Array, state: Array, *, momentum: float, weight_decay: float,
         nesterov: bool) -> None:
     """One step of SGD with momentum (Nesterov's or the classical), in place."""
+    _check_sizes(master, grad, velocity, data)
     KERNELS.sgd_step[blocks_for(master.size), THREADS](
         master, grad, velocity, data, state, master.size, momentum, weight_decay, int(nesterov))
 
@@ -37,6 +39,7 @@ def sgd(master: Array, grad: Array, velocity: Array, data: Array, state: Array, 
 def adam(master: Array, grad: Array, first_moment: Array, second_moment: Array, data: Array, state: Array, *,
          beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool = False) -> None:
     """One step of Adam, or with decoupled weight decay of AdamW, in place."""
+    _check_sizes(master, grad, first_moment, second_moment, data)
     KERNELS.adam_step[blocks_for(master.size), THREADS](
         master, grad, first_moment, second_moment, data, state, master.size, beta1, beta2, eps, weight_decay, int(decoupled))
 
@@ -44,6 +47,7 @@ def adam(master: Array, grad: Array, first_moment: Array, second_moment: Array, 
 def adadelta(master: Array, grad: Array, mean_g2: Array, mean_dx2: Array, data: Array, state: Array, *, rho: float, eps: float,
              weight_decay: float) -> None:
     """One step of AdaDelta, in place."""
+    _check_sizes(master, grad, mean_g2, mean_dx2, data)
     KERNELS.adadelta_step[blocks_for(master.size), THREADS](
         master, grad, mean_g2, mean_dx2, data, state, master.size, rho, eps, weight_decay)
 
@@ -55,9 +59,16 @@ def advance(state: Array, growth_interval: int) -> None:
 
 def average(averages: Array, values: Array, state: Array, decay: float) -> None:
     """Move `averages` (n) towards `values` (n), unless the last step was skipped."""
+    _check_sizes(averages, values)
     KERNELS.optimizer_average[blocks_for(values.size), THREADS](averages, values, state, values.size, decay)
 
 
 def cast(master: Array, data: Array) -> None:
     """data = master, in the type of storage."""
+    _check_sizes(master, data)
     KERNELS.optimizer_cast[blocks_for(master.size), THREADS](master, data, master.size)
+
+
+def _check_sizes(*arrays: Array) -> None:
+    if len({array.size for array in arrays}) > 1:
+        raise ValueError(f"optimizer: arrays of {', '.join(str(array.size) for array in arrays)} elements")

@@ -15,7 +15,9 @@ def forward(x: Array) -> Array:
 
 
 def backward(dy: Array, y: Array) -> Array:
-    """dy, y of one shape -> dx: dy where y is positive, else 0."""
+    """dy, y of one shape -> dx: dy where y is positive, else 0. Raises ValueError for different shapes."""
+    if dy.shape != y.shape:
+        raise ValueError(f"relu: dy {dy.shape} has another shape than y {y.shape}")
     dx = empty(dy.shape, dy.dtype, like=dy)
     KERNELS.relu_backward[blocks_for(dy.size), THREADS](dy, y, dx, dy.size)
     return dx
