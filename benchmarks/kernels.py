@@ -196,8 +196,8 @@ def main():
                         help="whose kernels; default: %(default)s")
     parser.add_argument("--precision", nargs="+", choices=records.PRECISIONS, default=["fp32"])
     parser.add_argument("-b", "--batch-size", type=positive, help="default: 128, on a CPU 32")
-    parser.add_argument("--filter", default="", metavar="TEXT",
-                        help="only what has this in its kind or shape: convolution, 64x32x32")
+    parser.add_argument("--filter", nargs="+", default=[""], metavar="TEXT",
+                        help="only what has one of these in its kind or shape: convolution, 64x32x32")
     parser.add_argument("--peer", choices=["torch"], help="also time PyTorch")
     parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="runs of a row, at most; default: 20")
     parser.add_argument("--json", metavar="FILE", help="write the rows and the environment there")
@@ -209,9 +209,9 @@ def main():
     place = device.select(args.device)
     batch = args.batch_size or (128 if place.name != "cpu" else 32)
     found = {work: occurrences for work, occurrences in works.of(args.networks, batch).items()
-             if args.filter in f"{work.kind} {work}"}
+             if any(text in f"{work.kind} {work}" for text in args.filter)}
     if not found:
-        raise UsageError(f"--filter {args.filter!r}: nothing that these networks do has this in its kind or shape")
+        raise UsageError(f"--filter {' '.join(args.filter)}: nothing that these networks do has this in its kind or shape")
     rows, ceilings = [], {}
     for precision in args.precision:
         bench = Bench(place, precision, args.peer == "torch")
