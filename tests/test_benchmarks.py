@@ -242,7 +242,7 @@ def test_startup(results, monkeypatch, capsys):
     (training, ["--scaling", "--plot", "a.jpg"], "a.jpg: a picture is one of"),
     (training, ["--compile"], "--compile is for --peer torch"),
     (kernels, ["--networks", "resnxt"], "unknown architecture 'resnxt'"),
-    (kernels, ["--networks", "wrn-10-1", "--filter", "lstm"], "--filter 'lstm': nothing that these networks do"),
+    (kernels, ["--networks", "wrn-10-1", "--filter", "lstm"], "--filter lstm: nothing that these networks do"),
 ])
 def test_refused(monkeypatch, capsys, script, arguments, message):
     with pytest.raises(UsageError, match=re.escape(message)):

@@ -129,6 +129,7 @@ __device__ __forceinline__ void map_over(real* const (&targets)[COUNT], Position
         }
         UNROLL for (int t = 0; t < COUNT; ++t) *(Piece*)(targets[t] + i) = written[t];
     };
+    static_assert(COUNT <= 2, "the first and the last are looked at");
     const bool aligned = in_pieces(targets[0] + at.begin, targets[COUNT - 1] + at.begin, (sources + at.begin)...);
     const Index pieces = aligned ? (at.end - at.begin) / PIECE : 0;
     for (Index p = at.thread; p < pieces; p += at.threads) {
