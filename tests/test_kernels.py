@@ -670,8 +670,8 @@ def test_source_with_an_error_ends_a_command_with_one_line(tmp_path):
         shutil.copytree(OPS.parent.parent / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     source = tmp_path / "minidl" / "ops" / "relu.cu"
     lines = source.read_text().splitlines()
-    line = next(number for number, text in enumerate(lines) if "value < acc(0)" in text)
-    lines[line] = "        y[i] = missing + absent;"
+    line = next(number for number, text in enumerate(lines) if "x < zero" in text)
+    lines[line] = "        y[0] = missing + absent;"
     source.write_text("\n".join(lines))
     result = subprocess.run([sys.executable, "-m", "minidl", "gradcheck", "ReLU", "--device", "cpu"], cwd=tmp_path, text=True,
                             capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path), "MINIDL_CACHE": str(tmp_path)})
