@@ -75,8 +75,8 @@ class Bench:
         self.gemm = max(2 * n**3 / min(self.seconds(product, product) for _ in range(4)) for product in candidates)
 
     def seconds(self, function, before):
-        """Of function(), after before(). On a GPU all its launches are queued behind a kernel that takes longer than queueing
-        does, so that the host does not count."""
+        """Of function(), after before(). On a GPU its launches are queued behind a kernel that takes a millisecond, so that the
+        host counts only if it needs longer for them."""
         before()
         if self.place.name == "cpu":
             begin = time.perf_counter()

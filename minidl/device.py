@@ -72,7 +72,8 @@ def select(name: str = "auto") -> Device:
 
 
 def gpu_number(name: str) -> int | None:
-    """The number of the GPU that `select` would take, or None for the CPU. No memory of the GPU is taken. Raises as `select`."""
+    """The number of the GPU that `select` would take, or None for the CPU. No memory of it is taken. Raises as `select`,
+    but does not see whether there are so many."""
     if name == "cpu":
         return None
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)

@@ -37,13 +37,17 @@ Shape: TypeAlias = tuple[int, ...]  # (C, H, W) of one image
 Again: TypeAlias = Callable[..., Array]
 
 
+class NotInitialized(RuntimeError, AttributeError):
+    """A Parameter has no values yet."""
+
+
 @final
 class Parameter:
     """A tensor that is learned.
 
     After `Layer.initialize`: `data`, what layers compute with, in the type of storage; `master`, what the optimizer
     updates, float32 or float64 (the same array where the types are one); `grad`, like master. All are views of flat
-    buffers. Before, there are none: RuntimeError.
+    buffers. Before, there are none: NotInitialized.
     """
 
     data: Array
@@ -56,7 +60,7 @@ class Parameter:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("data", "master", "grad"):
-            raise RuntimeError(f"this parameter of shape {self.shape} has no values yet: call initialize() of the whole network")
+            raise NotInitialized(f"this parameter of shape {self.shape} has no values yet: call initialize() of the whole network")
         raise AttributeError(name)
 
 

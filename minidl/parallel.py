@@ -103,15 +103,17 @@ def launch(size: int, work: Callable[[Any, Team], None], arguments: Any) -> int:
     os.environ["OMP_NUM_THREADS"] = str(max(1, device.cpu_threads() // size))
     context = multiprocessing.get_context("spawn")
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.NamedTemporaryFile(prefix="minidl-", dir=folder, delete=False) as file:
-        memory = Path(file.name)
-        try:
+    memory: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(prefix="minidl-", dir=folder, delete=False) as file:
+            memory = Path(file.name)
             file.write(bytes(CAPACITY))  # the memory is taken now: a rank for which there is none later dies of SIGBUS
-            file.flush()
-        except OSError as error:
-            memory.unlink()
-            raise DeviceError(f"{size} ranks need {CAPACITY / 1e6:.0f} MB in {memory.parent}: {error.strerror or error}") from None
-    barrier, spoken = context.Barrier(size), context.Value("b", 0)
+        barrier, spoken = context.Barrier(size), context.Value("b", 0)
+    except OSError as error:
+        if memory:
+            memory.unlink(missing_ok=True)
+        raise DeviceError(f"{size} ranks need {CAPACITY / 1e6:.0f} MB in {folder or 'a folder for temporary files'}: "
+                          f"{error.strerror or error}") from None
     ranks = [context.Process(target=_rank, args=(rank, size, memory, barrier, spoken, work, arguments), daemon=True)
              for rank in range(size)]
     try:

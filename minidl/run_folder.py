@@ -109,10 +109,10 @@ class RunFolder:
 
     def close(self) -> None:
         """Nothing more will be added. TensorBoard's file is written by a thread, which may be behind."""
-        self._release()
         if self._tensorboard:
             with self._survives("tensorboard"):
                 self._tensorboard.close()
+        self._release()
 
     @contextlib.contextmanager
     def _survives(self, file: str) -> Iterator[None]:
@@ -128,9 +128,13 @@ class RunFolder:
 
 
 def check_empty(path: Path) -> None:
-    """Raise UsageError where there is something in the folder."""
-    if path.is_dir() and any(path.iterdir()):
+    """Raise UsageError where there is something in the folder, or it cannot be read."""
+    try:
+        empty = not (path.is_dir() and any(path.iterdir()))
         again = f", or go on with --resume {path}" if (path / checkpoint.LAST).exists() else ""
+    except OSError as error:
+        raise UsageError(f"the output folder {path} cannot be read: {error.strerror}") from None
+    if not empty:
         raise UsageError(f"the output folder {path} is not empty: name another one{again}")
 
 

@@ -61,9 +61,9 @@ def describe(arch: str, classes: int, options: Mapping[str, Any], dataset: Datas
     arch: full name of the network; options: of its builder; dataset: what it was trained on, with the mean and std that its
     images were normalized with, None where nobody knows.
     """
-    return {"format": FORMAT, "arch": arch, "options": dict(options), "classes": classes, "dataset": dataset and dataset.name,
-            "mean": dataset and list(dataset.mean), "std": dataset and list(dataset.std),
-            "class_names": dataset and list(dataset.classes)}
+    values = (FORMAT, arch, dict(options), classes, dataset and dataset.name, dataset and list(dataset.mean),
+              dataset and list(dataset.std), dataset and list(dataset.classes))
+    return dict(zip(METADATA, values, strict=True))
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------

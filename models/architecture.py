@@ -38,6 +38,8 @@ class Architecture:
         try:
             return self.builder(classes, **self.settings, **options)
         except (ValueError, TypeError) as error:
+            if isinstance(error, TypeError) and not options:
+                raise  # no value that was given is at fault
             given = ", ".join(f"{name}={value}" for name, value in options.items())
             reason = error if isinstance(error, ValueError) else "a value is of the wrong type"
             raise UsageError(f"model options {given}: {reason}" if given else str(reason)) from None

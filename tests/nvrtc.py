@@ -20,6 +20,7 @@ from minidl.kernels import PRECISIONS, gpu_options
 
 # Where the wheels of CUDA 13 and 12 put the library, and the headers of the same version.
 _LAYOUTS = (("cu13/lib/libnvrtc.so.13", "cu13/include"), ("cuda_nvrtc/lib/libnvrtc.so.12", "cuda_runtime/include"))
+OF_CUPY = ("--device-as-default-execution-space", "-ftz=true")  # which it adds to whatever it compiles
 
 
 @functools.cache
@@ -51,8 +52,8 @@ def compile_to_cubin(path, options, arch):
 
     May be called from several threads at once.
     """
-    # The first two: CuPy adds them to whatever it compiles. -v: ptxas writes what each kernel uses into the log.
-    options = ["--device-as-default-execution-space", "-ftz=true", *options, f"-arch={arch}", f"-I{library()[1]}", "--ptxas-options=-v"]
+    # -v: ptxas writes what each kernel uses into the log.
+    options = [*OF_CUPY, *options, f"-arch={arch}", f"-I{library()[1]}", "--ptxas-options=-v"]
     encoded = (ctypes.c_char_p * len(options))(*map(os.fsencode, options))
     program = ctypes.c_void_p()
     _call("nvrtcCreateProgram", ctypes.byref(program), path.read_bytes(), os.fsencode(path.name), 0, None, None)
@@ -70,7 +71,7 @@ def program_of(source, precision, arch):
     """A file of OPS, by its name, as the GPU's loader compiles it -> Program. It is compiled once: what several processes ask
     for lies in the cache of the kernels. May be called from several threads at once."""
     options = gpu_options(precision)
-    key = hashlib.sha256(repr((source, sources_digest(OPS / source), options, arch, version())).encode()).hexdigest()
+    key = hashlib.sha256(repr((source, sources_digest(OPS / source), OF_CUPY, options, arch, version())).encode()).hexdigest()
     kept = cache_folder() / f"nvrtc-{key}"
     if not kept.exists():
         program = compile_to_cubin(OPS / source, options, arch)

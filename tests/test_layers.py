@@ -8,7 +8,7 @@ import pytest
 from minidl import initializers
 from minidl.device import select
 from minidl.errors import CheckpointError
-from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Layer,
+from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d,
                            Layer, Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 from reference import assert_close
 

@@ -65,7 +65,9 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(compiled):
     """What goes through rows.cuh: ReLUs, sums of branches, im2col, batch norm."""
     maps, sums = r"add|relu_\w+|im2col|bn_(?:apply|forward|backward)\w*", r"bn_tile_moments|bn_backward_sums\w*"
     for program in compiled.programs.values():
-        for name, (read, written) in nvrtc.widest_accesses(program.ptx).items():
+        accesses = nvrtc.widest_accesses(program.ptx)
+        assert accesses.keys() == compiled.signatures.keys()
+        for name, (read, written) in accesses.items():
             if re.fullmatch(f"{maps}|{sums}", name):
                 assert read == 16 and (written == 16 or re.fullmatch(sums, name)), name
 

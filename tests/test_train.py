@@ -263,7 +263,8 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
             assert process.poll() is None
         before = rows(tmp_path / "it")
         for arguments in ((*DIGITS, "-o", "it"), ("--resume", "it")):
-            assert_refused(train(tmp_path, *arguments), 2, " it" if "-o" in arguments else "another process writes to it: wait")
+            assert_refused(train(tmp_path, *arguments), 2, "the output folder it is not empty" if "-o" in arguments else
+                           "another process writes to it: wait")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=SECONDS)
     assert process.returncode == 130 and rows(tmp_path / "it")[:len(before)] == before
@@ -271,6 +272,14 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
     racing = [start(tmp_path, *DIGITS, "-o", "it", stderr=subprocess.PIPE) for _ in range(3)]
     errors = [process.communicate(timeout=SECONDS)[1] for process in racing]
     assert sorted(process.returncode for process in racing) == [0, 2, 2], errors
+
+
+def test_a_folder_that_another_has_just_taken(tmp_path):
+    taken = run_folder.RunFolder.new("it", tmp_path)
+    with pytest.raises(UsageError, match=f"another process writes to {tmp_path}: wait for its end, or name another folder"):
+        run_folder.RunFolder.new("it", tmp_path)
+    taken.close()
+    run_folder.RunFolder.new("it", tmp_path)
 
 
 def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path):

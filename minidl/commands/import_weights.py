@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="weights by the names of the network: .npz, .safetensors, .pt")
     add_architecture(parser, required=True)
     parser.add_argument("--dataset", choices=data.NAMES,
-                        help="what the weights were trained on; the file then says its classes, mean and standard deviation")
+                        help="what the weights were trained on, downloaded if need be; the file then says its classes, mean "
+                             "and standard deviation")
     parser.add_argument("--data-dir", help="folder with the official files of CIFAR")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: FILE's name, with .npz, in this folder")
 

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -88,6 +89,8 @@ def main(args: argparse.Namespace) -> int | None:
         print(listing.table())
         return None
     if args.resume is None:
+        if args.output and not args.runs:
+            run_folder.check_empty(Path(args.output))  # before anything that takes time
         if args.override:
             raise UsageError("--override is for a run that goes on: name it with --resume")
         chosen = chosen_settings(args)
@@ -126,8 +129,6 @@ def one_of_ranks(args: argparse.Namespace, team: Team) -> None:
 def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> None:
     """A new run, from its first line to its last."""
     begin = time.perf_counter()
-    if args.output and team.rank == 0:
-        run_folder.check_empty(Path(args.output))  # before anything that takes time
     run = new_run(chosen, team, overfit=args.overfit_batch)
     announce(run)
     demo = is_demo(args, run.place.name == "cpu")
@@ -260,6 +261,8 @@ def finish(run: Run, folder: RunFolder, quiet: bool) -> None:
         with ample_memory(run):
             while run.epoch < run.settings.epochs and not out_of_patience(run):
                 train_epoch(run, folder, progress, saver)
+        saver.save()
+        conclude(run, folder)
     except signals.Stop as stop:
         saver.save()
         run.team.of_first(0.0)  # no rank ends before the first has saved: `launch` ends those that are left
@@ -274,8 +277,6 @@ def finish(run: Run, folder: RunFolder, quiet: bool) -> None:
         raise
     finally:
         folder.close()
-    saver.save()
-    conclude(run, folder)
     if run.trainer.statistics and not quiet:
         print(f"last step of epoch {run.epoch}: mean, std and zeros of the output; root mean squares of its gradient, the "
               f"weight\nand its gradient; change of the weight over the weight. All epochs: {folder.path / 'events.jsonl'}")
@@ -365,7 +366,7 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     """Train with --runs seeds, one after another. What a former call with the same folder has finished is not done again."""
     if args.runs < 2:
         raise UsageError("--runs 1: a standard deviation needs at least 2")
-    if args.output and (Path(args.output) / "config.toml").exists():
+    if args.output and os.path.exists(os.path.join(args.output, "config.toml")):
         raise UsageError(f"{args.output} is the folder of one run: name another one")
     parent = Path(args.output) if args.output else RunFolder.new(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
     last = []
@@ -457,6 +458,8 @@ def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE
     run = new_run(chosen, team, overfit=saved.progress.get("repeats", 1) > 1)
     run.load(saved)
     folder = RunFolder(path if path.is_dir() else path.parent) if team.rank == 0 else NoFolder()
+    if team.rank == 0 and checkpoint.load(path)[0].progress != saved.progress:
+        raise UsageError(f"{path}: another process went on with this run meanwhile; try again")
     folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left
     if chosen.as_dict() != saved.progress["settings"] and not finished(run):
         folder.write_settings(chosen.as_toml(), run_folder.environment(run.place))

@@ -220,7 +220,7 @@ void conv_tensor_core_forward_128(const real* __restrict__ x, const real* __rest
 // ---- dweight --------------------------------------------------------------------------------------------------------------
 
 // The sum over one of several parts of the P' columns, `steps` chunks long: tile_dweight (parts, O of all groups, C, 3, 3).
-// group_conv_combine_dweight adds up the parts, in their order. Grid: parts x groups x tiles of K x row tiles.
+// sum_parts.cu adds up the parts, in their order. Grid: parts x groups x tiles of K x row tiles.
 template <int ROWS>
 __device__ __forceinline__ void multiply_by_cols_transposed(const real* __restrict__ dy, const real* __restrict__ x,
                                                             acc* __restrict__ tile_dweight, int groups, int group_channels,
