@@ -1,12 +1,15 @@
 """Matrix products on every kind of operand that the layers use, and refusals of all others."""
 
+import ctypes
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
-from minidl import blas
+from conftest import gpu_present
+from minidl import blas, device
 from minidl.blas import gemm
 from minidl.kernels import storage_dtype
 from reference import assert_close, tolerance
@@ -34,6 +37,66 @@ class Matrices:
             expected += beta * self.host(out)
         gemm(a, b, out, alpha, beta)
         assert_close(self.host(out), expected, tolerance(out.dtype.name))
+
+
+class OnGpu(np.ndarray):
+    """An array of the host with the attribute that CuPy's have: where it begins."""
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+class DocumentedCublas:
+    """What cuBLAS's documentation says that its two functions do, done by NumPy: matrices are stored by columns, `leading`
+    elements apart."""
+
+    TYPES = {2: "float16", 14: "bfloat16", 0: "float32", 1: "float64"}
+
+    def call(self, function, op_a, op_b, m, n, k, alpha, *rest):
+        strided = {"cublasGemmEx": False, "cublasGemmStridedBatchedEx": True}[function]
+        rest = list(rest)
+
+        def take_matrix():
+            pointer, kind, leading = (rest.pop(0) for _ in range(3))
+            return pointer.value, storage_dtype(self.TYPES[kind]), leading, rest.pop(0).value if strided else 0
+
+        a, b, beta, c = take_matrix(), take_matrix(), rest.pop(0), take_matrix()
+        batch = rest.pop(0) if strided else 1
+        compute, algorithm = rest
+        assert algorithm == -1
+        scalar = {68: ctypes.c_float, 77: ctypes.c_float, 70: ctypes.c_double}[compute]
+        assert type(alpha._obj) is type(beta._obj) is scalar
+        for index in range(batch):
+            left, right = (self.factor(matrix, index, shape, op, compute)
+                           for matrix, shape, op in ((a, (m, k), op_a), (b, (k, n), op_b)))
+            target = self.stored(c, index, m, n)
+            product = alpha._obj.value * (left @ right)
+            with np.errstate(over="ignore"):
+                target[...] = product + beta._obj.value * target.astype(product.dtype) if beta._obj.value else product
+
+    def factor(self, matrix, index, shape, op, compute):
+        stored = self.stored(matrix, index, *(shape[::-1] if op else shape))
+        wide = stored.astype(np.float64 if compute == 70 else np.float32)
+        rounded = blas._round_to_tf32(wide) if compute == 77 else wide
+        return rounded.T if op else rounded
+
+    def stored(self, matrix, index, rows, columns):
+        pointer, dtype, leading, stride = matrix
+        assert leading >= max(1, rows)
+        count = (columns - 1) * leading + rows
+        memory = (ctypes.c_byte * (count * dtype.itemsize)).from_address(pointer + index * stride * dtype.itemsize)
+        return as_strided(np.frombuffer(memory, dtype), (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
+
+
+@pytest.fixture(params=["cpu", "cuBLAS as it is documented", *(["cuda"] if gpu_present() else [])])
+def place(request, monkeypatch):
+    if request.param == "cuBLAS as it is documented":
+        gemm_on_gpu = blas._gemm_on_gpu
+        monkeypatch.setattr(blas._Cublas, "of_current_device", DocumentedCublas)
+        monkeypatch.setattr(blas, "_gemm_on_host", lambda a, b, out, alpha, beta: gemm_on_gpu(
+            *(array.view(OnGpu) for array in (a, b, out)), alpha, beta))
+    return device.select("cuda" if request.param == "cuda" else "cpu")
 
 
 @pytest.fixture
