@@ -1,6 +1,5 @@
 """Pictures of benchmarks, in the form of minidl's own (plots.py)."""
 
-
 from minidl.plots import COLOURS, GRAY, SMALL, picture
 
 KINDS = {"convolution": "o", "linear": "s", "batch norm": "^", "pooling": "v", "element-wise": "D", "optimizer": "P",

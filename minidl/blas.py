@@ -123,22 +123,19 @@ def _gemm_on_gpu(a: Any, b: Any, out: Any, alpha: float, beta: float) -> None:  
         compute, scalar = _COMPUTE_32F_FAST_TF32 if allow_tf32 else _COMPUTE_32F, ctypes.c_float
     else:
         compute, scalar = _COMPUTE_32F, ctypes.c_float
+    stacked = out.ndim == 3 and len(out) > 1
     # cuBLAS counts columns first: out^T (n, m) = b^T (n, k) @ a^T (k, m), so the factors change places.
-    operands = []
+    operands: list[tuple[Any, ...]] = []
     for name, array in (("b", b), ("a", a), ("out", out)):
         transposed, leading = _transposed_and_leading_dimension(name, array)
-        batch_stride = array.strides[0] // array.itemsize if array.ndim == 3 else 0
-        operands.append((int(transposed), [ctypes.c_void_p(array.data.ptr), _CUDA_TYPES[array.dtype.name], leading],
-                         [ctypes.c_longlong(batch_stride)]))
-    batch = [out.shape[0] if out.ndim == 3 else 1]
-    function = "cublasGemmStridedBatchedEx"
-    if batch == [1]:  # this one splits long sums among blocks
-        function, batch = "cublasGemmEx", []
-        operands = [(op, matrix, []) for op, matrix, _ in operands]
-    (b_op, b_matrix, b_stride), (a_op, a_matrix, a_stride), (_, out_matrix, out_stride) = operands
+        stride = [ctypes.c_longlong(array.strides[0] // array.itemsize)] if stacked else []
+        operands.append((int(transposed), ctypes.c_void_p(array.data.ptr), _CUDA_TYPES[array.dtype.name], leading, *stride))
+    (b_op, *b_matrix), (a_op, *a_matrix), (_, *out_matrix) = operands
+    # The function for one matrix may split a long sum among blocks.
+    function, count = ("cublasGemmStridedBatchedEx", [len(out)]) if stacked else ("cublasGemmEx", [])
     _Cublas.of_current_device().call(
-        function, b_op, a_op, out.shape[-1], out.shape[-2], a.shape[-1], ctypes.byref(scalar(alpha)), *b_matrix, *b_stride,
-        *a_matrix, *a_stride, ctypes.byref(scalar(beta)), *out_matrix, *out_stride, *batch, compute, _DEFAULT_ALGORITHM)
+        function, b_op, a_op, out.shape[-1], out.shape[-2], a.shape[-1], ctypes.byref(scalar(alpha)), *b_matrix, *a_matrix,
+        ctypes.byref(scalar(beta)), *out_matrix, *count, compute, _DEFAULT_ALGORITHM)
 
 
 class _Cublas:

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minidl import __version__, checkpoint, data, plots, weights
-from minidl.data import process_lock
+from minidl import __version__, checkpoint, data, plots, process_lock, weights
 from minidl.device import Device
 from minidl.errors import CheckpointError, UsageError
 from minidl.extras import library

@@ -109,7 +109,7 @@ def transposed(array):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stack", [(), (4,)], ids=["matrix", "stack"])
+@pytest.mark.parametrize("stack", [(), (1,), (4,)], ids=["matrix", "stack of one", "stack"])
 @pytest.mark.parametrize("a_transposed", [False, True])
 @pytest.mark.parametrize("b_transposed", [False, True])
 def test_transpositions(place, rng, dtype, stack, a_transposed, b_transposed):

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from minidl import data
-from minidl.data import cifar, download, process_lock
+from minidl import process_lock
+from minidl.data import cifar, download
 from minidl.data.cifar import CIFAR10, CIFAR100
 from minidl.errors import DataError
 from test_data import BINARY, PYTHON, Copy, assert_holds, md5, needs_posix, stranger

@@ -29,7 +29,7 @@ from typing import BinaryIO, TypeAlias
 from tqdm import tqdm
 
 from minidl import __version__, signals
-from minidl.data import process_lock
+from minidl import process_lock
 from minidl.data.checked_file import File
 from minidl.errors import DataError
 

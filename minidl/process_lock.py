@@ -1,4 +1,4 @@
-"""A lock between processes: a file that the kernel unlocks when its holder ends, in whatever way it ends."""
+"""Locks between processes: of a file or a folder, which the kernel unlocks when its holder ends, in whatever way it ends."""
 
 from __future__ import annotations
 
