@@ -16,6 +16,8 @@ GPU the host's time is that until the call of a step returns, while the device i
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -66,6 +68,8 @@ def measure_memory(peer, name, place, precision, batch):
     """In this process: the peak of three steps of the peer above what was there before."""
     if place.name == "cpu":
         make(peer, "wrn-10-1", place, precision, 2).step()  # threads, libraries and compiled kernels are not the network's
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what that has freed must not serve the network uncounted
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         start = resident_bytes("VmRSS")
     it = make(peer, name, place, precision, batch)

@@ -197,11 +197,14 @@ def environment(device: Device) -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
+    """With its numbers, where there are some: a virtual machine's name may tell no generation from another."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+    except OSError:
+        first = ""
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    numbers = [f"{word} {facts[name]}" for word, name in (("family", "cpu family"), ("model", "model")) if name in facts]
+    return " ".join([facts.get("model name") or platform.processor(), *numbers])
 
 
 def _commit() -> str | None:

@@ -175,16 +175,12 @@ def dropout_values(target, rng):
     test_dropout.test_kept_values_are_scaled_and_the_mask_repeats(target, rng, test_dropout.dropout.apply, "float64")
 
 
-def dropout_values_of_channels(target, rng):
-    test_dropout.test_kept_values_are_scaled_and_the_mask_repeats(target, rng, test_dropout.dropout.apply_to_channels, "float64")
-
-
 def dropout_of_channels(target, rng):
     test_dropout.test_channel_dropout_drops_whole_channels(target)
 
 
-def dropout_of_a_large_batch(target, rng):
-    test_dropout.test_channels_are_dropped_by_their_number_and_the_images(target)
+def dropout_masks(target, rng):
+    test_dropout.test_masks_are_the_same_on_every_target(target)
 
 
 def dropout_layer(target, rng):
@@ -377,14 +373,11 @@ BUGS = [
         "of_partner * other + of_self * one", mixup),
     Bug("mixup: only the first pixel of a row", "augment.cu", "pixel = x_row + (long long)i * batch", "pixel = x_row", mixup),
 
-    Bug("dropout: kept values not scaled", "dropout.cu", "(bits[k] >= threshold ? value : acc(0)) * scale",
-        "bits[k] >= threshold ? value : acc(0)", dropout_values),
-    Bug("channel dropout: kept values not scaled", "dropout.cu", "(kept[n] ? value : acc(0)) * scale", "kept[n] ? value : acc(0)",
-        dropout_values_of_channels),
-    Bug("channel dropout: one decision for all channels", "dropout.cu", "(begin + n), c, now", "(begin + n), 0, now",
-        dropout_of_channels),
-    Bug("channel dropout: all parts of a large batch alike", "dropout.cu", "(unsigned)(begin + n)", "(unsigned)n",
-        dropout_of_a_large_batch),
+    Bug("dropout: kept values not scaled", "dropout.cu", "(random >= threshold ? x : decltype(x){}) * scale",
+        "random >= threshold ? x : decltype(x){}", dropout_values),
+    Bug("dropout: all tiles alike", "dropout.cu", "first / CALL", "0", dropout_masks),
+    Bug("channel dropout: one decision for all channels", "dropout.cu", "(unsigned long long)c << 32 | ", "", dropout_of_channels),
+    Bug("channel dropout: all parts of a large batch alike", "dropout.cu", "(unsigned)(begin / CALL)", "0u", dropout_masks),
     Bug("dropout: dx not scaled", layers.Dropout.backward, "self._index, step)", "self._index, step) * (1 - self.rate)",
         dropout_layer),
     Bug("dropout: dx with another layer's mask", layers.Dropout.backward, "self._index,", "self._index + 1,", dropout_layer),

@@ -10,7 +10,7 @@
 //
 // Mixup: Zhang et al., arXiv 1710.09412. The partner of image n is N-1-n: batches are in random order anyway.
 //   x[..., n] = share * x[..., n] + (1 - share) * x[..., N-1-n]
-#include "lanes.cuh"
+#include "philox.cuh"
 
 enum Draw { SHIFT_Y, SHIFT_X, FLIP, CUT_Y, CUT_X, DRAWS };
 

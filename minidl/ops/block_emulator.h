@@ -194,6 +194,18 @@ inline void run_block() {
     } while (!faulted && fibers[0].state == WAITING);
 }
 
+template <class T, int SIZE>
+class Shared;
+
+// What a pointer into a __shared__ array is to a kernel.
+template <class T, int SIZE>
+struct Cursor {
+    Shared<T, SIZE>& array;
+    long long index;
+    Cursor operator+(long long count) const { return {array, index + count}; }
+    auto operator[](long long i) const { return array[index + i]; }
+};
+
 // A __shared__ array that remembers who touched each element, and in which phase.
 template <class T, int SIZE>
 class Shared {
@@ -247,6 +259,7 @@ class Shared {
         if (index < 0 || index >= SIZE) fault("thread %d: %s[%lld] is outside 0..%d", current, name, index, SIZE - 1);
         return {*this, (int)index};
     }
+    Cursor<T, SIZE> operator+(long long index) { return {*this, index}; }
     // `count` elements from `index` on, from memory or, without a source, zeros. The hardware may write at any time until
     // the copy is waited for: from now on nobody may touch what is there, and it is there only then.
     void copy_async(int index, const T* source, int count) {

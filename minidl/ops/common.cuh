@@ -19,7 +19,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define NAN __int_as_float(0x7FFFFFFF)  // NVRTC has no <math.h>
-#define SHARED(type, name, size) __shared__ type name[size]
+#define SHARED(type, name, size) __shared__ alignas(16) type name[size]
 #define SIMD
 #define SIMD_SUM(...)
 #else
@@ -70,24 +70,4 @@ __device__ __forceinline__ acc block_sum(acc value) {
     const acc sum = partial[0];
     __syncthreads();  // nobody may start the next block_sum before all have read partial[0]
     return sum;
-}
-
-// Philox4x32-10: 128 random bits as a pure function of key and counter, so that nothing has to be stored.
-// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-// Turns the four words of a counter into random bits, in place. Loops over it vectorize: a struct of words would prevent that,
-// and words of 32 bits would be packed and unpacked around each product.
-__device__ __forceinline__ void philox(unsigned long long key, unsigned (&words)[4]) {
-    const unsigned long long lower = 0xFFFFFFFF;
-    unsigned long long w0 = words[0], w1 = words[1], w2 = words[2], w3 = words[3];
-    unsigned k0 = (unsigned)key, k1 = (unsigned)(key >> 32);
-    UNROLL for (int round = 0; round < 10; ++round) {
-        const unsigned long long p0 = 0xD2511F53 * (w0 & lower), p1 = 0xCD9E8D57 * (w2 & lower);
-        w0 = (p1 >> 32) ^ w1 ^ k0;
-        w1 = p1;
-        w2 = (p0 >> 32) ^ w3 ^ k1;
-        w3 = p0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    words[0] = (unsigned)w0, words[1] = (unsigned)w1, words[2] = (unsigned)w2, words[3] = (unsigned)w3;
 }

@@ -107,6 +107,9 @@ int run_grid(const Launch& launch, const Block& block) {
             blockIdx = {(unsigned)(b % launch.grid_x), (unsigned)(b / launch.grid_x)};
             block();
         }
+#ifdef __SSE__
+        __builtin_ia32_sfence();  // what was stored past the caches is in memory before others go on
+#endif
     };
     const long long blocks = (long long)launch.grid_x * launch.grid_y;
     if (blocks == 1) {  // waking a team costs more than most single blocks

@@ -13,7 +13,7 @@ def apply(x: Array, rate: float, key: int, layer: int, step: Array) -> Array:
     """x of any shape -> y: each element 0 with probability `rate`, else x / (1 - rate).
 
     The decision is a pure function of key (64 bits), layer (32 bits), the number in step (an int64 array of one
-    element, on the device of x) and the element's position. Raises ValueError unless 0 <= rate < 1.
+    element, on the device of x) and the element's position. Its probability is `rate` to 1/65536. Raises ValueError unless 0 <= rate < 1.
     """
     y = empty(x.shape, x.dtype, like=x)
     KERNELS.dropout[blocks_for(x.size), THREADS](x, step, y, x.size, key, layer, *_decision(rate))
@@ -32,7 +32,7 @@ def apply_to_channels(x: Array, rate: float, key: int, layer: int, step: Array) 
 
 
 def _decision(rate: float) -> tuple[int, float]:
-    """The number below which random 32 bits drop an element, and the factor of those kept."""
+    """The number below which random 16 bits drop an element, and the factor of those kept."""
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate {rate} is not in 0 <= rate < 1")
-    return min(round(rate * 2**32), 2**32 - 1), 1 / (1 - rate)
+    return min(round(rate * 2**16), 2**16 - 1), 1 / (1 - rate)

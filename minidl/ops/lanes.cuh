@@ -47,6 +47,18 @@ __attribute__((noinline)) static void store_part(Stored* target, const Value* va
     for (int i = 0; i < left; ++i) target[i] = Stored(values[i]);
 }
 
+// Integers are stored in fewer bits.
+template <bool WHOLE, class Stored>
+__device__ __forceinline__ integers load_integers(const Stored* source, int left) {
+    typedef Stored Vector __attribute__((vector_size(LANES * sizeof(Stored)), aligned(alignof(Stored)), may_alias));
+    if (WHOLE || left >= LANES) return __builtin_convertvector(*(const Vector*)source, integers);
+    integers value;
+    load_part(source, left, (lane_integer*)&value);
+    return value;
+}
+
+__device__ __forceinline__ lanes as_lanes(integers values) { return __builtin_convertvector(values, lanes); }
+
 template <bool WHOLE, class Stored>
 __device__ __forceinline__ lanes load(const Stored* source, int left) {
     if (sizeof(Stored) == sizeof(acc) && (WHOLE || left >= LANES)) {
@@ -56,6 +68,7 @@ __device__ __forceinline__ lanes load(const Stored* source, int left) {
 #endif
         return value;
     }
+    if constexpr (std::is_integral_v<Stored>) return as_lanes(load_integers<WHOLE>(source, left));
     acc values[LANES];
     if (!WHOLE && left < LANES) load_part(source, left, values);
     else SIMD for (int i = 0; i < LANES; ++i) values[i] = acc(source[i]);
@@ -74,7 +87,7 @@ __device__ __forceinline__ void store(Stored* target, lanes value, int left) {
     else SIMD for (int i = 0; i < LANES; ++i) target[i] = Stored(values[i]);
 }
 
-// Without reading the line first, as a store does, and without keeping it in a cache. Others see it after the fence.
+// Without reading the line first, as a store does, and without keeping it in a cache. Others see it after the launch.
 template <class Stored>
 __device__ __forceinline__ void store_past_caches(Stored* target, lanes value) {
     if (sizeof(Stored) != sizeof(acc) || (size_t)target % sizeof(lanes)) return store<true>(target, value, LANES);
@@ -91,24 +104,8 @@ __device__ __forceinline__ void store_past_caches(Stored* target, lanes value) {
 #endif
 }
 
-__device__ __forceinline__ void past_caches_fence() {
-#ifdef __SSE__
-    __builtin_ia32_sfence();
-#endif
-}
-
-// Integers are stored in fewer bits.
 template <bool WHOLE, class Stored>
-__device__ __forceinline__ integers load_integers(const Stored* source, int left) {
-    typedef Stored Vector __attribute__((vector_size(LANES * sizeof(Stored)), aligned(alignof(Stored)), may_alias));
-    if (WHOLE || left >= LANES) return __builtin_convertvector(*(const Vector*)source, integers);
-    integers value;
-    load_part(source, left, (lane_integer*)&value);
-    return value;
-}
-
-template <bool WHOLE, class Stored>
-__device__ __forceinline__ void store_integers(Stored* target, integers value, int left) {
+__device__ __forceinline__ void store_integers(Stored* target, integers value, int left) {  // in fewer bits
     typedef Stored Vector __attribute__((vector_size(LANES * sizeof(Stored)), aligned(alignof(Stored)), may_alias));
     if (WHOLE || left >= LANES) *(Vector*)target = __builtin_convertvector(value, Vector);
     else store_part(target, (const lane_integer*)&value, left);
@@ -193,8 +190,6 @@ template <class Stored>
 __device__ __forceinline__ void prefetch_to_write(Stored* target, long long count) {
     for (long long i = 0; i < count; i += 64 / sizeof(Stored)) __builtin_prefetch(target + i, 1);
 }
-
-__device__ __forceinline__ lanes as_lanes(integers values) { return __builtin_convertvector(values, lanes); }
 
 // Bytes rows[lane][at[lane]] and those behind, COUNT of them, the first in the lowest bits.
 #define MOST_BYTES 4

@@ -11,7 +11,8 @@
 //   copy_over(to, from, count);                                          // zeros where `from` is 0
 //
 // The function sees one position, or a vector of them: what it gets and what it gives are acc or lanes. All threads must call
-// these. What is written may be what is read, position by position, but otherwise overlaps with nothing.
+// these. What is written may be what is read, position by position, but otherwise overlaps with nothing. Sources of map_over
+// may be stored as other types than `real`, and be shared memory: `shared + begin`.
 #pragma once
 #include "lanes.cuh"
 
@@ -36,11 +37,11 @@ struct Positions {
 
 // whole: the elements of the array of which this is a part, if it may be stored past the caches.
 __device__ __forceinline__ Positions<int> of_block(int begin, int end, long long whole = 0) {
-    return {begin, end, sizeof(real) == sizeof(acc) && whole * (long long)sizeof(real) >= PAST_CACHES};
+    return {begin, end, whole * (long long)sizeof(real) >= PAST_CACHES};
 }
 
 __device__ __forceinline__ Positions<long long> of_grid(long long n) {
-    return {share_begin(n), share_begin(n, 1), sizeof(real) == sizeof(acc) && n * (long long)sizeof(real) >= PAST_CACHES};
+    return {share_begin(n), share_begin(n, 1), n * (long long)sizeof(real) >= PAST_CACHES};
 }
 
 #else
@@ -53,18 +54,36 @@ __device__ __forceinline__ Positions<long long> of_grid(long long n) {
     return {0, n, blockIdx.x * (long long)blockDim.x + threadIdx.x, gridDim.x * (long long)blockDim.x};
 }
 
-#define PIECE ((int)(16 / sizeof(real)))
+#define PIECE ((int)(16 / sizeof(real)))  // elements, of sources of any type
 
-struct alignas(16) Piece {
-    real values[PIECE];
+template <class Stored>
+struct alignas(PIECE * sizeof(Stored)) Piece {
+    Stored values[PIECE];
 };
 
-template <class... Pointers>
-__device__ __forceinline__ bool in_pieces(Pointers... arrays) {
-    return ((size_t)arrays | ...) % sizeof(Piece) == 0;
+template <class Stored>
+__device__ __forceinline__ bool begins_with_piece(const Stored* array) {
+    return (size_t)array % sizeof(Piece<Stored>) == 0;
 }
 
-__device__ __forceinline__ const Piece& piece_at(const real* source) { return *(const Piece*)source; }
+template <class Stored>
+__device__ __forceinline__ const Piece<Stored>& piece_at(const Stored* source) {
+    return *(const Piece<Stored>*)source;
+}
+
+#ifndef __CUDACC_RTC__
+template <class Stored, int SIZE>
+__device__ __forceinline__ bool begins_with_piece(emulator::Cursor<Stored, SIZE>) {
+    return true;
+}
+
+template <class Stored, int SIZE>
+__device__ __forceinline__ Piece<Stored> piece_at(emulator::Cursor<Stored, SIZE> source) {
+    Piece<Stored> piece;
+    for (int k = 0; k < PIECE; ++k) piece.values[k] = source[k];
+    return piece;
+}
+#endif
 
 #endif
 
@@ -94,15 +113,15 @@ __device__ __forceinline__ void sum_over(acc (&sums)[COUNT], int begin, int end,
     const auto add_each = [&](auto... pieces) {
         UNROLL for (int k = 0; k < PIECE; ++k) add(terms, acc(pieces.values[k])...);
     };
-    const int pieces = in_pieces((rows + begin)...) ? (end - begin) / PIECE : 0;
+    const int pieces = (begins_with_piece(rows + begin) && ...) ? (end - begin) / PIECE : 0;
     for (int p = threadIdx.x; p < pieces; p += blockDim.x) add_each(piece_at(rows + begin + p * PIECE)...);
     BLOCK_LOOP(i, begin + pieces * PIECE, end) add(terms, acc(rows[i])...);
     sum_each(terms, sums);
 #endif
 }
 
-template <int COUNT, class Index, class Map, class... Reals>
-__device__ __forceinline__ void map_over(real* const (&targets)[COUNT], Positions<Index> at, Map map, const Reals*... sources) {
+template <int COUNT, class Index, class Map, class... Sources>
+__device__ __forceinline__ void map_over(real* const (&targets)[COUNT], Positions<Index> at, Map map, Sources... sources) {
     const auto map_one = [&](Index i) {
         acc results[COUNT];
         map(results, acc(sources[i])...);
@@ -110,33 +129,32 @@ __device__ __forceinline__ void map_over(real* const (&targets)[COUNT], Position
     };
 #ifdef MINIDL_FAST
     Index i = at.begin;
-    if (at.past_caches) {
-        for (; i < at.end && (size_t)(targets[0] + i) % sizeof(lanes); ++i) map_one(i);
+    if (sizeof(real) == sizeof(acc)) {  // others do not become vectors by load() and store()
+        if (at.past_caches)
+            for (; i < at.end && (size_t)(targets[0] + i) % sizeof(lanes); ++i) map_one(i);
         for (; at.end - i >= LANES; i += LANES) {
             lanes results[COUNT];
             map(results, load<true>(sources + i, LANES)...);
-            UNROLL for (int t = 0; t < COUNT; ++t) store_past_caches(targets[t] + i, results[t]);
+            UNROLL for (int t = 0; t < COUNT; ++t)
+                if (at.past_caches) store_past_caches(targets[t] + i, results[t]);
+                else store<true>(targets[t] + i, results[t], LANES);
         }
-        past_caches_fence();
     }
     SIMD for (Index j = i; j < at.end; ++j) map_one(j);
 #else
-    const auto map_each = [&](Index i, auto... pieces) {
-        Piece written[COUNT];
+    const auto map_each = [&](Index p, auto... pieces) {
+        Piece<real> written[COUNT];
         UNROLL for (int k = 0; k < PIECE; ++k) {
             acc results[COUNT];
             map(results, acc(pieces.values[k])...);
             UNROLL for (int t = 0; t < COUNT; ++t) written[t].values[k] = real(results[t]);
         }
-        UNROLL for (int t = 0; t < COUNT; ++t) *(Piece*)(targets[t] + i) = written[t];
+        UNROLL for (int t = 0; t < COUNT; ++t) ((Piece<real>*)(targets[t] + at.begin))[p] = written[t];
     };
-    static_assert(COUNT <= 2, "the first and the last are looked at");
-    const bool aligned = in_pieces(targets[0] + at.begin, targets[COUNT - 1] + at.begin, (sources + at.begin)...);
+    bool aligned = (begins_with_piece(sources + at.begin) && ...);
+    UNROLL for (int t = 0; t < COUNT; ++t) aligned &= begins_with_piece(targets[t] + at.begin);
     const Index pieces = aligned ? (at.end - at.begin) / PIECE : 0;
-    for (Index p = at.thread; p < pieces; p += at.threads) {
-        const Index i = at.begin + p * PIECE;
-        map_each(i, piece_at(sources + i)...);
-    }
+    for (Index p = at.thread; p < pieces; p += at.threads) map_each(p, piece_at(sources + at.begin + p * PIECE)...);
     for (Index i = at.begin + pieces * PIECE + at.thread; i < at.end; i += at.threads) map_one(i);
 #endif
 }
@@ -145,8 +163,8 @@ __device__ __forceinline__ void copy_over(real* __restrict__ target, const real*
 #ifdef MINIDL_FAST
     const int copied = 0;
 #else
-    const int pieces = in_pieces(target, source) ? count / PIECE : 0, copied = pieces * PIECE;
-    BLOCK_LOOP(p, 0, pieces) ((Piece*)target)[p] = source ? ((const Piece*)source)[p] : Piece{};
+    const int pieces = begins_with_piece(target) && begins_with_piece(source) ? count / PIECE : 0, copied = pieces * PIECE;
+    BLOCK_LOOP(p, 0, pieces) ((Piece<real>*)target)[p] = source ? piece_at(source + p * PIECE) : Piece<real>{};
 #endif
     if (source) {
         BLOCK_LOOP(i, copied, count) target[i] = source[i];

@@ -1,5 +1,5 @@
 // The vocabulary of common.cuh, word by word.
-#include "common.cuh"
+#include "philox.cuh"
 
 // words (n, 4): the generator's output under each of the keys (n), at each of the counters (n, 4).
 extern "C" __global__ void random_words(const unsigned long long* __restrict__ keys, const unsigned* __restrict__ counters,
