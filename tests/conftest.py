@@ -1,4 +1,4 @@
-"""Fixtures: the targets that every op is tested on, and the command-line option --sanitize."""
+"""Fixtures: the targets that every op is tested on, and the command-line options --sanitize and --ptx."""
 
 import os
 from contextlib import contextmanager
@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+import ptx_machine
 from minidl import device
-from minidl.kernels import acc_dtype, launch_settings, storage_dtype
+from minidl.kernels import Kernel, acc_dtype, launch_settings, storage_dtype
 
 THREADS_PER_BLOCK = (1, 2, 32, 128)
 TEAM = 2  # threads, at least, that share the blocks of a launch in fast mode, also where CI gives a process one
@@ -29,9 +30,13 @@ def pytest_addoption(parser):
     parser.addoption("--sanitize", action="store_true",
                      help="run the emulated targets under AddressSanitizer and UndefinedBehaviorSanitizer instead of all "
                           "targets; the process must be started with LD_PRELOAD=$(g++ -print-file-name=libasan.so)")
+    parser.addoption("--ptx", metavar="ARCHITECTURE",
+                     help="instead of all targets, interpret what NVRTC makes of the kernels for a GPU, as sm_90; with -k ptx "
+                          "nothing but that")
 
 
 def pytest_configure(config):
+    ptx_machine.architecture = config.getoption("--ptx")
     if config.getoption("--sanitize") and "asan" not in os.environ.get("LD_PRELOAD", ""):
         pytest.exit("--sanitize needs LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0", returncode=2)
 
@@ -44,6 +49,10 @@ class Target:
         self.name = name
         self.place = device.select("cuda" if mode == "cuda" else "cpu")
         self.settings = {"mode": "fast" if mode == "cuda" else mode, "threads_per_block": int(threads) if threads else None}
+
+    def flushes(self, dtype):
+        """Whether kernels make zeros of results below the normal numbers."""
+        return self.name.startswith(("cuda", "ptx")) and dtype == "float32"
 
     def array(self, values, dtype=None):
         """A NumPy array -> a contiguous copy on the device."""
@@ -71,6 +80,8 @@ def active(name):
         if name == "fast":
             patch.setenv("OMP_NUM_THREADS", str(max(TEAM, device.cpu_threads())))
             device.host_threads().set_team_size(device.cpu_threads())
+        if name == "ptx":
+            patch.setattr(Kernel, "_launch_on_host", ptx_machine.launch_in_mode)
         yield it
     if name == "fast":
         device.host_threads().set_team_size(device.cpu_threads())
@@ -93,6 +104,8 @@ def pytest_generate_tests(metafunc):
     if "target" in metafunc.fixturenames:
         if metafunc.config.getoption("--sanitize"):
             names = [f"sanitize-{threads}" for threads in THREADS_PER_BLOCK]
+        elif metafunc.config.getoption("--ptx"):
+            names = ["ptx"]
         else:
             names = ["fast", *(f"emulate-{threads}" for threads in THREADS_PER_BLOCK)]
             names += ["cuda", "cuda-1", "cuda-32"] if gpu_present() else []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import reference
-from conftest import Target, gpu_present
+from conftest import Target, active, gpu_present
 from minidl import blas
 from minidl.host_build import CompileError
 from minidl.kernels import KernelFault, Kernels, launch_settings, storage_dtype
@@ -41,7 +41,8 @@ TENSOR_CORES = gpu_present() and conv_tensor_core._has_tensor_cores(0)
 def pytest_generate_tests(metafunc):
     emulator = "sanitize" if metafunc.config.getoption("--sanitize") else "emulate"
     if "warps" in metafunc.fixturenames:
-        metafunc.parametrize("warps", [emulator, *(["cuda"] if TENSOR_CORES else [])], indirect=True)
+        names = ["ptx"] if metafunc.config.getoption("--ptx") else [emulator, *(["cuda"] if TENSOR_CORES else [])]
+        metafunc.parametrize("warps", names, indirect=True)
     if "emulator" in metafunc.fixturenames:
         metafunc.parametrize("emulator", [emulator], indirect=True)
     if "dtype" in metafunc.fixturenames and "expected" not in metafunc.fixturenames:
@@ -50,8 +51,7 @@ def pytest_generate_tests(metafunc):
 
 
 def launching(request):
-    it = Target(request.param)
-    with launch_settings(**it.settings):
+    with active(request.param) as it:
         yield it
 
 

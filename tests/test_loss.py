@@ -109,7 +109,8 @@ def test_a_network_of_nans_is_never_right(target):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_exponentials_and_logarithms(target, rng, dtype):
-    """Within 1.5 units in the last place, from results below the normal numbers to infinity."""
+    """Within 1.5 units in the last place, from results below the normal numbers to infinity; a GPU makes zeros of those, in
+    float32, as CuPy tells its compiler."""
     kernels = Kernels(FOLDER / "lanes.cu")
     x = np.array([*rng.uniform(-104, 90, 2000), *rng.uniform(-1, 1, 2000), 0, -0.0, -np.inf, np.inf, np.nan, -1e30, 1e30,
                   88.7, -87.5], dtype)
@@ -121,6 +122,8 @@ def test_exponentials_and_logarithms(target, rng, dtype):
             exact = of_numpy(values.astype(np.longdouble))
             expected = exact.astype(dtype)
             close = abs(y - exact) <= 1.5 * np.spacing(abs(expected))
+        if target.flushes(dtype):
+            close |= (y == 0) & (abs(expected) < np.finfo(dtype).tiny)
         assert (close | (y == expected) | (np.isnan(y) & np.isnan(expected))).all()
 
 
