@@ -102,15 +102,17 @@ def functions(source, precision, arch):
 # ---- memory ------------------------------------------------------------------------------------------------------------
 
 
+def address_of(array):
+    return array.__array_interface__["data"][0]
+
+
 class Memory:
-    """The arrays of a launch, at the addresses where they are."""
+    """The arrays of a launch, at the addresses where they are. One may come twice, but none lies within another."""
 
     def __init__(self, arrays):
-        arrays = sorted({array.__array_interface__["data"][0]: array for array in arrays if array.size}.items(),
-                        key=lambda item: item[0])
+        arrays = sorted({address_of(array): array for array in arrays if array.size}.items(), key=lambda item: item[0])
         self.begins = np.array([begin for begin, _ in arrays])
-        self.arrays = [array for _, array in arrays]
-        self.bytes = [np.ascontiguousarray(array).view(np.uint8).reshape(-1) for array in self.arrays]
+        self.bytes = [array.view(np.uint8).reshape(-1) for _, array in arrays]
 
     def parts(self, addresses, dtype):
         """-> for each array that they point into: (which of them do, its elements of that type, at which places)."""
@@ -197,7 +199,6 @@ class Frame:
         values = values.view(before.dtype) if values.ndim else np.full(self.count, values.view(before.dtype))
         self.registers[name] = values if self.of_all else np.where(self.mask, values, before)
 
-
     def set_of_those(self, name, values):
         """The values of the threads that take part alone."""
         if not self.of_all:
@@ -211,8 +212,8 @@ class Frame:
 
 
 @functools.cache
-def number(text, dtype):
-    """A number of the text."""
+def literal(text, dtype):
+    """A number of the text, as an array of no dimensions."""
     if text.startswith(("0f", "0d")):
         return np.array(int(text[2:], 16), f"u{dtype.itemsize}").view(dtype)
     return np.array(int(text) != 0) if dtype.kind == "b" else np.array(int(text) % (1 << 8 * dtype.itemsize),
@@ -263,7 +264,7 @@ class Launch:
                 if it.name == "bar":
                     waiting[frame.mask] = True
                 elif frame.mask.any():
-                    getattr(self, f"do_{it.name}")(frame, it.of, it.operands)
+                    getattr(self, f"do_{it.name}", functools.partial(self.do_elementwise, it.name))(frame, it.of, it.operands)
                 if number in function.leaders:
                     at[together] = number
                     break
@@ -277,7 +278,7 @@ class Launch:
         if operand in frame.function.shared:
             return np.array(frame.function.shared[operand], dtype)
         if operand[0] in "-0123456789":
-            return number(operand, dtype)
+            return literal(operand, dtype)
         values = frame.register(operand)
         if values.dtype.itemsize > dtype.itemsize:
             values = values.astype(f"u{dtype.itemsize}")
@@ -361,6 +362,12 @@ class Launch:
 
     # ---- arithmetic ----
 
+    def do_elementwise(self, name, frame, of, operands):
+        if name not in FUNCTIONS:
+            raise NotImplementedError(f"the instruction {name}")
+        call = fused_down if "rm" in of else FUNCTIONS[name]
+        frame.set(operands[0], flushed(call(*self.values(frame, of, operands[1:])), "ftz" in of))
+
     def do_mov(self, frame, of, operands):
         target, source = operands
         dtype = DTYPES[of[-1]]
@@ -371,7 +378,7 @@ class Launch:
             for name, part in zip(words_of(target), halves.T):
                 frame.set(name, part)
         elif source.startswith("{"):
-            halves = [np.broadcast_to(self.value(frame, part, half), self.count) for part in re.split(r"[{}, ]+", source) if part]
+            halves = [np.broadcast_to(self.value(frame, part, half), self.count) for part in words_of(source)]
             frame.set(target, np.stack(halves, axis=1).reshape(-1).view(dtype))
         else:
             frame.set(target, self.value(frame, source, dtype))
@@ -410,6 +417,15 @@ class Launch:
         a, b = self.values(frame, of, operands[1:3])
         result = product(a, b, of)
         frame.set(operands[0], result + self.value(frame, operands[3], result.dtype))
+
+    def do_shl(self, frame, of, operands, shift=np.left_shift):
+        a, count = self.value(frame, operands[1], DTYPES[of[-1]]), self.value(frame, operands[2], DTYPES["u32"])
+        bits = 8 * a.dtype.itemsize
+        all_out = a.dtype.type(0) if shift is np.left_shift or a.dtype.kind == "u" else a >> a.dtype.type(bits - 1)
+        frame.set(operands[0], np.where(count < bits, shift(a, np.minimum(count, bits - 1).astype(a.dtype)), all_out))
+
+    def do_shr(self, frame, of, operands):
+        self.do_shl(frame, of, operands, np.right_shift)
 
     def do_bfi(self, frame, of, operands):
         a, b = self.values(frame, of, operands[1:3])
@@ -509,15 +525,6 @@ def divided(a, b):
     return (np.where((a < 0) != (b < 0), -quotient, quotient) if a.dtype.kind == "i" else quotient).astype(a.dtype)
 
 
-def shifted(shift):
-    def by(a, count):
-        bits = 8 * a.dtype.itemsize
-        result = shift(a, np.minimum(count, bits - 1).astype(a.dtype))
-        beyond = a >> a.dtype.type(bits - 1) if shift is np.right_shift and a.dtype.kind == "i" else a.dtype.type(0)
-        return np.where(count >= bits, beyond, result).astype(a.dtype)
-    return by
-
-
 def fused(a, b, c):
     """With more digits than the result has: in float64 its last digit may be off, now and then."""
     wide = np.float64 if a.dtype == np.float32 else np.longdouble
@@ -539,35 +546,14 @@ COMPARISONS = {"eq": np.equal, "ne": lambda a, b: (a != b) & (a == a) & (b == b)
                "geu": lambda a, b: ~(a < b)}
 FUNCTIONS = {"add": np.add, "sub": np.subtract, "div": divided, "rem": lambda a, b: a - divided(a, b) * b, "neg": np.negative,
              "abs": np.abs, "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-             "not": np.invert, "copysign": lambda a, b: np.copysign(b, a), "sqrt": np.sqrt, "rcp": lambda a: 1 / a, "ex2": np.exp2}
+             "not": np.invert, "copysign": lambda a, b: np.copysign(b, a), "sqrt": np.sqrt, "rcp": lambda a: 1 / a, "ex2": np.exp2,
+             "fma": fused}
 
 
-def elementwise(name):
-    """The method of an instruction without operands of its own."""
-    def do(self, frame, of, operands):
-        call = fused_down if "rm" in of else FUNCTIONS[name]
-        frame.set(operands[0], flushed(call(*self.values(frame, of, operands[1:])), "ftz" in of))
-    return do
-
-
-FUNCTIONS["fma"] = fused
-for name in FUNCTIONS:
-    setattr(Launch, f"do_{name}", elementwise(name))
-
-
-def shift_method(shift):
-    def do(self, frame, of, operands):
-        a, count = self.value(frame, operands[1], DTYPES[of[-1]]), self.value(frame, operands[2], DTYPES["u32"])
-        frame.set(operands[0], shifted(shift)(a, count))
-    return do
-
-
-Launch.do_shl, Launch.do_shr = shift_method(np.left_shift), shift_method(np.right_shift)
+# ---- in the loader's place -------------------------------------------------------------------------------------------------
 
 
 architecture = None  # for which kernels are compiled
-
-
 on_host = Kernel._launch_on_host
 
 
@@ -579,8 +565,7 @@ def launch_in_mode(kernel, precision, grid, threads, values):
 def launch(kernel, precision, grid, threads, values):
     module = functions(kernel.kernels.path, precision, architecture)
     arrays = [value for value in values if isinstance(value, np.ndarray)]
-    given = [np.array(value.__array_interface__["data"][0], np.uint64) if isinstance(value, np.ndarray) else np.array(value)
-             for value in values]
+    given = [np.array(address_of(value), np.uint64) if isinstance(value, np.ndarray) else np.array(value) for value in values]
     parameters = dict(zip(module[kernel.name].parameters, given))
     blocks, at_a_time = np.arange(grid[0] * grid[1]), max(1, THREADS_AT_A_TIME // threads)
     memory = Memory(arrays)
