@@ -2,8 +2,9 @@
 
 It knows the instructions that occur in minidl's kernels, from the PTX ISA, and refuses others. Threads that diverge go on one
 group after the other, the one furthest behind first. Addresses are the host's: what is read or written must lie in an array of
-the launch, aligned as a GPU needs it. Where a GPU is free to choose, the latest comes true: asynchronous copies arrive when they
-are waited for. What it cannot show is a race between warps, for which there is the emulator, and the time.
+the launch, aligned as a GPU needs it. Where a GPU is free to choose, the latest comes true: asynchronous copies arrive when
+they are waited for. What it cannot show is the time, and a race between warps or a barrier that not all of a block come to, for
+which there is the emulator.
 """
 
 import functools
