@@ -532,6 +532,17 @@ def fused(a, b, c):
     return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(a.dtype)
 
 
+def permuted(a, b, selector):
+    """prmt: each byte of the result is the byte of (a, b) that four bits of the selector name."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(both)
+    for i in range(4):
+        chosen = selector.astype(np.uint64) >> np.uint64(4 * i) & np.uint64(15)
+        assert (chosen < 8).all(), "none of our kernels repeats a sign"
+        result |= (both >> chosen * np.uint64(8) & np.uint64(255)) << np.uint64(8 * i)
+    return result.astype(np.uint32)
+
+
 def fused_down(a, b, c):
     """Rounded towards minus infinity."""
     exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
@@ -548,7 +559,7 @@ COMPARISONS = {"eq": np.equal, "ne": lambda a, b: (a != b) & (a == a) & (b == b)
 FUNCTIONS = {"add": np.add, "sub": np.subtract, "div": divided, "rem": lambda a, b: a - divided(a, b) * b, "neg": np.negative,
              "abs": np.abs, "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
              "not": np.invert, "copysign": lambda a, b: np.copysign(b, a), "sqrt": np.sqrt, "rcp": lambda a: 1 / a, "ex2": np.exp2,
-             "fma": fused}
+             "fma": fused, "prmt": permuted}
 
 
 # ---- in the loader's place -------------------------------------------------------------------------------------------------

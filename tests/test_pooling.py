@@ -20,15 +20,18 @@ CASES = [
 OPS = {"max": reference.max_pool, "average": reference.avg_pool}
 
 
-def forward_backward(op, target, x, dy, dtype, window, stride, padding):
+def forward_backward(op, target, x, dy, dtype, *geometry):
     """-> y, dx on the host."""
-    device_x, device_dy = target.array(x, dtype), target.array(dy, dtype)
+    return of_device_arrays(op, target, target.array(x, dtype), target.array(dy, dtype), *geometry)
+
+
+def of_device_arrays(op, target, device_x, device_dy, window, stride, padding):
     if op == "max":
         y, winner = maxpool.forward(device_x, window, stride, padding)
-        dx = maxpool.backward(device_dy, winner, x.shape, window, stride, padding)
+        dx = maxpool.backward(device_dy, winner, device_x.shape, window, stride, padding)
     else:
         y = avgpool.forward(device_x, window, stride, padding)
-        dx = avgpool.backward(device_dy, x.shape, window, stride, padding)
+        dx = avgpool.backward(device_dy, device_x.shape, window, stride, padding)
     return target.host(y), target.host(dx)
 
 
@@ -43,6 +46,20 @@ def test_forward_and_gradient(target, rng, op, dtype, shape, window, stride, pad
     assert_close(y, expected, tolerance(dtype, terms=window[0] * window[1]), "y")
     vjp = numerical_vjp(OPS[op], [x, window, stride, padding], 0, dy)
     assert_close(dx, vjp, tolerance(dtype, terms=window[0] * window[1]), "dx")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_arrays_that_begin_anywhere(target, rng, op, dtype):
+    """Where 16 bytes of images cannot be read at once, though the batch has as many."""
+    def shifted(values):
+        return target.array(np.concatenate([[0], values.ravel()]), dtype)[1:].reshape(values.shape)
+
+    x = target.host(target.array(distinct(rng, (2, 4, 4, 16), gap=2.0**-4), dtype))
+    dy = rng.integers(-8, 9, size=(2, 2, 2, 16)).astype(float)
+    y, dx = of_device_arrays(op, target, shifted(x), shifted(dy), (2, 2), 2, 0)
+    expected, expected_dx = forward_backward(op, target, x, dy, dtype, (2, 2), 2, 0)
+    assert np.array_equal(y, expected) and np.array_equal(dx, expected_dx)
 
 
 @pytest.mark.parametrize("op", OPS)

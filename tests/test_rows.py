@@ -63,7 +63,7 @@ def test_map_over_an_array_in_place(target, rng, dtype, blocks):
 def test_copy_over(target, rng, dtype, zeros):
     for offset, begin, end in PLACES:
         x, y = integers(rng), row(target, np.full(SIZE, np.nan), dtype, offset)
-        KERNELS.copy_of_row[1, 128](row(target, x, dtype, offset)[begin:], y[begin:], end - begin, zeros)
+        KERNELS.copy_of_row[1, 128](row(target, x, dtype, 2 * offset), y, begin, end, zeros)
         expected = np.full(SIZE, np.nan)
         expected[begin:end] = 0 if zeros else x[begin:end]
         assert np.array_equal(target.host(y), expected, equal_nan=True)

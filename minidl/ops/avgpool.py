@@ -2,7 +2,7 @@
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels
-from minidl.ops.window import output_size, threads_along
+from minidl.ops.window import output_size, threads_of_row
 
 KERNELS = Kernels("avgpool.cu")
 
@@ -16,7 +16,7 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0, ou
     channels, height, width, batch = x.shape
     out_height, out_width = output_size("average pool", (height, width), window, stride, padding)
     y = _result(out, (channels, out_height, out_width, batch), x)
-    KERNELS.avgpool_forward[channels * out_height, threads_along(batch)](
+    KERNELS.avgpool_forward[channels * out_height, threads_of_row(out_width, batch, x.itemsize)](
         x, y, height, width, out_height, out_width, batch, *window, stride, padding)
     return y
 
@@ -29,7 +29,7 @@ def backward(dy: Array, x_shape: tuple[int, ...], window: tuple[int, ...], strid
     if dy.shape != y_shape:
         raise ValueError(f"average pool: dy {dy.shape} of an output of shape {y_shape}")
     dx = _result(dx, x_shape, dy)
-    KERNELS.avgpool_backward[channels * height, threads_along(batch)](
+    KERNELS.avgpool_backward[channels * height, threads_of_row(width, batch, dx.itemsize)](
         dy, dx, height, width, *dy.shape[1:3], batch, *window, stride, padding)
     return dx
 

@@ -9,10 +9,10 @@
 //
 // A chunk is a range of output pixels (oy, ox), with all their images: `cols` then has pixel_count * N columns.
 // Chellapilla, Puri, Simard, "High performance convolutional neural networks for document processing", 2006.
-#include "rows.cuh"
+#include "pixels.cuh"
 #include "window.cuh"
 
-// cols (groups * K, step). Grid: groups * K x stretches of `stretch` pixels. Threads run along the batch.
+// cols (groups * K, step). Grid: groups * K x stretches of `stretch` pixels, of which the threads share the runs.
 extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__ cols, int height, int width, int out_width,
                                   int batch, int kernel_h, int kernel_w, int stride, int padding, int pixel_begin,
                                   int pixel_count, int stretch, long long step) {
@@ -21,7 +21,9 @@ extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__
     const int begin = blockIdx.y * stretch, end = pixel_count - begin < stretch ? pixel_count : begin + stretch;
     real* out = cols + blockIdx.x * step + (long long)begin * batch;
     int oy = (pixel_begin + begin) / out_width, ox = (pixel_begin + begin) % out_width;
-    for (int i = begin; i < end;) {
+    const Share share = share_of<true>(stride > 1 ? batch : (end - begin < out_width ? end - begin : out_width) * batch);
+    int runs_before = share.pixel;  // before this thread's next
+    for (int i = begin; i < end; --runs_before) {
         const int iy = oy * stride - padding + ky, ix = ox * stride - padding + kx;
         const bool inside = iy >= 0 && iy < height && ix >= 0 && ix < width;
         // Neighbours that are copied in one run: without strides, all up to the edge of the image or of the padding.
@@ -29,7 +31,10 @@ extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__
         if (inside) run = stride > 1 ? 1 : run < width - ix ? run : width - ix;
         else if (ix < 0) run = stride > 1 ? 1 : run < -ix ? run : -ix;
         const int count = run * batch;
-        copy_over(out, inside ? image + ((long long)iy * width + ix) * batch : 0, count);
+        if (runs_before == 0) {
+            copy_over(out, inside ? image + ((long long)iy * width + ix) * batch : 0, of_share(count, share));
+            runs_before = share.pixels;
+        }
         out += count;
         i += run;
         ox += run;
@@ -50,29 +55,32 @@ __device__ __forceinline__ void add_windows(const real* __restrict__ dcols, real
     // In dcols from one row to the next, and to what the next window, down or to the right, has for the same input.
     const long long row_step = (long long)row_count * out_width * batch, x_step = batch - stride * row_step;
     const long long y_step = (long long)out_width * batch - (long long)stride * kernel_w * row_step;
-    for (int ix = 0; ix < width; ++ix) {
+    const Share share = share_of<WHOLE>(batch);
+    for (int ix = share.pixel; ix < width; ix += share.pixels) {
         const int ox_begin = first_window(ix, kernel_w, stride, padding);
         const int x_count = end_of_windows(ix, stride, padding, out_width) - ox_begin;
         const int kx = ix + padding - ox_begin * stride;
         const long long row = ((long long)c * kernel_h + ky) * kernel_w + kx;
         const long long first = row * row_step + ((oy_begin - row_begin) * (long long)out_width + ox_begin) * batch;
         real* pixel = dx + (((long long)c * height + iy) * width + ix) * batch;
-        LANE_LOOP(n, batch) {
-            lanes sum = adds ? load<WHOLE>(pixel + n, batch - n) : lanes{};
+        for (int n = share.image; n < batch; n += share.images) {
+            Images<WHOLE> sum = adds ? load_images<WHOLE>(pixel + n, batch - n) : Images<WHOLE>{};
             for (int y = 0; y < y_count; ++y)
-                for (int x = 0; x < x_count; ++x) sum += load<WHOLE>(dcols + first + y * y_step + x * x_step + n, batch - n);
-            store<WHOLE>(pixel + n, sum, batch - n);
+                for (int x = 0; x < x_count; ++x)
+                    each([](auto& sum, auto value) { sum += value; }, sum,
+                         load_images<WHOLE>(dcols + first + y * y_step + x * x_step + n, batch - n));
+            store_images<WHOLE>(pixel + n, sum, batch - n);
         }
     }
 }
 
-// Here a chunk is row_count whole output rows. Grid: channels x input rows; threads run along the batch.
+// Here a chunk is row_count whole output rows. Grid: channels x input rows, whose pixels and images the threads share.
 // dx rows iy_begin .. iy_begin + gridDim.x/channels - 1 of each channel, from the chunk's dcols. Rows below
 // `covered` hold the sums of earlier chunks and are added to; the others are overwritten.
 extern "C" __global__ void col2im(const real* __restrict__ dcols, real* __restrict__ dx, int channels, int height, int width,
                                   int out_width, int batch, int kernel_h, int kernel_w, int stride, int padding,
                                   int row_begin, int row_count, int iy_begin, int covered) {
-    if (whole_lanes(batch)) add_windows<true>(dcols, dx, channels, height, width, out_width, batch, kernel_h, kernel_w, stride,
+    if (whole_images(batch, dcols, dx)) add_windows<true>(dcols, dx, channels, height, width, out_width, batch, kernel_h, kernel_w, stride,
                                               padding, row_begin, row_count, iy_begin, covered);
     else add_windows<false>(dcols, dx, channels, height, width, out_width, batch, kernel_h, kernel_w, stride, padding, row_begin,
                             row_count, iy_begin, covered);

@@ -15,7 +15,7 @@ from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
 from minidl.ops import chunks, conv_tensor_core, group_conv, winograd
 from minidl.ops.packed_gemm import Blas, Packed, product_for
-from minidl.ops.window import output_size, threads_along
+from minidl.ops.window import output_size, threads_of_row
 
 KERNELS = Kernels("conv.cu")
 
@@ -119,7 +119,8 @@ def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed
         return x.reshape(g.groups, g.depth, g.positions)[..., begin * g.batch:end * g.batch]
     cols = empty((g.groups, g.depth, product.step(columns)), x.dtype, like=x)
     stretch = STRETCH[array_module(x).__name__]
-    KERNELS.im2col[(g.groups * g.depth, -(-(end - begin) // stretch)), threads_along(g.batch)](
+    threads = threads_of_row(min(stretch, end - begin), g.batch, x.itemsize)
+    KERNELS.im2col[(g.groups * g.depth, -(-(end - begin) // stretch)), threads](
         x, cols, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding, begin, end - begin, stretch,
         cols.shape[2])
     return cols
@@ -174,7 +175,7 @@ def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry)
         iy_begin = max(0, min(row_begin * g.stride - g.padding, covered))
         iy_end = g.height if row_end == g.out_height else min((row_end - 1) * g.stride - g.padding + g.kernel[0], g.height)
         if iy_end > iy_begin:
-            KERNELS.col2im[g.channels * (iy_end - iy_begin), threads_along(g.batch)](
+            KERNELS.col2im[g.channels * (iy_end - iy_begin), threads_of_row(g.width, g.batch, dx.itemsize)](
                 dcols, dx, g.channels, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding,
                 row_begin, row_end - row_begin, iy_begin, covered)
             covered = max(covered, iy_end)

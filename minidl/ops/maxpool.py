@@ -4,7 +4,7 @@ import numpy as np
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels
-from minidl.ops.window import output_size, threads_along
+from minidl.ops.window import output_size, threads_of_row
 
 KERNELS = Kernels("maxpool.cu")
 
@@ -24,7 +24,7 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0) ->
         raise ValueError(f"max-pool: window {window[0]}x{window[1]} has more than 65536 pixels")
     y = empty((channels, out_height, out_width, batch), x.dtype, like=x)
     winner = empty(y.shape, np.uint16, like=x)
-    KERNELS.maxpool_forward[channels * out_height, threads_along(batch)](
+    KERNELS.maxpool_forward[channels * out_height, threads_of_row(out_width, batch, x.itemsize)](
         x, y, winner, height, width, out_height, out_width, batch, *window, stride, padding)
     return y, winner
 
@@ -37,6 +37,6 @@ def backward(dy: Array, winner: Array, x_shape: tuple[int, ...], window: tuple[i
     if not dy.shape == winner.shape == y_shape:
         raise ValueError(f"max-pool: dy {dy.shape} and winner {winner.shape} of an output of shape {y_shape}")
     dx = empty(x_shape, dy.dtype, like=dy)
-    KERNELS.maxpool_backward[channels * height, threads_along(batch)](
+    KERNELS.maxpool_backward[channels * height, threads_of_row(width, batch, dx.itemsize)](
         dy, winner, dx, height, width, *dy.shape[1:3], batch, *window, stride, padding)
     return dx

@@ -8,7 +8,7 @@
 //   }, x_row, dy_row);
 //   map_over({y_row}, of_block(begin, end), [=](auto& results, auto x) { results[0] = 2 * x; }, x_row);
 //   map_over({y}, of_grid(n), [=](auto& results, auto a, auto b) { results[0] = a + b; }, a, b);
-//   copy_over(to, from, count);                                          // zeros where `from` is 0
+//   copy_over(to, from, of_block(begin, end));                           // zeros where `from` is 0
 //
 // The function sees one position, or a vector of them: what it gets and what it gives are acc or lanes. All threads must call
 // these. What is written may be what is read, position by position, but otherwise overlaps with nothing. Sources of map_over
@@ -159,16 +159,19 @@ __device__ __forceinline__ void map_over(real* const (&targets)[COUNT], Position
 #endif
 }
 
-__device__ __forceinline__ void copy_over(real* __restrict__ target, const real* __restrict__ source, int count) {
+__device__ __forceinline__ void copy_over(real* __restrict__ target, const real* __restrict__ source, Positions<int> at) {
+    const auto zero = real(acc(0));
 #ifdef MINIDL_FAST
-    const int copied = 0;
-#else
-    const int pieces = begins_with_piece(target) && begins_with_piece(source) ? count / PIECE : 0, copied = pieces * PIECE;
-    BLOCK_LOOP(p, 0, pieces) ((Piece<real>*)target)[p] = source ? piece_at(source + p * PIECE) : Piece<real>{};
-#endif
     if (source) {
-        BLOCK_LOOP(i, copied, count) target[i] = source[i];
+        SIMD for (int i = at.begin; i < at.end; ++i) target[i] = source[i];
     } else {
-        BLOCK_LOOP(i, copied, count) target[i] = real(acc(0));
+        SIMD for (int i = at.begin; i < at.end; ++i) target[i] = zero;
     }
+#else
+    const bool aligned = begins_with_piece(target + at.begin) && (!source || begins_with_piece(source + at.begin));
+    const int pieces = aligned ? (at.end - at.begin) / PIECE : 0;
+    for (int p = at.thread; p < pieces; p += at.threads)
+        ((Piece<real>*)(target + at.begin))[p] = source ? piece_at(source + at.begin + p * PIECE) : Piece<real>{};
+    for (int i = at.begin + pieces * PIECE + at.thread; i < at.end; i += at.threads) target[i] = source ? source[i] : zero;
+#endif
 }

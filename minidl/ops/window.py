@@ -23,6 +23,11 @@ def output_size(op: str, size: tuple[int, ...], window: tuple[int, ...], stride:
     return tuple((length - side) // stride + 1 for length, side in zip(padded, window))
 
 
+def threads_of_row(pixels: int, batch: int, itemsize: int) -> int:
+    """Threads of a block that share so many pixels and their images (pixels.cuh), 16 bytes each: whole warps, at most 256."""
+    return min(256, -(-pixels * -(-batch * itemsize // 16) // 32) * 32)
+
+
 def threads_along(batch: int) -> int:
     """Threads of a block whose loops run along the batch: whole warps, at most 256."""
     return min(256, -(-batch // 32) * 32)

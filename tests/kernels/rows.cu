@@ -24,6 +24,7 @@ extern "C" __global__ void map_of_all(const real* x, const real* z, real* sum, l
     map_over({sum}, of_grid(n), [](auto& results, auto x, auto z) { results[0] = x + z; }, x, z);
 }
 
-extern "C" __global__ void copy_of_row(const real* __restrict__ x, real* __restrict__ y, int count, int zeros) {
-    copy_over(y, zeros ? 0 : x, count);
+extern "C" __global__ void copy_of_row(const real* __restrict__ x, real* __restrict__ y, int begin, int end,
+                                       int zeros) {
+    copy_over(y, zeros ? 0 : x, of_block(begin, end));
 }
