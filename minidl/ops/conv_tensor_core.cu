@@ -9,10 +9,11 @@
 //   dW (O, K)   = dY (O, P') @ cols (K, P')^T
 //   dx          = the same product as Y, of dY, with the turned and transposed weight and the padding 2 - padding
 //
-// A block multiplies ROWS x COLUMNS of the result, its eight warps 2 x 4 parts of it. Both factors come in chunks of 64 bytes
-// of the sum's index, by asynchronous copies of 16 bytes, STAGES - 1 chunks ahead. Since the batch is last, 16 bytes are
-// neighbours in n: a filter tap moves the pixel they come from, never their alignment, and padding is asked once for them.
-// So the batch must fill them: a multiple of 8, of 4 in float32 (TF32).
+// A block multiplies ROWS x COLUMNS of the result, its four warps a quarter each: the larger a warp's part, the less it reads of
+// shared memory for each product, and that is what limits such a kernel. Both factors come in chunks of 64 bytes of the sum's
+// index, by asynchronous copies of 16 bytes, STAGES - 1 chunks ahead. Since the batch is last, 16 bytes are neighbours in n: a
+// filter tap moves the pixel they come from, never their alignment, and padding is asked once for them. So the batch must fill
+// them: a multiple of 8, of 4 in float32 (TF32).
 //
 // For Y the sum goes over CHUNK channels at a time (the last ones filled up with zeros), and over the nine taps of each: a step
 // has one tap, so that threads have next to nothing to compute for their copies. The columns of a tile are a box of pixels, all
@@ -24,7 +25,7 @@
 // All kernels but the first need blocks of THREADS threads.
 #include "tensor_core.cuh"
 
-#define THREADS 256
+#define THREADS 128
 #define COLUMNS 128
 #define CHUNK (4 * VECTOR)  // of the sum's index, at a time
 #define STAGES 3            // of 128 x 128 tiles fill the 48 KB that a kernel may declare
@@ -89,9 +90,9 @@ __device__ __forceinline__ void load_right(unsigned (&words)[4], Tiles& tiles, i
 // (RIGHT_BY_CHUNKS), right (COLUMNS, CHUNK). load(step, left, right) begins the copies of one pair to these places; it is
 // called for one step after the other.
 template <int ROWS, bool RIGHT_BY_CHUNKS, class Tiles, class Load>
-__device__ __forceinline__ void sum_products(float (&sums)[ROWS / 32][2][8], Tiles& tiles, int steps, Load& load) {
+__device__ __forceinline__ void sum_products(float (&sums)[ROWS / 32][COLUMNS / 32][8], Tiles& tiles, int steps, Load& load) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int first_row = warp / 4 * (ROWS / 2), first_column = warp % 4 * (COLUMNS / 4);
+    const int first_row = warp / 2 * (ROWS / 2), first_column = warp % 2 * (COLUMNS / 2);
     const int stage_size = (ROWS + COLUMNS) * CHUNK;
     const auto next = [](int stage) { return stage == (STAGES - 1) * stage_size ? 0 : stage + stage_size; };
     const auto fetch = [&](int step, int stage) {
@@ -106,10 +107,10 @@ __device__ __forceinline__ void sum_products(float (&sums)[ROWS / 32][2][8], Til
         fetch(step + STAGES - 1, filled);
         const int left_tile = stage, right_tile = stage + ROWS * CHUNK;
         UNROLL for (int k = 0; k < CHUNK; k += DEPTH) {
-            unsigned left[ROWS / 32][4], right[2][4];
+            unsigned left[ROWS / 32][4], right[COLUMNS / 32][4];
             UNROLL for (int m = 0; m < ROWS / 32; ++m)
                 load_rows(left[m], tiles, left_tile + place_in_chunks(first_row + 16 * m + lane % 16, k / VECTOR + lane / 16));
-            UNROLL for (int n = 0; n < 2; ++n) {
+            UNROLL for (int n = 0; n < COLUMNS / 32; ++n) {
                 const int column = first_column + 16 * n;
                 if (RIGHT_BY_CHUNKS)
                     load_rows(right[n], tiles,
@@ -127,11 +128,11 @@ __device__ __forceinline__ void sum_products(float (&sums)[ROWS / 32][2][8], Til
 
 // Calls store(row, column, first, second) for each pair of neighbours in a row of this thread's sums.
 template <int ROWS, class Store>
-__device__ __forceinline__ void for_each_pair(const float (&sums)[ROWS / 32][2][8], const Store& store) {
+__device__ __forceinline__ void for_each_pair(const float (&sums)[ROWS / 32][COLUMNS / 32][8], const Store& store) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    UNROLL for (int n = 0; n < 4; ++n)
+    UNROLL for (int n = 0; n < COLUMNS / 16; ++n)
         UNROLL for (int m = 0; m < ROWS / 16; ++m)
-            store(warp / 4 * (ROWS / 2) + 8 * m + lane / 4, warp % 4 * (COLUMNS / 4) + 8 * n + lane % 4 * 2,
+            store(warp / 2 * (ROWS / 2) + 8 * m + lane / 4, warp % 2 * (COLUMNS / 2) + 8 * n + lane % 4 * 2,
                   sums[m / 2][n / 2][n % 2 * 4 + m % 2 * 2], sums[m / 2][n / 2][n % 2 * 4 + m % 2 * 2 + 1]);
 }
 
@@ -189,7 +190,7 @@ __device__ __forceinline__ void multiply_by_cols(const real* __restrict__ x, con
                        exists ? images + (source + row * plane) : images, exists);
         }
     };
-    float sums[ROWS / 32][2][8] = {};
+    float sums[ROWS / 32][COLUMNS / 32][8] = {};
     sum_products<ROWS, false>(sums, tiles, steps, load);
 
     for_each_pair<ROWS>(sums, [&](int row, int column, float first, float second) {
@@ -201,7 +202,7 @@ __device__ __forceinline__ void multiply_by_cols(const real* __restrict__ x, con
     });
 }
 
-extern "C" __launch_bounds__(THREADS, 2) __global__
+extern "C" __launch_bounds__(THREADS, 3) __global__
 void conv_tensor_core_forward_64(const real* __restrict__ x, const real* __restrict__ packed, real* __restrict__ y,
                                  int group_channels, int height, int width, int group_outputs, int out_height, int out_width,
                                  int batch, int padding, int run, int box_width) {
@@ -274,7 +275,7 @@ __device__ __forceinline__ void multiply_by_cols_transposed(const real* __restri
             if (++ox == out_width) ox = 0, ++oy;
         }
     };
-    float sums[ROWS / 32][2][8] = {};
+    float sums[ROWS / 32][COLUMNS / 32][8] = {};
     sum_products<ROWS, true>(sums, tiles, rest < steps ? rest : steps, load);
 
     for_each_pair<ROWS>(sums, [&](int row, int column, float first, float second) {
@@ -286,7 +287,7 @@ __device__ __forceinline__ void multiply_by_cols_transposed(const real* __restri
     });
 }
 
-extern "C" __launch_bounds__(THREADS, 2) __global__
+extern "C" __launch_bounds__(THREADS, 3) __global__
 void conv_tensor_core_dweight_64(const real* __restrict__ dy, const real* __restrict__ x, acc* __restrict__ tile_dweight,
                                  int groups, int group_channels, int height, int width, int group_outputs, int out_height,
                                  int out_width, int batch, int padding, int steps) {

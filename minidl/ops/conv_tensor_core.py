@@ -14,7 +14,7 @@ from minidl.kernels import Kernels
 from minidl.ops.sum_parts import sum_parts
 
 KERNELS = Kernels("conv_tensor_core.cu", fixed_threads=True)
-THREADS, COLUMNS, CHUNK_BYTES = 256, 128, 64  # conv_tensor_core.cu
+THREADS, COLUMNS, CHUNK_BYTES = 128, 128, 64  # conv_tensor_core.cu
 # Groups of fewer channels, in or out, leave most of a tile empty. A guess, not measured.
 LEAST_CHANNELS = 16
 # A weight gradient is summed in so many parts that about as many blocks run, but each at least so many chunks long: enough
