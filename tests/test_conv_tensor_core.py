@@ -32,6 +32,7 @@ CASES = [
     ((2, 1, 2, 64), 200, 1, 1),    # two tiles of 128 rows, two runs of 32 images
 ]
 SMALL = [((3, 3, 2, 8), 4, 1, 1), ((4, 3, 4, 8), 6, 0, 2)]
+STRIDED = [(CASES[0], 2), (CASES[2], 2), (CASES[3], 3), (CASES[4], 2)]
 PARTS = {"at once": (1, 1), "in parts": (1 << 20, 2)}
 
 
@@ -65,27 +66,28 @@ def factors(rng, shape, dtype):
     return (blas._round_to_tf32(values) if dtype == "float32" else values).astype(np.float64)
 
 
-def inputs(rng, dtype, shape, outputs, padding, groups):
+def inputs(rng, dtype, shape, outputs, padding, groups, stride=1):
     """x, weight, dy."""
     x, weight = factors(rng, shape, dtype), factors(rng, (outputs, shape[0] // groups, 3, 3), dtype)
-    return x, weight, factors(rng, (outputs, *(side + 2 * padding - 2 for side in shape[1:3]), shape[3]), dtype)
+    return x, weight, factors(rng, (outputs, *((side + 2 * padding - 3) // stride + 1 for side in shape[1:3]), shape[3]), dtype)
 
 
-def forward(target, x, weight, dy, padding, groups, dtype):
+def forward(target, x, weight, dy, padding, groups, dtype, stride=1):
     y = target.poison(dy.shape, dtype)
-    conv_tensor_core.forward(target.array(x, dtype), target.array(weight, dtype), y, padding=padding, groups=groups)
+    conv_tensor_core.forward(target.array(x, dtype), target.array(weight, dtype), y, stride=stride, padding=padding, groups=groups)
     return target.host(y)
 
 
 def input_gradient(target, weight, dy, shape, padding, groups, dtype):
     dx = target.poison(shape, dtype)
-    conv_tensor_core.backward_x(target.array(dy, dtype), target.array(weight, dtype), dx, padding=padding, groups=groups)
+    conv_tensor_core.backward_x(target.array(dy, dtype), target.array(weight, dtype), dx, stride=1, padding=padding, groups=groups)
     return target.host(dx)
 
 
-def weight_gradient(target, x, dy, shape, padding, groups, dtype):
+def weight_gradient(target, x, dy, shape, padding, groups, dtype, stride=1):
     dweight = target.poison(shape, "float32")
-    conv_tensor_core.backward_weight(target.array(dy, dtype), target.array(x, dtype), dweight, padding=padding, groups=groups)
+    conv_tensor_core.backward_weight(target.array(dy, dtype), target.array(x, dtype), dweight, stride=stride, padding=padding,
+                                     groups=groups)
     return target.host(dweight)
 
 
@@ -103,6 +105,18 @@ def test_forward(warps, rng, shape, outputs, padding, groups, dtype):
     assert_close(y, expected, tolerance(dtype, weight[0].size), "y")
 
 
+@pytest.mark.parametrize("case, stride", STRIDED, ids=str)
+def test_strides(warps, rng, case, stride, dtype):
+    x, weight, dy = inputs(rng, dtype, *case, stride=stride)
+    shape, outputs, padding, groups = case
+    y = forward(warps, x, weight, dy, padding, groups, dtype, stride)
+    expected = reference.conv2d(x, weight, np.zeros(outputs), stride, padding, groups)
+    assert_close(y, expected, tolerance(dtype, weight[0].size), "y")
+    dweight = weight_gradient(warps, x, dy, weight.shape, padding, groups, dtype, stride)
+    _, expected = portable_gradients(x, weight, dy, padding, groups, stride)
+    assert_close(dweight, expected, tolerance("float32", terms=dy[0].size), "dweight")
+
+
 @pytest.mark.parametrize("shape, outputs, padding, groups", SMALL, ids=str)
 def test_gradients(warps, rng, shape, outputs, padding, groups):
     x, weight, dy = inputs(rng, "float32", shape, outputs, padding, groups)
@@ -113,11 +127,11 @@ def test_gradients(warps, rng, shape, outputs, padding, groups):
         assert_close(result, numerical_vjp(reference.conv2d, arguments, index, dy, h=1.0), tolerance("float32", dy.size), what)
 
 
-def portable_gradients(x, weight, dy, padding, groups):
+def portable_gradients(x, weight, dy, padding, groups, stride=1):
     """dx, dweight by the kernels of conv.py, in float64."""
     dweight = np.empty(weight.shape)
     with launch_settings("fast"):
-        return conv.backward(dy, x, weight, dweight, padding=padding, groups=groups), dweight
+        return conv.backward(dy, x, weight, dweight, stride=stride, padding=padding, groups=groups), dweight
 
 
 @pytest.mark.parametrize("shape, outputs, padding, groups", CASES, ids=str)
@@ -183,8 +197,8 @@ def test_results_in_slices_of_buffers(warps, rng):
     x, weight, dy = inputs(rng, "float32", *CASES[0])
     device_x, device_weight, device_dy = (warps.array(a, "float32") for a in (x, weight, dy))
     out, out_dx = (warps.poison((20, *a.shape[1:]), "float32") for a in (dy, x))
-    conv_tensor_core.forward(device_x, device_weight, out[2:18], padding=1, groups=1)
-    conv_tensor_core.backward_x(device_dy, device_weight, out_dx[2:18], padding=1, groups=1)
+    conv_tensor_core.forward(device_x, device_weight, out[2:18], stride=1, padding=1, groups=1)
+    conv_tensor_core.backward_x(device_dy, device_weight, out_dx[2:18], stride=1, padding=1, groups=1)
     for buffer in map(warps.host, (out, out_dx)):
         assert np.isfinite(buffer[2:18]).all() and np.isnan(buffer[:2]).all() and np.isnan(buffer[18:]).all()
 
@@ -192,22 +206,21 @@ def test_results_in_slices_of_buffers(warps, rng):
 # ---- where it may be taken -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape, weight, stride, padding, groups, dtype, expected", [
-    ((64, 32, 32, 128), (64, 64, 3, 3), 1, 1, 1, "bfloat16", True),
-    ((64, 32, 32, 128), (64, 64, 3, 3), 1, 1, 1, "float16", True),
-    ((64, 32, 32, 128), (64, 64, 3, 3), 1, 1, 1, "float64", False),
-    ((64, 32, 32, 128), (64, 64, 3, 3), 2, 1, 1, "bfloat16", False),
-    ((64, 32, 32, 128), (64, 64, 3, 3), 1, 3, 1, "bfloat16", False),    # its adjoint would need a padding of -1
-    ((64, 32, 32, 128), (64, 64, 1, 1), 1, 0, 1, "bfloat16", False),
-    ((64, 32, 32, 100), (64, 64, 3, 3), 1, 1, 1, "bfloat16", False),    # 200 bytes
-    ((128, 32, 32, 128), (128, 64, 3, 3), 1, 1, 2, "bfloat16", True),
-    ((128, 32, 32, 128), (128, 4, 3, 3), 1, 1, 32, "bfloat16", False),  # narrow groups have kernels of their own
-    ((3, 32, 32, 128), (64, 3, 3, 3), 1, 1, 1, "bfloat16", False),
+@pytest.mark.parametrize("shape, weight, padding, groups, dtype, expected", [
+    ((64, 32, 32, 128), (64, 64, 3, 3), 1, 1, "bfloat16", True),
+    ((64, 32, 32, 128), (64, 64, 3, 3), 1, 1, "float16", True),
+    ((64, 32, 32, 128), (64, 64, 3, 3), 1, 1, "float64", False),
+    ((64, 32, 32, 128), (64, 64, 3, 3), 3, 1, "bfloat16", False),    # its adjoint would need a padding of -1
+    ((64, 32, 32, 128), (64, 64, 1, 1), 0, 1, "bfloat16", False),
+    ((64, 32, 32, 100), (64, 64, 3, 3), 1, 1, "bfloat16", False),    # 200 bytes
+    ((128, 32, 32, 128), (128, 64, 3, 3), 1, 2, "bfloat16", True),
+    ((128, 32, 32, 128), (128, 4, 3, 3), 1, 32, "bfloat16", False),  # narrow groups have kernels of their own
+    ((3, 32, 32, 128), (64, 3, 3, 3), 1, 1, "bfloat16", False),
 ])
-def test_where_it_fits(shape, weight, stride, padding, groups, dtype, expected):
+def test_where_it_fits(shape, weight, padding, groups, dtype, expected):
     x, weight = (np.broadcast_to(np.zeros((), storage_dtype(dtype)), shape) for shape in (shape, weight))
-    assert conv_tensor_core.fits(x, weight, stride, padding, groups) is expected
-    assert conv_tensor_core.applies(x, weight, stride, padding, groups) is False  # arrays on the CPU
+    assert conv_tensor_core.fits(x, weight, padding, groups) is expected
+    assert conv_tensor_core.applies(x, weight, padding, groups) is False  # arrays on the CPU
 
 
 def test_float32_needs_leave(monkeypatch):
@@ -215,7 +228,7 @@ def test_float32_needs_leave(monkeypatch):
     x, weight = (np.broadcast_to(np.float32(0), shape) for shape in ((64, 32, 32, 100), (64, 64, 3, 3)))
     for allowed in (False, True):
         monkeypatch.setattr(blas, "allow_tf32", allowed)
-        assert conv_tensor_core.fits(x, weight, 1, 1, 1) is allowed
+        assert conv_tensor_core.fits(x, weight, 1, 1) is allowed
 
 
 @pytest.mark.parametrize("results, rows", [(5, 64), (64, 64), (65, 128), (128, 128), (129, 64), (256, 128), (320, 64)])
@@ -238,7 +251,7 @@ def test_layers_of_networks_on_a_gpu(rng, monkeypatch, channels, size, groups, d
     target = Target("cuda")
     x, weight, dy = inputs(rng, dtype, (channels, size, size, 128), channels, 1, groups)
     exact_x, exact_weight, exact_dy = map(target.array, (x, weight, dy))
-    assert conv_tensor_core.applies(target.array(x, dtype), target.array(weight, dtype), 1, 1, groups)
+    assert conv_tensor_core.applies(target.array(x, dtype), target.array(weight, dtype), 1, groups)
     y, dweight = conv.forward(exact_x, exact_weight, padding=1, groups=groups), target.poison(weight.shape, "float64")
     dx = conv.backward(exact_dy, exact_x, exact_weight, dweight, padding=1, groups=groups)
     got = forward(target, x, weight, dy, 1, groups, dtype), *gradients(target, x, weight, dy, 1, groups, dtype)

@@ -135,6 +135,11 @@ def on_tensor_cores(number):
 
 
 @emulated
+def strided_on_tensor_cores(target, rng):
+    test_conv_tensor_core.test_strides(target, rng, *test_conv_tensor_core.STRIDED[0], "bfloat16")
+
+
+@emulated
 def rounding_for_tensor_cores(target, rng):
     test_conv_tensor_core.test_factors_are_rounded_to_tf32(target, rng)
 
@@ -343,6 +348,8 @@ BUGS = [
         "if (n >= batch)", on_tensor_cores(0)),
     Bug("conv on tensor cores: each part of dweight is the first", "conv_tensor_core.cu", "first_step = part * steps",
         "first_step = 0", on_tensor_cores(0)),
+    Bug("conv on tensor cores: dweight without the strides", "conv_tensor_core.cu", "(oy * width + ox) * stride * batch",
+        "(oy * width + ox) * batch", strided_on_tensor_cores),
     Bug("conv on tensor cores: weights not rounded", "conv_tensor_core.cu", "to_factor(window[place])", "window[place]",
         rounding_for_tensor_cores),
     Bug("conv on tensor cores: cols not rounded", "conv_tensor_core.cu", "right[n][i] = round_factors(right[n][i])", "",

@@ -1,24 +1,22 @@
 // A bias per row: y[o, i] += bias[o]; dbias[o] = sum over i of dy[o, i].
 //
 // Grid: tiles of a row x rows. The sums have two levels: tiles, then the tiles of a row in their order.
-#include "common.cuh"
+#include "rows.cuh"
 
 // Adds to the columns begin .. begin + count - 1.
-extern "C" __global__ void bias_add(real* __restrict__ y, const acc* __restrict__ bias, int row, int begin, int count, int tile) {
+extern "C" __global__ void bias_add(real* y, const acc* __restrict__ bias, int row, int begin, int count, int tile) {
     const int tile_begin = begin + blockIdx.x * tile;
     const int tile_end = begin + count - tile_begin < tile ? begin + count : tile_begin + tile;
     const acc value = bias[blockIdx.y];
     real* y_row = y + (long long)blockIdx.y * row;
-    BLOCK_LOOP(i, tile_begin, tile_end) y_row[i] = real(acc(y_row[i]) + value);
+    map_over({y_row}, of_block(tile_begin, tile_end), [=](auto& sum, auto y) { sum[0] = y + value; }, (const real*)y_row);
 }
 
 extern "C" __global__ void bias_tile_sums(const real* __restrict__ dy, acc* __restrict__ tile_sums, int row, int tile) {
     const int begin = blockIdx.x * tile, end = row - begin < tile ? row : begin + tile;
-    const real* dy_row = dy + (long long)blockIdx.y * row;
-    acc sum = 0;
-    BLOCK_LOOP_SUM(i, begin, end, sum) sum += acc(dy_row[i]);
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) tile_sums[(long long)blockIdx.y * gridDim.x + blockIdx.x] = sum;
+    acc sum[1];
+    sum_over(sum, begin, end, [](auto& sums, auto value) { sums[0] += value; }, dy + (long long)blockIdx.y * row);
+    if (threadIdx.x == 0) tile_sums[(long long)blockIdx.y * gridDim.x + blockIdx.x] = sum[0];
 }
 
 extern "C" __global__ void bias_combine_sums(const acc* __restrict__ tile_sums, acc* __restrict__ dbias, int rows, int tiles) {

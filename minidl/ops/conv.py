@@ -68,11 +68,12 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     dx = _result("dx", dx, x.shape, x) if input_gradient else None
     if g.method:
         g.method.backward_weight(dy, x, dweight, **g.settings)
-        if dx is not None:
-            g.method.backward_x(dy, weight, dx, **g.settings)
     else:
         _weight_gradient(dy, x, weight, dweight, dx if g.pointwise else None, g)
-        if dx is not None and not g.pointwise:
+    if dx is not None:
+        if g.method_for_dx:
+            g.method_for_dx.backward_x(dy, weight, dx, **g.settings)
+        elif not g.pointwise:  # of which it is there already
             _input_gradient(dy, weight, dx, g)
     if dbias is not None:
         bias_op.gradient(dy, dbias)
@@ -213,13 +214,14 @@ class _Geometry:
         adjoint_is_convolution = stride == 1 and kernel[0] == kernel[1] and padding < kernel[0]
         self.adjoint_padding = kernel[0] - 1 - padding if adjoint_is_convolution else None
         self.method, self.settings = self._choose(x, weight)
+        self.method_for_dx = None if self.method is conv_tensor_core and stride > 1 else self.method
 
     def _choose(self, x: Array, weight: Array) -> tuple[ModuleType | None, dict[str, int]]:
         """The module of another method, with the settings that its functions take; or None."""
         module, (narrowest, widest) = array_module(x).__name__, sorted((weight.shape[1], len(weight) // self.groups))
         settings = dict(padding=self.padding, groups=self.groups)
-        if conv_tensor_core.applies(x, weight, self.stride, self.padding, self.groups):
-            return conv_tensor_core, settings
+        if conv_tensor_core.applies(x, weight, self.padding, self.groups):
+            return conv_tensor_core, {"stride": self.stride, **settings}
         # 16 bits, and TF32's 10 bits of mantissa, are too few for sums of transformed values.
         exact = x.dtype == np.float64 or x.dtype == np.float32 and not blas.allow_tf32
         fewest = (WINOGRAD_GROUP_CHANNELS if self.groups > 1 else WINOGRAD_CHANNELS)[module]

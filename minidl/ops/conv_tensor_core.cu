@@ -1,13 +1,14 @@
-// Convolution with 3x3 windows and stride 1 on tensor cores, an implicit matrix product: the products of conv.cu, whose `cols`
+// Convolution with 3x3 windows on tensor cores, an implicit matrix product: the products of conv.cu, whose `cols`
 // exist only as tiles in shared memory. Chetlur et al., "cuDNN: efficient primitives for deep learning", arXiv 1410.0759.
 //
 // Per group, of C channels in and O out, K = 9 C rows of cols, P' = H'*W'*N:
 //
-//   cols[(c, ky, kx), (oy, ox, n)] = x[c, oy - padding + ky, ox - padding + kx, n], 0 outside
+//   cols[(c, ky, kx), (oy, ox, n)] = x[c, oy*stride - padding + ky, ox*stride - padding + kx, n], 0 outside
 //
 //   Y (O, P')   = W (O, K) @ cols (K, P')
 //   dW (O, K)   = dY (O, P') @ cols (K, P')^T
-//   dx          = the same product as Y, of dY, with the turned and transposed weight and the padding 2 - padding
+//   dx          = without strides, the same product as Y, of dY, with the turned and transposed weight and the padding
+//                 2 - padding
 //
 // A block multiplies ROWS x COLUMNS of the result, its four warps a quarter each: the larger a warp's part, the less it reads of
 // shared memory for each product, and that is what limits such a kernel. Both factors come in chunks of 64 bytes of the sum's
@@ -142,8 +143,8 @@ __device__ __forceinline__ void for_each_pair(const float (&sums)[ROWS / 32][COL
 template <int ROWS>
 __device__ __forceinline__ void multiply_by_cols(const real* __restrict__ x, const real* __restrict__ packed,
                                                  real* __restrict__ y, int group_channels, int height, int width,
-                                                 int group_outputs, int out_height, int out_width, int batch, int padding,
-                                                 int run, int box_width) {
+                                                 int group_outputs, int out_height, int out_width, int batch, int stride,
+                                                 int padding, int run, int box_width) {
     REQUIRE_THREADS(THREADS);
     TILES(tiles, STAGES * (ROWS + COLUMNS) * CHUNK);
     const int box_height = COLUMNS / run / box_width, steps = tiles_of(group_channels, CHUNK) * TAPS;
@@ -165,7 +166,7 @@ __device__ __forceinline__ void multiply_by_cols(const real* __restrict__ x, con
     // A thread copies the same piece of several rows of cols, channels: one place, of which the taps look at the neighbours.
     const int pieces = COLUMNS / VECTOR, piece = threadIdx.x % pieces, first_row = threadIdx.x / pieces;
     const Place to = place_of(piece * VECTOR);
-    const int top = to.y - padding, left = to.x - padding;
+    const int top = to.y * stride - padding, left = to.x * stride - padding;
     int seen = 0;  // bit `tap`: whether what it looks at is inside
     UNROLL for (int tap = 0; tap < TAPS; ++tap) {
         const bool inside = top + tap / 3 >= 0 && top + tap / 3 < height && left + tap % 3 >= 0 && left + tap % 3 < width;
@@ -205,17 +206,17 @@ __device__ __forceinline__ void multiply_by_cols(const real* __restrict__ x, con
 extern "C" __launch_bounds__(THREADS, 3) __global__
 void conv_tensor_core_forward_64(const real* __restrict__ x, const real* __restrict__ packed, real* __restrict__ y,
                                  int group_channels, int height, int width, int group_outputs, int out_height, int out_width,
-                                 int batch, int padding, int run, int box_width) {
-    multiply_by_cols<64>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, padding,
-                         run, box_width);
+                                 int batch, int stride, int padding, int run, int box_width) {
+    multiply_by_cols<64>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, stride,
+                         padding, run, box_width);
 }
 
 extern "C" __launch_bounds__(THREADS, 2) __global__
 void conv_tensor_core_forward_128(const real* __restrict__ x, const real* __restrict__ packed, real* __restrict__ y,
                                   int group_channels, int height, int width, int group_outputs, int out_height, int out_width,
-                                  int batch, int padding, int run, int box_width) {
-    multiply_by_cols<128>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, padding,
-                          run, box_width);
+                                  int batch, int stride, int padding, int run, int box_width) {
+    multiply_by_cols<128>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, stride,
+                          padding, run, box_width);
 }
 
 // ---- dweight --------------------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ template <int ROWS>
 __device__ __forceinline__ void multiply_by_cols_transposed(const real* __restrict__ dy, const real* __restrict__ x,
                                                             acc* __restrict__ tile_dweight, int groups, int group_channels,
                                                             int height, int width, int group_outputs, int out_height,
-                                                            int out_width, int batch, int padding, int steps) {
+                                                            int out_width, int batch, int stride, int padding, int steps) {
     REQUIRE_THREADS(THREADS);
     TILES(tiles, STAGES * (ROWS + COLUMNS) * CHUNK);
     const int depth = group_channels * TAPS, positions = out_height * out_width * batch;
@@ -261,9 +262,9 @@ __device__ __forceinline__ void multiply_by_cols_transposed(const real* __restri
             copy_async(tiles, left_tile + place_in_chunks(row, piece),
                        exists ? gradients + ((long long)row * positions + position) : gradients, exists);
         }
-        const int place = (oy * width + ox) * batch + n;
+        const int place = (oy * width + ox) * stride * batch + n;
         UNROLL for (int i = 0; i < cols_rows; ++i) {
-            const int iy = oy + tap_y[i], ix = ox + tap_x[i];
+            const int iy = oy * stride + tap_y[i], ix = ox * stride + tap_x[i];
             const bool exists = inside && iy >= 0 && iy < height && ix >= 0 && ix < width;
             copy_async(tiles, right_tile + place_in_chunks(first_row + i * (THREADS / pieces), piece),
                        exists ? images + (tap_place[i] + place) : images, exists);
@@ -290,15 +291,15 @@ __device__ __forceinline__ void multiply_by_cols_transposed(const real* __restri
 extern "C" __launch_bounds__(THREADS, 3) __global__
 void conv_tensor_core_dweight_64(const real* __restrict__ dy, const real* __restrict__ x, acc* __restrict__ tile_dweight,
                                  int groups, int group_channels, int height, int width, int group_outputs, int out_height,
-                                 int out_width, int batch, int padding, int steps) {
+                                 int out_width, int batch, int stride, int padding, int steps) {
     multiply_by_cols_transposed<64>(dy, x, tile_dweight, groups, group_channels, height, width, group_outputs, out_height,
-                                    out_width, batch, padding, steps);
+                                    out_width, batch, stride, padding, steps);
 }
 
 extern "C" __launch_bounds__(THREADS, 2) __global__
 void conv_tensor_core_dweight_128(const real* __restrict__ dy, const real* __restrict__ x, acc* __restrict__ tile_dweight,
                                   int groups, int group_channels, int height, int width, int group_outputs, int out_height,
-                                  int out_width, int batch, int padding, int steps) {
+                                  int out_width, int batch, int stride, int padding, int steps) {
     multiply_by_cols_transposed<128>(dy, x, tile_dweight, groups, group_channels, height, width, group_outputs, out_height,
-                                     out_width, batch, padding, steps);
+                                     out_width, batch, stride, padding, steps);
 }

@@ -1,4 +1,4 @@
-"""3x3 convolution with stride 1 on tensor cores, for ops/conv.py, which checks sizes. Formulas: conv_tensor_core.cu.
+"""3x3 convolution on tensor cores, for ops/conv.py, which checks sizes. Formulas: conv_tensor_core.cu.
 
 A path beside the portable kernels, for NVIDIA GPUs from Ampere (sm_80) on, that needs no `cols` in memory. `applies` says where
 it may be taken; the other functions do not ask again.
@@ -17,27 +17,28 @@ KERNELS = Kernels("conv_tensor_core.cu", fixed_threads=True)
 THREADS, COLUMNS, CHUNK_BYTES = 128, 128, 64  # conv_tensor_core.cu
 # Groups of fewer channels, in or out, leave most of a tile empty. A guess, not measured.
 LEAST_CHANNELS = 16
-# A weight gradient is summed in so many parts that about as many blocks run, but each at least so many chunks long: enough
-# for a large GPU's multiprocessors, with two blocks each. Not measured.
-BLOCKS, LEAST_STEPS = 528, 32
+# A weight gradient is summed in so many parts that about as many blocks run, but each at least so many chunks long: two
+# blocks for each of an H100's 132 multiprocessors, all at a time. More parts are more to write and to add up. Not measured.
+BLOCKS, LEAST_STEPS = 264, 32
 
 
-def applies(x: Array, weight: Array, stride: int, padding: int, groups: int) -> bool:
-    """Whether x (C, H, W, N) and weight (O, C/groups, kh, kw) may take this path, forward and in both gradients.
+def applies(x: Array, weight: Array, padding: int, groups: int) -> bool:
+    """Whether x (C, H, W, N) and weight (O, C/groups, kh, kw) may take this path, forward and in both gradients; that of x
+    with stride 1 only.
 
     All of the arrays that the functions below get must begin at a multiple of 16 bytes, as new arrays and slices of their
     channels do.
     """
     xp = array_module(x)
-    return (fits(x, weight, stride, padding, groups) and xp.__name__ == "cupy"
+    return (fits(x, weight, padding, groups) and xp.__name__ == "cupy"
             and _has_tensor_cores(xp.cuda.runtime.getDevice()))
 
 
-def fits(x: Array, weight: Array, stride: int, padding: int, groups: int) -> bool:
+def fits(x: Array, weight: Array, padding: int, groups: int) -> bool:
     """`applies`, wherever the arrays are. Of both, only shape and type matter."""
     outputs, group_channels, *kernel = weight.shape
     for_tensor_cores = x.dtype.name in ("float16", "bfloat16") or x.dtype.name == "float32" and blas.allow_tf32
-    return (for_tensor_cores and kernel == [3, 3] and stride == 1 and 0 <= padding <= 2 and x.shape[3] * x.itemsize % 16 == 0
+    return (for_tensor_cores and kernel == [3, 3] and 0 <= padding <= 2 and x.shape[3] * x.itemsize % 16 == 0
             and min(group_channels, outputs // groups) >= LEAST_CHANNELS)
 
 
@@ -48,17 +49,18 @@ def _has_tensor_cores(device: int) -> bool:
     return int(cupy.cuda.Device(device).compute_capability) >= 80
 
 
-def forward(x: Array, weight: Array, y: Array, *, padding: int, groups: int) -> None:
-    """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), H' = H + 2 * padding - 2."""
-    _multiply(x, weight, y, padding, groups, adjoint=False)
+def forward(x: Array, weight: Array, y: Array, *, stride: int, padding: int, groups: int) -> None:
+    """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), H' = floor((H + 2 * padding - 3) / stride) + 1."""
+    _multiply(x, weight, y, stride, padding, groups, adjoint=False)
 
 
-def backward_x(dy: Array, weight: Array, dx: Array, *, padding: int, groups: int) -> None:
-    """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N). `padding` is that of `forward`."""
-    _multiply(dy, weight, dx, 2 - padding, groups, adjoint=True)
+def backward_x(dy: Array, weight: Array, dx: Array, *, stride: int, padding: int, groups: int) -> None:
+    """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N). stride: 1; the adjoint of others is no
+    convolution."""
+    _multiply(dy, weight, dx, stride, 2 - padding, groups, adjoint=True)
 
 
-def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups: int) -> None:
+def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding: int, groups: int) -> None:
     """dy (O, H', W', N), x (C, H, W, N): overwrites dweight (O, C/groups, 3, 3), of the type of accumulation."""
     outputs, group_channels = dweight.shape[:2]
     rows = _tile_rows(outputs // groups)
@@ -68,11 +70,11 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
     parts = _tiles(all_steps, steps)
     tile_dweight = empty((parts, *dweight.shape), dweight.dtype, like=x)
     kernel = KERNELS.conv_tensor_core_dweight_64 if rows == 64 else KERNELS.conv_tensor_core_dweight_128
-    kernel[parts * tiles, THREADS](dy, x, tile_dweight, groups, *_sizes(x, dy, groups), padding, steps)
+    kernel[parts * tiles, THREADS](dy, x, tile_dweight, groups, *_sizes(x, dy, groups), stride, padding, steps)
     sum_parts(tile_dweight, dweight)
 
 
-def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, adjoint: bool) -> None:
+def _multiply(x: Array, weight: Array, y: Array, stride: int, padding: int, groups: int, *, adjoint: bool) -> None:
     """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight."""
     sources, results = x.shape[0] // groups, y.shape[0] // groups
     rows, chunk = _tile_rows(results), CHUNK_BYTES // x.itemsize
@@ -84,7 +86,7 @@ def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, a
     run, box_width, box_height = _box(y.shape[3])
     boxes = _tiles(y.shape[3], run) * _tiles(y.shape[2], box_width) * _tiles(y.shape[1], box_height)
     kernel = KERNELS.conv_tensor_core_forward_64 if rows == 64 else KERNELS.conv_tensor_core_forward_128
-    kernel[groups * boxes * row_tiles, THREADS](x, packed, y, *_sizes(x, y, groups), padding, run, box_width)
+    kernel[groups * boxes * row_tiles, THREADS](x, packed, y, *_sizes(x, y, groups), stride, padding, run, box_width)
 
 
 def _tiles(size: int, tile: int) -> int:
