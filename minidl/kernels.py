@@ -145,14 +145,18 @@ class Kernels:
 
 
 class Parameter:
-    """One parameter of a kernel: `const real* x` has name x, c_type real, is an array and is read only."""
+    """One parameter of a kernel: `const real* x` has name x, c_type real, is an array and is read only.
+
+    For one that is OPTIONAL, None may be given, and the kernel gets a null pointer.
+    """
 
     def __init__(self, text: str) -> None:
         words = text.replace("*", " * ").split()
         self.name = words.pop()
         self.is_array = "*" in words
         self.is_const = "const" in text.split("*")[0]
-        self.c_type = " ".join(word for word in words if word not in ("const", "*", "__restrict__"))
+        self.is_optional = "OPTIONAL" in words
+        self.c_type = " ".join(word for word in words if word not in ("const", "*", "__restrict__", "OPTIONAL"))
 
     def dtype(self, precision: str) -> np.dtype[Any]:
         """The NumPy type that arguments need, or are converted to, where tensors are stored as `precision`."""
@@ -229,7 +233,9 @@ class Kernel:
     def _dtypes(self, precision: str) -> list[np.dtype[Any]]:
         return [parameter.dtype(precision) for parameter in self.parameters]
 
-    def _check_array(self, parameter: Parameter, argument: Any, xp: ModuleType, dtype: np.dtype[Any]) -> Array:
+    def _check_array(self, parameter: Parameter, argument: Any, xp: ModuleType, dtype: np.dtype[Any]) -> Any:
+        if argument is None and parameter.is_optional:
+            return _POINTER() if xp is np else np.uint64(0)  # CuPy passes it by value, as it does an array's address
         if not isinstance(argument, xp.ndarray):
             raise TypeError(f"{self.name}: {parameter.name} must be a {xp.__name__} array, got "
                             f"{type(argument).__module__}.{type(argument).__name__}")

@@ -371,18 +371,19 @@ class Conv2d(Layer):
         if self._saved:
             self._saved = (again,)
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Array, plus: Array | None = None) -> Array:
+        """As Layer.forward; adds `plus` (O, H', W', N) if given."""
         self._fits(x.shape[:-1], self.in_channels)
         self._save(x)
         return conv.forward(x, self.weight.data, self.bias and self.bias.master,
-                            stride=self.stride, padding=self.padding, groups=self.groups)
+                            stride=self.stride, padding=self.padding, groups=self.groups, plus=plus)
 
-    def backward(self, dy: Array, dx: Array | None = None) -> Any:
-        """As Layer.backward; writes to `dx` (C, H, W, N) if given."""
+    def backward(self, dy: Array, dx: Array | None = None, plus: Array | None = None) -> Any:
+        """As Layer.backward; adds `plus` and writes to `dx` (C, H, W, N) if given, which may be the same."""
         (x,) = self._take()
         return conv.backward(dy, x() if callable(x) else x, self.weight.data, self.weight.grad,
                              self.bias and self.bias.grad, stride=self.stride, padding=self.padding, groups=self.groups,
-                             input_gradient=self.input_gradient, dx=dx)
+                             input_gradient=self.input_gradient, dx=dx, plus=plus)
 
 
 class BatchNorm2d(Layer):
@@ -431,10 +432,11 @@ class BatchNorm2d(Layer):
         per_channel = [array[channels] for array in (self.weight.master, self.bias.master, mean, rstd)]
         return lambda out=None: batchnorm.apply(x[channels], *per_channel, relu=self.relu, out=out)
 
-    def backward(self, dy: Array) -> Any:  # dx, or (dx, dz)
+    def backward(self, dy: Array, plus: Array | None = None) -> Any:  # dx, or (dx, dz)
+        """As Layer.backward; adds `plus` (C, H, W, N) to dx if given, after a forward without z."""
         x, mean, rstd, y = self._take()
         return batchnorm.backward(dy, x, self.weight.master, self.bias.master, mean, rstd, self.weight.grad,
-                                  self.bias.grad, training=True, relu=self.relu, y=y)
+                                  self.bias.grad, training=True, relu=self.relu, y=y, plus=plus)
 
 
 class Linear(Layer):
@@ -662,10 +664,11 @@ class Sequential(Composition):
     def skip_input_gradient(self) -> None:
         next(iter(self)).skip_input_gradient()
 
-    def forward(self, x: Array) -> Array:
-        again = None
+    def forward(self, x: Array, plus: Array | None = None) -> Array:
+        """As Layer.forward; adds `plus`, like y, if given."""
+        again, last = None, list(self)[-1]
         for layer in self:
-            x = layer.forward(x)
+            x = layer.forward(x) if plus is None or layer is not last else forward_plus(layer, x, plus)
             if again:
                 layer.forget_input(again)
             again = layer.output_again()
@@ -677,10 +680,31 @@ class Sequential(Composition):
     def output_again(self) -> Again | None:
         return list(self)[-1].output_again()
 
-    def backward(self, dy: Array) -> Any:
-        for layer in reversed(list(self)):
+    def backward(self, dy: Array, plus: Array | None = None) -> Any:
+        """As Layer.backward; adds `plus`, like dx, if given, which may be overwritten."""
+        first, *others = self
+        for layer in reversed(others):
             dy = layer.backward(dy)
-        return dy
+        return first.backward(dy) if plus is None else backward_plus(first, dy, plus)
+
+
+def forward_plus(layer: Layer, x: Array, plus: Array) -> Array:
+    """layer.forward(x) + plus, in one pass where the layer can."""
+    if isinstance(layer, (Conv2d, Sequential)):
+        return layer.forward(x, plus=plus)
+    return add.forward(layer.forward(x), plus)
+
+
+def backward_plus(layer: Layer, dy: Array, plus: Array) -> Array:
+    """layer.backward(dy) + plus, in one pass where the layer can. Unless it is dy, plus may be overwritten."""
+    dx: Array
+    if isinstance(layer, Conv2d) and plus is not dy:
+        dx = layer.backward(dy, dx=plus, plus=plus)
+    elif isinstance(layer, (Conv2d, BatchNorm2d, Sequential)):
+        dx = layer.backward(dy, plus=plus)
+    else:
+        dx = add.forward(layer.backward(dy), plus)
+    return dx
 
 
 class Residual(Composition):
@@ -698,9 +722,8 @@ class Residual(Composition):
         return tracer.layer(self.norm, y, z) if self.norm else tracer.add(y, z)
 
     def forward(self, x: Array) -> Array:
-        y = self.body.forward(x)
         z = self.shortcut.forward(x) if self.shortcut else x
-        return self.norm.forward(y, z) if self.norm else add.forward(y, z)
+        return self.norm.forward(self.body.forward(x), z) if self.norm else forward_plus(self.body, x, z)
 
     def forget_input(self, again: Again) -> None:
         self.body.forget_input(again)
@@ -711,4 +734,4 @@ class Residual(Composition):
         dz = dy
         if self.norm:
             dy, dz = self.norm.backward(dy)
-        return add.forward(self.body.backward(dy), self.shortcut.backward(dz) if self.shortcut else dz)
+        return backward_plus(self.body, dy, self.shortcut.backward(dz) if self.shortcut else dz)

@@ -22,7 +22,6 @@ from minidl import initializers
 from minidl.device import Array
 from minidl.initializers import he_normal, uniform, zeros
 from minidl.layers import BatchNorm2d, Composition, Conv2d, Dropout, GlobalAvgPool2d, Linear, Sequential, Tracer, Value
-from minidl.ops import add
 from models.architecture import Architecture, one_of
 
 STAGES = ((16, 1), (32, 2), (64, 2))  # (width / k, stride of the first block)
@@ -50,19 +49,20 @@ class PreActivationBlock(Composition):
 
     def forward(self, x: Array) -> Array:
         a = self.bn1.forward(x)
-        y = self.body.forward(a)
-        z = self.shortcut.forward(a) if self.shortcut else x
+        y = self.body.forward(a, self.shortcut.forward(a) if self.shortcut else x)
         if again := self.bn1.output_again():
             for layer in (self.body, self.shortcut) if self.shortcut else (self.body,):
                 layer.forget_input(again)
-        return add.forward(y, z, out=y)
+        return y
 
     def backward(self, dy: Array) -> Array:
         da = self.body.backward(dy)
-        if self.shortcut:
-            return self.bn1.backward(add.forward(da, self.shortcut.backward(dy), out=da))  # both branches started from a
-        dx: Array = self.bn1.backward(da)
-        return add.forward(dx, dy, out=dx)
+        dx: Array
+        if self.shortcut:  # both branches started from a
+            dx = self.bn1.backward(self.shortcut.backward(dy, dx=da, plus=da))
+        else:
+            dx = self.bn1.backward(da, plus=dy)
+        return dx
 
 
 def wide_resnet(classes: int = 100, *, depth: int = 28, width: int = 10, dropout: float = 0.0, gamma: str = "one",

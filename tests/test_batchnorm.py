@@ -69,11 +69,12 @@ class Case:
             relu=self.variant == "relu", z=z)
         return self.y
 
-    def backward(self):
+    def backward(self, plus=None):
         dgamma, dbeta = (self.target.acc(np.full(len(self.gamma), np.nan), self.dtype) for _ in range(2))
         result = batchnorm.backward(
             self.target.array(self.dy, self.dtype), self.device_x, *self.affine, self.mean, self.rstd, dgamma, dbeta,
-            training=self.training, relu=self.variant == "relu", y=self.y if self.variant == "add_relu" else None)
+            training=self.training, relu=self.variant == "relu", y=self.y if self.variant == "add_relu" else None,
+            plus=plus)
         return (*result, dgamma, dbeta) if self.variant == "add_relu" else (result, dgamma, dbeta)
 
     def expected(self):
@@ -151,6 +152,24 @@ def test_backward_twice_is_bit_equal(target, rng):
         assert np.array_equal(target.host(first), target.host(second))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("variant", ["plain", "relu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_another_array_is_added_to_the_gradient(target, rng, shape, variant, dtype):
+    case = Case(rng, shape, variant, dtype, target)
+    case.forward()
+    plus = case.stored(rng.normal(size=shape))
+    for got, expected, added in zip(case.backward(target.array(plus, dtype)), case.backward(), (plus, 0, 0)):
+        assert_close(target.host(got), target.host(expected) + added, 1e-12 if dtype == "float64" else 2 * tolerance(dtype))
+
+
+def test_nothing_is_added_where_the_forward_had_z(target, rng):
+    case = Case(rng, SHAPES[0], "add_relu", "float64", target)
+    case.forward()
+    with pytest.raises(ValueError, match="batch norm: nothing is added to the gradient of a forward with z"):
+        case.backward(target.array(case.dy))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [(3, 32, 32, 32), (5, 9, 11, 37)], ids=str)
@@ -160,6 +179,8 @@ def test_both_ways_give_the_same_bits(machine, rng, shape, variant, training, mo
     for way in WAYS:
         go(way, monkeypatch)
         results.append((case.forward(), case.mean, case.rstd, *case.device_running, *case.backward()))
+        if variant != "add_relu":
+            results[-1] += case.backward(machine.array(case.z, "float32"))
     for by_channels, by_tiles in zip(*results):
         assert np.array_equal(machine.host(by_channels), machine.host(by_tiles))
 

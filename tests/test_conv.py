@@ -93,8 +93,36 @@ def test_forward(target, rng, compute, shape, outputs, stride, padding, groups, 
     compute(way, shape, outputs, stride, padding, device_x.itemsize)
     y = conv.forward(device_x, target.array(weight, dtype), target.acc(bias, dtype), stride=stride, padding=padding, groups=groups)
     expected = reference.conv2d(x, weight, bias, stride, padding, groups)
-    # 16-bit results are rounded twice: after the product and after the bias.
-    assert_close(target.host(y), expected, (1 + (dtype in ("bfloat16", "float16"))) * tolerance(dtype, weight[0].size), "y")
+    # By BLAS, 16-bit results are rounded twice: after the product and after the bias.
+    roundings = 1 + (way == "by BLAS" and dtype in ("bfloat16", "float16"))
+    assert_close(target.host(y), expected, roundings * tolerance(dtype, weight[0].size), "y")
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["beside", "in place"])
+@pytest.mark.parametrize("shape, outputs, stride, padding, groups, way, dtype",
+                         in_precisions(EVERY_WAY, ["float64"]) + in_precisions(EACH_WAY, ["bfloat16"]), ids=str)
+def test_another_array_is_added(target, rng, compute, shape, outputs, stride, padding, groups, way, dtype, in_place):
+    """To the result, with the bias, and to the gradient. Small integers, which all types hold, tell it from all else."""
+    x, weight, bias = (rng.integers(-1, 2, size=size).astype(float)
+                       for size in (shape, (outputs[0], shape[0] // groups, *outputs[1:]), outputs[:1]))
+    device_x, device_weight = target.array(x, dtype), target.array(weight, dtype)
+    compute(way, shape, outputs, stride, padding, device_x.itemsize)
+    settings = dict(stride=stride, padding=padding, groups=groups)
+    expected = reference.conv2d(x, weight, bias, stride, padding, groups)
+    plus, dy = (rng.integers(-8, 9, size=expected.shape).astype(float) for _ in range(2))
+    added = target.array(plus, dtype)
+    y = conv.forward(device_x, device_weight, target.acc(bias, dtype), **settings, plus=added, out=added if in_place else None)
+    assert (y is added) is in_place
+    assert_close(target.host(y), expected + plus, 1e-12 if dtype == "float64" else tolerance(dtype), "y")
+    device_dy, dweight = target.array(dy, dtype), target.acc(np.full(weight.shape, np.nan), dtype)
+    dx = conv.backward(device_dy, device_x, device_weight, dweight, **settings)
+    plus = rng.integers(-8, 9, size=shape).astype(float)
+    added = target.array(plus, dtype)
+    more = conv.backward(device_dy, device_x, device_weight, dweight, **settings, plus=added, dx=added if in_place else None)
+    assert (more is added) is in_place
+    assert_close(target.host(more), target.host(dx) + plus, 1e-12 if dtype == "float64" else tolerance(dtype), "dx")
+    if not in_place:
+        assert np.array_equal(target.host(added), plus)
 
 
 def backward(target, x, weight, dy, dtype, settings):
@@ -177,6 +205,12 @@ def test_results_in_slices_of_buffers(machine, rng, compute, way, stride):
         conv.forward(x, weight, **settings, out=out[2:5])
     with pytest.raises(ValueError, match=r"conv: dx has shape \(5, .*the result \(4, "):
         conv.backward(dy, x, weight, dweight, **settings, dx=out_dx[2:7])
+    with pytest.raises(ValueError, match=r"conv: plus has shape \(5, .*the result \(4, "):
+        conv.forward(x, weight, **settings, plus=out[2:7])
+    with pytest.raises(ValueError, match=r"conv: plus has shape \(3, .*the result \(4, "):
+        conv.backward(dy, x, weight, dweight, **settings, plus=out_dx[2:5])
+    with pytest.raises(ValueError, match=r"conv: bias \(3,\) is not one number for each of the 4 output channels"):
+        conv.forward(x, weight, machine.array(np.zeros(3)), **settings)
 
 
 @pytest.mark.parametrize("inputs, outputs, direct", [(3, 3, True), (2, 3, True), (4, 3, False), (3, 4, False)])

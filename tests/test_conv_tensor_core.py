@@ -72,15 +72,17 @@ def inputs(rng, dtype, shape, outputs, padding, groups, stride=1):
     return x, weight, factors(rng, (outputs, *((side + 2 * padding - 3) // stride + 1 for side in shape[1:3]), shape[3]), dtype)
 
 
-def forward(target, x, weight, dy, padding, groups, dtype, stride=1):
+def forward(target, x, weight, dy, padding, groups, dtype, stride=1, bias=None, plus=None):
     y = target.poison(dy.shape, dtype)
-    conv_tensor_core.forward(target.array(x, dtype), target.array(weight, dtype), y, stride=stride, padding=padding, groups=groups)
+    conv_tensor_core.forward(target.array(x, dtype), target.array(weight, dtype), y, bias, plus, stride=stride, padding=padding,
+                             groups=groups)
     return target.host(y)
 
 
 def input_gradient(target, weight, dy, shape, padding, groups, dtype):
     dx = target.poison(shape, dtype)
-    conv_tensor_core.backward_x(target.array(dy, dtype), target.array(weight, dtype), dx, stride=1, padding=padding, groups=groups)
+    conv_tensor_core.backward_x(target.array(dy, dtype), target.array(weight, dtype), dx, None, stride=1, padding=padding,
+                                groups=groups)
     return target.host(dx)
 
 
@@ -103,6 +105,21 @@ def test_forward(warps, rng, shape, outputs, padding, groups, dtype):
     y = forward(warps, x, weight, dy, padding, groups, dtype)
     expected = reference.conv2d(x, weight, np.zeros(outputs), 1, padding, groups)
     assert_close(y, expected, tolerance(dtype, weight[0].size), "y")
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+def test_bias_and_another_array_are_added(warps, rng, case, dtype):
+    x, weight, dy = inputs(rng, dtype, *case)
+    shape, outputs, padding, groups = case
+    bias = rng.normal(size=outputs)
+    y = forward(warps, x, weight, dy, padding, groups, dtype, 1, warps.acc(bias, dtype), warps.array(dy, dtype))
+    expected = reference.conv2d(x, weight, bias, 1, padding, groups) + dy
+    assert_close(y, expected, tolerance(dtype, weight[0].size), "y")
+    device_dx = warps.array(x, dtype)
+    conv_tensor_core.backward_x(warps.array(dy, dtype), warps.array(weight, dtype), device_dx, device_dx, stride=1, padding=padding,
+                                groups=groups)
+    expected, _ = portable_gradients(x, weight, dy, padding, groups)
+    assert_close(warps.host(device_dx), expected + x, tolerance(dtype, terms=9 * outputs // groups), "dx")
 
 
 @pytest.mark.parametrize("case, stride", STRIDED, ids=str)
@@ -197,8 +214,8 @@ def test_results_in_slices_of_buffers(warps, rng):
     x, weight, dy = inputs(rng, "float32", *CASES[0])
     device_x, device_weight, device_dy = (warps.array(a, "float32") for a in (x, weight, dy))
     out, out_dx = (warps.poison((20, *a.shape[1:]), "float32") for a in (dy, x))
-    conv_tensor_core.forward(device_x, device_weight, out[2:18], stride=1, padding=1, groups=1)
-    conv_tensor_core.backward_x(device_dy, device_weight, out_dx[2:18], stride=1, padding=1, groups=1)
+    conv_tensor_core.forward(device_x, device_weight, out[2:18], None, None, stride=1, padding=1, groups=1)
+    conv_tensor_core.backward_x(device_dy, device_weight, out_dx[2:18], None, stride=1, padding=1, groups=1)
     for buffer in map(warps.host, (out, out_dx)):
         assert np.isfinite(buffer[2:18]).all() and np.isnan(buffer[:2]).all() and np.isnan(buffer[18:]).all()
 

@@ -150,6 +150,18 @@ def test_refused_arrays(place, name, change, got):
         scale(place, **{name: change})
 
 
+def test_none_for_an_optional_array(target):
+    x, y = target.array(np.ones(5), "float32"), target.poison(5, "float32")
+    VOCABULARY.plus[1, 32](x, None, y, 5)
+    assert (target.host(y) == 1).all()
+    VOCABULARY.plus[1, 32](x, x, y, 5)
+    assert (target.host(y) == 2).all()
+    with pytest.raises(TypeError, match="plus: z must be a (numpy|cupy) array, got builtins.float"):
+        VOCABULARY.plus[1, 32](x, 1.0, y, 5)
+    with pytest.raises(TypeError, match="plus: y must be a (numpy|cupy) array, got builtins.NoneType"):
+        VOCABULARY.plus[1, 32](x, x, None, 5)
+
+
 @pytest.mark.parametrize("name", ["x", "y"])
 @pytest.mark.parametrize("change, got", [
     (lambda a: a.astype(">f4"), ">f4"),
@@ -195,8 +207,8 @@ def test_every_kernel_refuses_what_it_is_not_declared_for(path):
         for index, parameter in enumerate(parameters):
             whole = not parameter.is_array and parameter.dtype("float32").kind in "iu"
             array = good[index]
-            wrong = ([array[:, :1], array[::-1], array.astype(np.int8), 1.0, [1.0], None] if parameter.is_array
-                     else ["1", None, [1], np.zeros(1)] + [1.5, np.float64(1)] * whole)
+            wrong = ([array[:, :1], array[::-1], array.astype(np.int8), 1.0, [1.0], *[None] * (not parameter.is_optional)]
+                     if parameter.is_array else ["1", None, [1], np.zeros(1)] + [1.5, np.float64(1)] * whole)
             for argument in wrong:
                 with pytest.raises(TypeError, match=f"^{name}: {parameter.name} must be a"):
                     launch(*good[:index], argument, *good[index + 1:])

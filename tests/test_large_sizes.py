@@ -151,7 +151,7 @@ def test_convolution_in_groups(on_host, rng):
     packed, tiles = group_conv._pack(values(rng, 4, 3, *KERNEL), 2, adjoint=False)
     assert_same_when_spread(
         lambda x, y: group_conv.KERNELS.group_conv_forward[2 * OUT_SIZE[0] * tiles, 32](
-            x, packed, y, 3, *x.shape[1:3], 2, *OUT_SIZE, BATCH, *WINDOW),
+            x, packed, y, None, None, 3, *x.shape[1:3], 2, *OUT_SIZE, BATCH, *WINDOW),
         {"x": values(rng, 6, *SIZE, BATCH)}, {"y": (4, *OUT_SIZE, BATCH)}, {"x": (6, SIZE[0], FAR, BATCH)})
 
 
@@ -159,7 +159,7 @@ def test_input_gradient_of_convolution_in_groups(on_host, rng):
     packed, tiles = group_conv._pack(values(rng, 6, 2, *KERNEL), 2, adjoint=True)
     assert_same_when_spread(
         lambda dy, dx: group_conv.KERNELS.group_conv_backward_x[2 * 5 * tiles, 32](
-            dy, packed, dx, 2, 5, 5, 3, *dy.shape[1:3], BATCH, *WINDOW),
+            dy, packed, dx, None, 2, 5, 5, 3, *dy.shape[1:3], BATCH, *WINDOW),
         {"dy": values(rng, 6, 3, 3, BATCH)}, {"dx": (4, 5, 5, BATCH)}, {"dy": (6, 3, FAR, BATCH)})
 
 
@@ -187,7 +187,7 @@ def test_winograd_input(on_host, rng):
 def test_winograd_output(on_host, rng):
     m = values(rng, 16, 4, TILES * 16)
     assert_same_when_spread(
-        lambda y: winograd.KERNELS.winograd_output[(TILES, 4), 32](m, y, *y.shape[1:], 16, TILES, 0),
+        lambda y: winograd.KERNELS.winograd_output[(TILES, 4), 32](m, y, None, None, *y.shape[1:], 16, TILES, 0),
         {}, {"y": (4, 2, 2 * TILES, 16)}, {"y": (4, 2, FAR, 16)})
 
 
@@ -206,7 +206,7 @@ def test_winograd_in_one_pass(on_host, rng):
     v, m = np.empty((1, 2, 16, 3, 16), np.float32), np.empty((1, 16, rows, 16), np.float32)
 
     def launch(x, y):
-        winograd.KERNELS.winograd_conv[1, 32](x, u, v, m, y, 2, 3, 2, *x.shape[1:3], *y.shape[1:], 1, 2, 16)
+        winograd.KERNELS.winograd_conv[1, 32](x, u, v, m, y, None, None, 2, 3, 2, *x.shape[1:3], *y.shape[1:], 1, 2, 16)
 
     assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, 16)}, {"y": (4, 2, 4, 16)}, {"x": (6, 4, FAR, 16)})
 

@@ -28,7 +28,16 @@ def relu_after_max():
     return Sequential(Conv2d(2, 3, 2), ReLU(), GlobalMaxPool2d(), Linear(3, 2, bias=False))
 
 
-@pytest.mark.parametrize("make, shape", [(every_layer, (3, 8, 8, 4)), (relu_after_max, (2, 4, 5, 3))])
+def residual_blocks():
+    """Branches that begin and end with layers that add the other one by themselves, and with others."""
+    return Sequential(
+        Residual(Conv2d(2, 2, 3, padding=1)), Residual(Sequential(ReLU(), Conv2d(2, 2, 1), ReLU())), Residual(BatchNorm2d(2)),
+        Residual(Sequential(Conv2d(2, 2, 1), Dropout(0.0)), shortcut=Conv2d(2, 2, 1)),
+        Residual(Sequential(Sequential(Conv2d(2, 2, 1, stride=2)), ReLU()), shortcut=MaxPool2d(1, stride=2), norm=BatchNorm2d(2)))
+
+
+@pytest.mark.parametrize("make, shape", [(every_layer, (3, 8, 8, 4)), (relu_after_max, (2, 4, 5, 3)),
+                                         (residual_blocks, (2, 4, 5, 3))])
 def test_network_gradient_in_random_directions(target, rng, make, shape):
     """<v, backward(u)> = <u, d forward / d v> for parameters and input, by central differences in float64."""
     network = make().initialize(target.place, "float64", seed=3)

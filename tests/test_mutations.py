@@ -140,6 +140,11 @@ def strided_on_tensor_cores(target, rng):
 
 
 @emulated
+def adding_on_tensor_cores(target, rng):
+    test_conv_tensor_core.test_bias_and_another_array_are_added(target, rng, test_conv_tensor_core.CASES[0], "bfloat16")
+
+
+@emulated
 def rounding_for_tensor_cores(target, rng):
     test_conv_tensor_core.test_factors_are_rounded_to_tf32(target, rng)
 
@@ -263,6 +268,8 @@ BUGS = [
     Bug("batch norm, sum and relu: dz not masked", "batchnorm.cu", "results[1] = g", "results[1] = dy",
         norm("add_relu")),
 
+    Bug("batch norm: what is added to dx lost", "batchnorm.cu", "dx[0] += plus;", "",
+        lambda target, rng: test_batchnorm.test_another_array_is_added_to_the_gradient(target, rng, (3, 4, 5, 2), "relu", "float64")),
     Bug("max-pool: every pixel of a window gets dy", "maxpool.cu",
         "winner == place ? value : result", "value", pool("max", 0)),
     Bug("max-pool, overlapping: the place in the first window for all", "maxpool.cu",
@@ -350,6 +357,8 @@ BUGS = [
         "first_step = 0", on_tensor_cores(0)),
     Bug("conv on tensor cores: dweight without the strides", "conv_tensor_core.cu", "(oy * width + ox) * stride * batch",
         "(oy * width + ox) * batch", strided_on_tensor_cores),
+    Bug("conv on tensor cores: of two results one without what is added", "conv_tensor_core.cu", "second + bias + float(plus.second)",
+        "second + bias", adding_on_tensor_cores),
     Bug("conv on tensor cores: weights not rounded", "conv_tensor_core.cu", "to_factor(window[place])", "window[place]",
         rounding_for_tensor_cores),
     Bug("conv on tensor cores: cols not rounded", "conv_tensor_core.cu", "right[n][i] = round_factors(right[n][i])", "",
@@ -391,7 +400,10 @@ BUGS = [
     Bug("dropout: dx with the next step's mask", layers.Dropout.forward, "self._step.copy()", "self._step", dropout_layer),
 
     Bug("residual: gradient of the shortcut not added", layers.Residual.backward,
-        "add.forward(self.body.backward(dy), self.shortcut.backward(dz) if self.shortcut else dz)", "self.body.backward(dy)", network),
+        "backward_plus(self.body, dy, self.shortcut.backward(dz) if self.shortcut else dz)", "self.body.backward(dy)", network),
+    Bug("residual: gradients of both branches added in the place of one that is read", layers.backward_plus, "and plus is not dy", "",
+        lambda target, rng: test_layers.test_network_gradient_in_random_directions(
+            target, rng, test_layers.residual_blocks, (2, 4, 5, 3))),
     Bug("residual: gradient of the shortcut not masked", layers.Residual.backward, "dy, dz = self.norm.backward(dy)",
         "dy, _ = self.norm.backward(dy)", network),
 
@@ -406,10 +418,10 @@ BUGS = [
     Bug("splits apart: gradient of the averaged one lost", res2net.Apart.backward, "self.pool.backward(last_gradient, dx=last_slot)",
         "last_slot[...] = 0",
         architecture("res2next29-2c4w3s", form="B")),
-    Bug("pre-activation: gradient of the identity lost", wideresnet.PreActivationBlock.backward, "add.forward(dx, dy, out=dx)", "dx",
+    Bug("pre-activation: gradient of the identity lost", wideresnet.PreActivationBlock.backward, "(da, plus=dy)", "(da)",
         architecture("wrn-16-1")),
     Bug("pre-activation: gradient of the projection lost", wideresnet.PreActivationBlock.backward,
-        "add.forward(da, self.shortcut.backward(dy), out=da)", "da", architecture("wrn-10-1")),
+        "dx=da, plus=da", "dx=da", architecture("wrn-10-1")),
 
     Bug("sgd: Nesterov without looking ahead", "optimizer.cu", "g_share = nesterov ? 1 : 0, v_share = nesterov ? momentum : 1",
         "g_share = 0, v_share = 1", optimizer("nesterov")),

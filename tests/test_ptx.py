@@ -42,20 +42,21 @@ def ptx(request, monkeypatch):
 
 
 def network():
-    """Layers of all kinds, small; two convolutions that tensor cores take, of one not its input gradient."""
+    """Layers of all kinds, small; two convolutions that tensor cores take, of one not its input gradient. No bias where BLAS
+    multiplies: in 16 bits that rounds once more than the CPU's own products."""
     return Sequential(
         conv=Conv2d(3, 16, 3, stride=4, padding=1, bias=False), bn=BatchNorm2d(16, relu=True), pool=MaxPool2d(2),
         block=Residual(Sequential(conv=Conv2d(16, 16, 3, padding=1), drop=ChannelDropout(0.1)), BatchNorm2d(16)),
-        down=Conv2d(16, 16, 3, stride=2, padding=1), groups=Conv2d(16, 16, 3, padding=1, groups=4), relu=ReLU(), drop=Dropout(0.2), wide=Conv2d(16, 20, 1), half=AvgPool2d(2),
-        mean=GlobalAvgPool2d(), classifier=Linear(20, 10))
+        down=Conv2d(16, 16, 3, stride=2, padding=1), groups=Conv2d(16, 16, 3, padding=1, groups=4), relu=ReLU(),
+        drop=Dropout(0.2), wide=Conv2d(16, 20, 1, bias=False), half=AvgPool2d(2),
+        mean=GlobalAvgPool2d(), classifier=Linear(20, 10, bias=False))
 
 
-@pytest.mark.parametrize("precision, settings, tolerance", [
-    ("fp32", dict(ALL, optimizer="sgd"), 1e-3), ("fp32", dict(optimizer="adamw", reflect=True, padding=3), 1e-3),
-    ("fp32", dict(optimizer="adadelta", warmup_epochs=1), 1e-3), ("tf32", dict(optimizer="sgd"), 1e-3),
-    ("bf16", dict(optimizer="sgd"), 1e-2), ("fp16", dict(optimizer="adam"), 1e-2)],
-    ids=["fp32-sgd", "fp32-adamw", "fp32-adadelta", "tf32", "bf16", "fp16"])
-def test_training_steps(monkeypatch, precision, settings, tolerance):
+@pytest.mark.parametrize("precision, settings", [
+    ("fp32", dict(ALL, optimizer="sgd")), ("fp32", dict(optimizer="adamw", reflect=True, padding=3)),
+    ("fp32", dict(optimizer="adadelta", warmup_epochs=1)), ("tf32", dict(optimizer="sgd")), ("bf16", dict(optimizer="sgd")),
+    ("fp16", dict(optimizer="adam"))], ids=["fp32-sgd", "fp32-adamw", "fp32-adadelta", "tf32", "bf16", "fp16"])
+def test_training_steps(monkeypatch, precision, settings):
     """Recorded and replayed, as on a GPU: augmentation, forward, loss, backward, optimizer; and an evaluation. Weights move as on
     the CPU, where other sums are rounded in another order."""
     gpu = stand_in_gpu.install(monkeypatch)
@@ -69,10 +70,11 @@ def test_training_steps(monkeypatch, precision, settings, tolerance):
                         limit_train_batches=STEPS, **settings)
         monkeypatch.setattr(blas, "allow_tf32", precision == "tf32")  # the CPU's products round as well
         for got, expected in zip(metrics, train(other, 1), strict=True):
-            assert got.loss == pytest.approx(expected.loss, rel=tolerance)
+            assert got.loss == pytest.approx(expected.loss, rel=1e-3)
     expected = other.network.state_dict()
+    print("RATIO", precision, max((np.abs(array - expected[name]).max() / np.abs(expected[name] - before[name]).max(), name) for name, array in run.network.state_dict().items()))
     for name, array in run.network.state_dict().items():
-        assert np.abs(array - expected[name]).max() < tolerance * np.abs(expected[name] - before[name]).max(), name
+        assert np.abs(array - expected[name]).max() < 1e-3 * np.abs(expected[name] - before[name]).max(), name
 
 
 # ---- what it finds -----------------------------------------------------------------------------------------------------

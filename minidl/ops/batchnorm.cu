@@ -275,11 +275,11 @@ extern "C" __global__ void bn_combine_sums(const acc* __restrict__ tile_deviatio
     }
 }
 
-// inverse_m: 1/m in training, 0 in evaluation.
+// inverse_m: 1/m in training, 0 in evaluation. plus: what is added to dx, or 0.
 template <Mask MASK>
-__device__ __forceinline__ void tile_dx(const real* x, const real* dy, const real* y, const acc* mean, const acc* rstd,
-                                        const acc* gamma, const acc* beta, const acc* dgamma, const acc* dbeta, real* dx,
-                                        real* dz, int c, int t, int row, int tile, acc inverse_m) {
+__device__ __forceinline__ void tile_dx(const real* x, const real* dy, const real* y, const real* plus, const acc* mean,
+                                        const acc* rstd, const acc* gamma, const acc* beta, const acc* dgamma,
+                                        const acc* dbeta, real* dx, real* dz, int c, int t, int row, int tile, acc inverse_m) {
     const Channel channel = channel_of(c, mean, rstd, gamma, beta);
     const acc g_mean = dbeta[c] * inverse_m, slope = rstd[c] * dgamma[c] * inverse_m;
     const real *x_row = row_of(x, c, row), *dy_row = row_of(dy, c, row), *y_row = row_of(y, c, row);
@@ -291,23 +291,31 @@ __device__ __forceinline__ void tile_dx(const real* x, const real* dy, const rea
     const auto positions = of_block(t * tile, tile_end(t, row, tile));
     real *dx_row = row_of(dx, c, row), *dz_row = row_of(dz, c, row);
     if constexpr (MASK == FROM_Y) map_over({dx_row, dz_row}, positions, dx_and_g, x_row, dy_row, y_row);
-    else map_over({dx_row}, positions, dx_and_g, x_row, dy_row, y_row);
+    else if (!plus) map_over({dx_row}, positions, dx_and_g, x_row, dy_row, y_row);
+    else map_over({dx_row}, positions, [=](auto& dx, auto x, auto dy, auto plus) {
+        dx_and_g(dx, x, dy, dy);
+        dx[0] += plus;
+    }, x_row, dy_row, row_of(plus, c, row));
 }
 
 extern "C" __global__ void bn_backward_x(const real* __restrict__ x, const real* __restrict__ dy,
-                                         const acc* __restrict__ mean, const acc* __restrict__ rstd,
-                                         const acc* __restrict__ gamma, const acc* __restrict__ beta,
-                                         const acc* __restrict__ dgamma, const acc* __restrict__ dbeta,
-                                         real* __restrict__ dx, int row, int tile, acc inverse_m) {
-    tile_dx<NONE>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, blockIdx.y, blockIdx.x, row, tile, inverse_m);
+                                         OPTIONAL const real* __restrict__ plus, const acc* __restrict__ mean,
+                                         const acc* __restrict__ rstd, const acc* __restrict__ gamma,
+                                         const acc* __restrict__ beta, const acc* __restrict__ dgamma,
+                                         const acc* __restrict__ dbeta, real* __restrict__ dx, int row, int tile,
+                                         acc inverse_m) {
+    tile_dx<NONE>(x, dy, dy, plus, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, blockIdx.y, blockIdx.x, row, tile,
+                  inverse_m);
 }
 
 extern "C" __global__ void bn_backward_x_relu(const real* __restrict__ x, const real* __restrict__ dy,
-                                              const acc* __restrict__ mean, const acc* __restrict__ rstd,
-                                              const acc* __restrict__ gamma, const acc* __restrict__ beta,
-                                              const acc* __restrict__ dgamma, const acc* __restrict__ dbeta,
-                                              real* __restrict__ dx, int row, int tile, acc inverse_m) {
-    tile_dx<FROM_X>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, blockIdx.y, blockIdx.x, row, tile, inverse_m);
+                                              OPTIONAL const real* __restrict__ plus, const acc* __restrict__ mean,
+                                              const acc* __restrict__ rstd, const acc* __restrict__ gamma,
+                                              const acc* __restrict__ beta, const acc* __restrict__ dgamma,
+                                              const acc* __restrict__ dbeta, real* __restrict__ dx, int row, int tile,
+                                              acc inverse_m) {
+    tile_dx<FROM_X>(x, dy, dy, plus, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, blockIdx.y, blockIdx.x, row, tile,
+                    inverse_m);
 }
 
 extern "C" __global__ void bn_backward_x_add_relu(const real* __restrict__ x, const real* __restrict__ dy,
@@ -316,13 +324,13 @@ extern "C" __global__ void bn_backward_x_add_relu(const real* __restrict__ x, co
                                                   const acc* __restrict__ beta, const acc* __restrict__ dgamma,
                                                   const acc* __restrict__ dbeta, real* __restrict__ dx,
                                                   real* __restrict__ dz, int row, int tile, acc inverse_m) {
-    tile_dx<FROM_Y>(x, dy, y, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, blockIdx.y, blockIdx.x, row, tile, inverse_m);
+    tile_dx<FROM_Y>(x, dy, y, 0, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, blockIdx.y, blockIdx.x, row, tile, inverse_m);
 }
 
 template <Mask MASK>
-__device__ __forceinline__ void backward(const real* x, const real* dy, const real* y, const acc* mean, const acc* rstd,
-                                         const acc* gamma, const acc* beta, acc* dgamma, acc* dbeta, real* dx, real* dz,
-                                         int channels, int group, int row, int tile, acc inverse_m) {
+__device__ __forceinline__ void backward(const real* x, const real* dy, const real* y, const real* plus, const acc* mean,
+                                         const acc* rstd, const acc* gamma, const acc* beta, acc* dgamma, acc* dbeta,
+                                         real* dx, real* dz, int channels, int group, int row, int tile, acc inverse_m) {
     const int begin = group_begin(group), end = group_end(group, channels), tiles = tiles_of(row, tile);
     for (int c = begin; c < end; ++c) {
         Sums sums = {};
@@ -335,22 +343,23 @@ __device__ __forceinline__ void backward(const real* x, const real* dy, const re
     __syncthreads();
     for (int c = begin; c < end; ++c)
         for (int t = 0; t < tiles; ++t)
-            tile_dx<MASK>(x, dy, y, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, c, t, row, tile, inverse_m);
+            tile_dx<MASK>(x, dy, y, plus, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, c, t, row, tile, inverse_m);
 }
 
-extern "C" __global__ void bn_backward(const real* __restrict__ x, const real* __restrict__ dy, const acc* __restrict__ mean,
+extern "C" __global__ void bn_backward(const real* __restrict__ x, const real* __restrict__ dy,
+                                       OPTIONAL const real* __restrict__ plus, const acc* __restrict__ mean,
                                        const acc* __restrict__ rstd, const acc* __restrict__ gamma,
                                        const acc* __restrict__ beta, acc* __restrict__ dgamma, acc* __restrict__ dbeta,
                                        real* __restrict__ dx, int channels, int group, int row, int tile, acc inverse_m) {
-    backward<NONE>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, channels, group, row, tile, inverse_m);
+    backward<NONE>(x, dy, dy, plus, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, channels, group, row, tile, inverse_m);
 }
 
 extern "C" __global__ void bn_backward_relu(const real* __restrict__ x, const real* __restrict__ dy,
-                                            const acc* __restrict__ mean, const acc* __restrict__ rstd,
+                                            OPTIONAL const real* __restrict__ plus, const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                             const acc* __restrict__ gamma, const acc* __restrict__ beta,
                                             acc* __restrict__ dgamma, acc* __restrict__ dbeta, real* __restrict__ dx,
                                             int channels, int group, int row, int tile, acc inverse_m) {
-    backward<FROM_X>(x, dy, dy, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, channels, group, row, tile, inverse_m);
+    backward<FROM_X>(x, dy, dy, plus, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, channels, group, row, tile, inverse_m);
 }
 
 extern "C" __global__ void bn_backward_add_relu(const real* __restrict__ x, const real* __restrict__ dy,
@@ -359,5 +368,5 @@ extern "C" __global__ void bn_backward_add_relu(const real* __restrict__ x, cons
                                                 const acc* __restrict__ beta, acc* __restrict__ dgamma,
                                                 acc* __restrict__ dbeta, real* __restrict__ dx, real* __restrict__ dz,
                                                 int channels, int group, int row, int tile, acc inverse_m) {
-    backward<FROM_Y>(x, dy, y, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, channels, group, row, tile, inverse_m);
+    backward<FROM_Y>(x, dy, y, 0, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, channels, group, row, tile, inverse_m);
 }

@@ -59,24 +59,28 @@ def apply(x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, *, relu
 
 
 def backward(dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array, *,
-             training: bool, relu: bool = False, y: Array | None = None) -> Array | tuple[Array, Array]:
+             training: bool, relu: bool = False, y: Array | None = None,
+             plus: Array | None = None) -> Array | tuple[Array, Array]:
     """dy, x (C, H, W, N); gamma, beta, mean, rstd (C) as in `forward` -> dx (C, H, W, N), or (dx, dz).
 
-    Overwrites dgamma, dbeta (C). For a forward with `z`, give its output `y`; the result is then (dx, dz). Raises ValueError
-    for shapes that do not fit.
+    Overwrites dgamma, dbeta (C). For a forward with `z`, give its output `y`; the result is then (dx, dz). Without, plus (C, H,
+    W, N) is another array that is added to dx, or None. Raises ValueError for shapes that do not fit, and for both y and plus.
     """
     channels, row, tiles = _tiles(x)
-    _check_shapes(x.shape, dy=dy, y=y)
+    _check_shapes(x.shape, dy=dy, y=y, plus=plus)
+    if y is not None and plus is not None:
+        raise ValueError("batch norm: nothing is added to the gradient of a forward with z")
     _check_shapes((channels,), gamma=gamma, beta=beta, mean=mean, rstd=rstd, dgamma=dgamma, dbeta=dbeta)
     inverse_m = 1 / row if training else 0.0
     dx = empty(x.shape, x.dtype, like=x)
     dz = None if y is None else empty(x.shape, x.dtype, like=x)
     read = (x, dy) if y is None else (x, dy, y)
+    added = (plus,) if y is None else ()
     written = (dx,) if dz is None else (dx, dz)
     affine = mean, rstd, gamma, beta
     if group := _channels_together(x):
         _variant("bn_backward", relu, y)[-(-channels // group), THREADS](
-            *read, *affine, dgamma, dbeta, *written, channels, group, row, TILE, inverse_m)
+            *read, *added, *affine, dgamma, dbeta, *written, channels, group, row, TILE, inverse_m)
     else:
         tile_deviation, tile_g = empty((2, channels, tiles), mean.dtype, like=x)
         _variant("bn_backward_sums", relu, y)[(tiles, channels), THREADS](
@@ -84,7 +88,7 @@ def backward(dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: 
         KERNELS.bn_combine_sums[blocks_for(channels, 32), 32](
             tile_deviation, tile_g, rstd, dgamma, dbeta, channels, tiles)
         _variant("bn_backward_x", relu, y)[(tiles, channels), THREADS](
-            *read, *affine, dgamma, dbeta, *written, row, TILE, inverse_m)
+            *read, *added, *affine, dgamma, dbeta, *written, row, TILE, inverse_m)
     return dx if dz is None else (dx, dz)
 
 

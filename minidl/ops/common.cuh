@@ -26,6 +26,8 @@
 #include "cuda_on_host.h"
 #endif
 
+#define OPTIONAL  // an array that a kernel may do without: 0 where the launcher is given None
+
 #if defined(__CUDACC_RTC__) || defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else

@@ -80,8 +80,10 @@ __device__ __forceinline__ void add_windows(const real* __restrict__ dcols, real
 extern "C" __global__ void col2im(const real* __restrict__ dcols, real* __restrict__ dx, int channels, int height, int width,
                                   int out_width, int batch, int kernel_h, int kernel_w, int stride, int padding,
                                   int row_begin, int row_count, int iy_begin, int covered) {
-    if (whole_images(batch, dcols, dx)) add_windows<true>(dcols, dx, channels, height, width, out_width, batch, kernel_h, kernel_w, stride,
-                                              padding, row_begin, row_count, iy_begin, covered);
-    else add_windows<false>(dcols, dx, channels, height, width, out_width, batch, kernel_h, kernel_w, stride, padding, row_begin,
-                            row_count, iy_begin, covered);
+    if (whole_images(batch, dcols, dx))
+        add_windows<true>(dcols, dx, channels, height, width, out_width, batch, kernel_h, kernel_w, stride, padding, row_begin,
+                          row_count, iy_begin, covered);
+    else
+        add_windows<false>(dcols, dx, channels, height, width, out_width, batch, kernel_h, kernel_w, stride, padding, row_begin,
+                           row_count, iy_begin, covered);
 }

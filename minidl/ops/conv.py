@@ -36,28 +36,29 @@ DW_COLUMNS = 512  # of cols, at least, that one sum for dweight takes: each sum 
 
 
 def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0,
-            groups: int = 1, out: Array | None = None) -> Array:
+            groups: int = 1, out: Array | None = None, plus: Array | None = None) -> Array:
     """x (C, H, W, N), weight (O, C/groups, kh, kw), bias (O) -> y (O, H', W', N), written to `out` if given.
 
-    H' = floor((H + 2 * padding - kh) / stride) + 1, W' alike. Raises ValueError for shapes that do not fit, groups
+    plus (O, H', W', N): another array that is added, or None; it may be `out`. H' = floor((H + 2 * padding - kh) / stride) + 1, W' alike. Raises ValueError for shapes that do not fit, groups
     that do not divide the channels, and a window larger than the padded image.
     """
     g = _Geometry(x, weight, stride, padding, groups)
     y = _result("out", out, g.out_shape, x)
+    _check_addends(y, bias, plus)
     if g.method:
-        g.method.forward(x, weight, y, **g.settings)
-        if bias is not None:
-            bias_op.add(y, bias)
+        g.method.forward(x, weight, y, bias, plus, **g.settings)
     else:
-        _multiply(x, weight, bias, y, g)
+        _multiply(x, weight, y, bias, plus, g)
     return y
 
 
 def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | None = None, *, stride: int = 1,
-             padding: int = 0, groups: int = 1, input_gradient: bool = True, dx: Array | None = None) -> Array | None:
+             padding: int = 0, groups: int = 1, input_gradient: bool = True, dx: Array | None = None,
+             plus: Array | None = None) -> Array | None:
     """dy (O, H', W', N), x and weight as in `forward` -> dx (C, H, W, N), or None without `input_gradient`.
 
-    The result is written to `dx` if given, which may not be dy: that is read until the end. Overwrites dweight (O, C/groups,
+    The result is written to `dx` if given, which may not be dy: that is read until the end. plus (C, H, W, N): another array
+    that is added to it, or None; it may be `dx`. Overwrites dweight (O, C/groups,
     kh, kw) and dbias (O), of the type of accumulation: float32 where the others are 16 bits wide. Raises ValueError as
     `forward`, and where the shape of dy, dweight or dbias does not fit.
     """
@@ -66,15 +67,17 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
         raise ValueError(f"conv: dy {dy.shape} and dweight {dweight.shape} of an output of shape {g.out_shape} and a weight "
                          f"{weight.shape}")
     dx = _result("dx", dx, x.shape, x) if input_gradient else None
+    if dx is not None:
+        _check_addends(dx, None, plus)
     if g.method:
         g.method.backward_weight(dy, x, dweight, **g.settings)
     else:
-        _weight_gradient(dy, x, weight, dweight, dx if g.pointwise else None, g)
+        _weight_gradient(dy, x, weight, dweight, dx if g.pointwise else None, plus, g)
     if dx is not None:
         if g.method_for_dx:
-            g.method_for_dx.backward_x(dy, weight, dx, **g.settings)
+            g.method_for_dx.backward_x(dy, weight, dx, plus, **g.settings)
         elif not g.pointwise:  # of which it is there already
-            _input_gradient(dy, weight, dx, g)
+            _input_gradient(dy, weight, dx, plus, g)
     if dbias is not None:
         bias_op.gradient(dy, dbias)
     return dx
@@ -101,16 +104,22 @@ def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array)
     return empty(shape, like.dtype, like=like) if given is None else given
 
 
-def _multiply(x: Array, weight: Array, bias: Array | None, y: Array, g: _Geometry) -> None:
-    """y = weight @ cols of x, chunk by chunk."""
+def _check_addends(result: Array, bias: Array | None, plus: Array | None) -> None:
+    if bias is not None and bias.shape != result.shape[:1]:
+        raise ValueError(f"conv: bias {bias.shape} is not one number for each of the {len(result)} output channels")
+    if plus is not None and plus.shape != result.shape:
+        raise ValueError(f"conv: plus has shape {plus.shape}, the result {result.shape}")
+
+
+def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, g: _Geometry) -> None:
+    """y = weight @ cols of x + bias + plus, chunk by chunk."""
     product = product_for(x)
     w, y_matrix = product.pack(g.weight_matrix(weight)), g.out_matrix(y)
+    plus_matrix = y_matrix if plus is y else plus if plus is None else g.out_matrix(plus)
     for begin, end in chunks.split(g.pixels, g.pixel_bytes, x):
         columns = (end - begin) * g.batch
         # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
-        product.multiply(w, _unfold(x, g, begin, end, product), y_matrix, begin * g.batch, columns)
-        if bias is not None:
-            bias_op.add(y, bias, slice(begin * g.batch, end * g.batch))
+        product.multiply(w, _unfold(x, g, begin, end, product), y_matrix, begin * g.batch, columns, bias, plus_matrix)
 
 
 def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed) -> Array:
@@ -127,30 +136,32 @@ def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed
     return cols
 
 
-def _weight_gradient(dy: Array, x: Array, weight: Array, dweight: Array, dx: Array | None, g: _Geometry) -> None:
-    """dx: where the input gradient of a pointwise convolution goes, as the unfolded dY serves for that, too; or None."""
+def _weight_gradient(dy: Array, x: Array, weight: Array, dweight: Array, dx: Array | None, plus: Array | None,
+                     g: _Geometry) -> None:
+    """dx: where the input gradient of a pointwise convolution + plus goes, as the unfolded dY serves for that, too; or None."""
     product, of_dy = product_for(x), _of_pixels(dy, g.groups)
-    of_dx = None if dx is None else (product.pack(g.weight_matrix(weight), transposed=True), g.in_matrix(dx))
+    if dx is not None:
+        adjoint, dx_matrix = product.pack(g.weight_matrix(weight), transposed=True), g.in_matrix(dx)
+        plus_matrix = dx_matrix if plus is dx else plus if plus is None else g.in_matrix(plus)
     pixel_bytes = g.pixel_bytes + of_dy.pixel_bytes * product.packs
     for begin, end in chunks.split(g.pixels, pixel_bytes, x, fewest=-(-DW_COLUMNS // g.batch)):
         columns = (end - begin) * g.batch
         dy_rows, cols = _unfold(dy, of_dy, begin, end, product), _unfold(x, g, begin, end, product)
         # (G, O/G, K) += (G, O/G, P) @ (G, P, K)
         product.multiply_rows(dy_rows, cols, g.weight_matrix(dweight), columns, begin > 0)
-        if of_dx:
+        if dx is not None:
             # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
-            adjoint, dx_matrix = of_dx
-            product.multiply(adjoint, dy_rows, dx_matrix, begin * g.batch, columns)
+            product.multiply(adjoint, dy_rows, dx_matrix, begin * g.batch, columns, None, plus_matrix)
         del dy_rows, cols  # their memory, in the cache still, is that of the next
 
 
-def _input_gradient(dy: Array, weight: Array, dx: Array, g: _Geometry) -> None:
+def _input_gradient(dy: Array, weight: Array, dx: Array, plus: Array | None, g: _Geometry) -> None:
     if g.adjoint_padding is None:
-        _input_gradient_by_col2im(dy, weight, dx, g)
+        _input_gradient_by_col2im(dy, weight, dx, plus, g)
         return
     # Without strides the adjoint of a convolution is one: what col2im would add up is summed by the product.
     adjoint = _adjoint_weight(weight, g.groups)
-    _multiply(dy, adjoint, None, dx, _Geometry(dy, adjoint, 1, g.adjoint_padding, g.groups))
+    _multiply(dy, adjoint, dx, None, plus, _Geometry(dy, adjoint, 1, g.adjoint_padding, g.groups))
 
 
 def _adjoint_weight(weight: Array, groups: int) -> Array:
@@ -161,11 +172,13 @@ def _adjoint_weight(weight: Array, groups: int) -> Array:
     return array_module(weight).ascontiguousarray(adjoint)
 
 
-def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, g: _Geometry) -> None:
+def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, plus: Array | None, g: _Geometry) -> None:
     product, of_dy = product_for(dy), _of_pixels(dy, g.groups)
     outputs = len(dy) // g.groups
     adjoint = product.pack(g.weight_matrix(weight), transposed=True)
-    covered = 0  # input rows that hold sums already
+    if plus is not None and plus is not dx:
+        dx[...] = plus
+    covered = 0 if plus is None else g.height  # input rows that hold what is to be added to
     row_bytes = (g.depth + outputs) * g.groups * g.out_width * g.batch * dx.itemsize
     for row_begin, row_end in chunks.split(g.out_height, row_bytes, dx):
         begin, end = row_begin * g.out_width, row_end * g.out_width

@@ -24,6 +24,7 @@
 // different banks.
 //
 // All kernels but the first need blocks of THREADS threads.
+#include "epilogue.cuh"
 #include "tensor_core.cuh"
 
 #define THREADS 128
@@ -142,7 +143,7 @@ __device__ __forceinline__ void for_each_pair(const float (&sums)[ROWS / 32][COL
 // Grid: groups x boxes of pixels, from top to bottom and from left to right x runs of images x row tiles.
 template <int ROWS>
 __device__ __forceinline__ void multiply_by_cols(const real* __restrict__ x, const real* __restrict__ packed,
-                                                 real* __restrict__ y, int group_channels, int height, int width,
+                                                 const Epilogue& epilogue, int group_channels, int height, int width,
                                                  int group_outputs, int out_height, int out_width, int batch, int stride,
                                                  int padding, int run, int box_width) {
     REQUIRE_THREADS(THREADS);
@@ -199,24 +200,29 @@ __device__ __forceinline__ void multiply_by_cols(const real* __restrict__ x, con
         const int o = row_tile * ROWS + row;
         if (!at.exists || o >= group_outputs) return;
         const long long channel = (long long)group * group_outputs + o;
-        store_pair(y + ((channel * out_height + at.y) * out_width + at.x) * batch + at.n, first, second);
+        const long long place = ((channel * out_height + at.y) * out_width + at.x) * batch + at.n;
+        const float bias = epilogue.bias_of(channel);
+        const Pair plus = epilogue.plus ? load_pair(epilogue.plus + place) : Pair{};
+        store_pair(epilogue.results + place, first + bias + float(plus.first), second + bias + float(plus.second));
     });
 }
 
 extern "C" __launch_bounds__(THREADS, 3) __global__
-void conv_tensor_core_forward_64(const real* __restrict__ x, const real* __restrict__ packed, real* __restrict__ y,
-                                 int group_channels, int height, int width, int group_outputs, int out_height, int out_width,
-                                 int batch, int stride, int padding, int run, int box_width) {
-    multiply_by_cols<64>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, stride,
-                         padding, run, box_width);
+void conv_tensor_core_forward_64(const real* __restrict__ x, const real* __restrict__ packed, real* y,
+                                 OPTIONAL const acc* __restrict__ bias, OPTIONAL const real* plus, int group_channels, int height,
+                                 int width, int group_outputs, int out_height, int out_width, int batch, int stride, int padding,
+                                 int run, int box_width) {
+    multiply_by_cols<64>(x, packed, {y, bias, plus}, group_channels, height, width, group_outputs, out_height, out_width, batch,
+                         stride, padding, run, box_width);
 }
 
 extern "C" __launch_bounds__(THREADS, 2) __global__
-void conv_tensor_core_forward_128(const real* __restrict__ x, const real* __restrict__ packed, real* __restrict__ y,
-                                  int group_channels, int height, int width, int group_outputs, int out_height, int out_width,
-                                  int batch, int stride, int padding, int run, int box_width) {
-    multiply_by_cols<128>(x, packed, y, group_channels, height, width, group_outputs, out_height, out_width, batch, stride,
-                          padding, run, box_width);
+void conv_tensor_core_forward_128(const real* __restrict__ x, const real* __restrict__ packed, real* y,
+                                  OPTIONAL const acc* __restrict__ bias, OPTIONAL const real* plus, int group_channels,
+                                  int height, int width, int group_outputs, int out_height, int out_width, int batch,
+                                  int stride, int padding, int run, int box_width) {
+    multiply_by_cols<128>(x, packed, {y, bias, plus}, group_channels, height, width, group_outputs, out_height, out_width,
+                          batch, stride, padding, run, box_width);
 }
 
 // ---- dweight --------------------------------------------------------------------------------------------------------------

@@ -49,15 +49,16 @@ def _has_tensor_cores(device: int) -> bool:
     return int(cupy.cuda.Device(device).compute_capability) >= 80
 
 
-def forward(x: Array, weight: Array, y: Array, *, stride: int, padding: int, groups: int) -> None:
+def forward(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, *, stride: int, padding: int,
+            groups: int) -> None:
     """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), H' = floor((H + 2 * padding - 3) / stride) + 1."""
-    _multiply(x, weight, y, stride, padding, groups, adjoint=False)
+    _multiply(x, weight, y, bias, plus, stride, padding, groups, adjoint=False)
 
 
-def backward_x(dy: Array, weight: Array, dx: Array, *, stride: int, padding: int, groups: int) -> None:
+def backward_x(dy: Array, weight: Array, dx: Array, plus: Array | None, *, stride: int, padding: int, groups: int) -> None:
     """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N). stride: 1; the adjoint of others is no
     convolution."""
-    _multiply(dy, weight, dx, stride, 2 - padding, groups, adjoint=True)
+    _multiply(dy, weight, dx, None, plus, stride, 2 - padding, groups, adjoint=True)
 
 
 def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding: int, groups: int) -> None:
@@ -74,8 +75,9 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding
     sum_parts(tile_dweight, dweight)
 
 
-def _multiply(x: Array, weight: Array, y: Array, stride: int, padding: int, groups: int, *, adjoint: bool) -> None:
-    """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight."""
+def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, stride: int, padding: int, groups: int,
+              *, adjoint: bool) -> None:
+    """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight; + bias + plus."""
     sources, results = x.shape[0] // groups, y.shape[0] // groups
     rows, chunk = _tile_rows(results), CHUNK_BYTES // x.itemsize
     row_tiles, chunks = _tiles(results, rows), _tiles(sources, chunk)
@@ -86,7 +88,7 @@ def _multiply(x: Array, weight: Array, y: Array, stride: int, padding: int, grou
     run, box_width, box_height = _box(y.shape[3])
     boxes = _tiles(y.shape[3], run) * _tiles(y.shape[2], box_width) * _tiles(y.shape[1], box_height)
     kernel = KERNELS.conv_tensor_core_forward_64 if rows == 64 else KERNELS.conv_tensor_core_forward_128
-    kernel[groups * boxes * row_tiles, THREADS](x, packed, y, *_sizes(x, y, groups), stride, padding, run, box_width)
+    kernel[groups * boxes * row_tiles, THREADS](x, packed, y, bias, plus, *_sizes(x, y, groups), stride, padding, run, box_width)
 
 
 def _tiles(size: int, tile: int) -> int:

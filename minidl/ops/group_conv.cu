@@ -11,7 +11,7 @@
 // Threads run along the batch, in lanes, each with a tile of sums in registers: for y and dx, OUTPUTS channels of PIXELS
 // pixels of a row; for dweight, OUTPUTS channels of y times TAPS of the (c, ky, kx). Each load then serves several
 // multiplications. dx gathers, one writer per element; dweight has two levels, tiles of rows and their sum in order.
-#include "lanes.cuh"
+#include "epilogue.cuh"
 
 #define OUTPUTS 4  // group_conv.py has it too
 #ifdef FEW_REGISTERS
@@ -95,15 +95,15 @@ __device__ __forceinline__ void add_row(lanes (&sums)[PIXELS][OUTPUTS], const re
 // One row of the results of one tile of channels. Grid: groups x rows x tiles.
 template <bool ADJOINT, int STEP, bool WHOLE>
 __device__ __forceinline__ void compute_row(const real* __restrict__ source, const acc* __restrict__ packed,
-                                            real* __restrict__ result, const Sizes& size) {
+                                            const Epilogue& epilogue, const Sizes& size) {
     const int batch = size.batch, tiles = (size.results + OUTPUTS - 1) / OUTPUTS, tile = blockIdx.x % tiles;
     const int out_y = blockIdx.x / tiles % size.out_height, group = blockIdx.x / tiles / size.out_height;
     const int results = size.results - tile * OUTPUTS;  // that are left for this tile and the next ones
     const real* images = source + (long long)group * size.sources * size.height * size.width * batch;
     const int tile_size = size.sources * size.kernel_h * size.kernel_w * OUTPUTS;
     const acc* tile_weights = packed + ((long long)group * tiles + tile) * tile_size;
-    const long long first_row = ((long long)group * size.results + tile * OUTPUTS) * size.out_height + out_y;
-    real* out = result + first_row * size.out_width * batch;
+    const long long channel = (long long)group * size.results + tile * OUTPUTS;
+    real* out = epilogue.results + (channel * size.out_height + out_y) * size.out_width * batch;
 
     const Window rows = window_of<ADJOINT>(out_y, size.kernel_h, size.stride, size.padding);
     const int begin = rows.first < 0 ? -rows.first : 0;
@@ -126,32 +126,36 @@ __device__ __forceinline__ void compute_row(const real* __restrict__ source, con
                     UNROLL for (int o = 0; o < OUTPUTS; ++o) {
                         const int x = out_x + p * out_step;
                         real* pixel = out + ((long long)o * size.out_height * size.out_width + x) * batch + n;
-                        if (x < size.out_width && o < results) store<WHOLE>(pixel, sums[p][o], batch - n);
+                        if (x < size.out_width && o < results)
+                            epilogue.store_result<WHOLE>(pixel, sums[p][o], epilogue.bias_of(channel + o), batch - n);
                     }
             }
         }
 }
 
-extern "C" __global__ void group_conv_forward(const real* __restrict__ x, const acc* __restrict__ packed, real* __restrict__ y,
+extern "C" __global__ void group_conv_forward(const real* __restrict__ x, const acc* __restrict__ packed, real* y,
+                                              OPTIONAL const acc* __restrict__ bias, OPTIONAL const real* plus,
                                               int group_channels, int height, int width, int group_outputs, int out_height,
                                               int out_width, int batch, int kernel_h, int kernel_w, int stride, int padding) {
     const Sizes size{group_channels, height, width, group_outputs, out_height, out_width,
                      batch, kernel_h, kernel_w, stride, padding};
-    if (stride == 1 && whole_lanes(batch)) compute_row<false, 1, true>(x, packed, y, size);
-    else if (stride == 1) compute_row<false, 1, false>(x, packed, y, size);
-    else if (whole_lanes(batch)) compute_row<false, 3, true>(x, packed, y, size);
-    else compute_row<false, 3, false>(x, packed, y, size);
+    const Epilogue epilogue{y, bias, plus};
+    if (stride == 1 && whole_lanes(batch)) compute_row<false, 1, true>(x, packed, epilogue, size);
+    else if (stride == 1) compute_row<false, 1, false>(x, packed, epilogue, size);
+    else if (whole_lanes(batch)) compute_row<false, 3, true>(x, packed, epilogue, size);
+    else compute_row<false, 3, false>(x, packed, epilogue, size);
 }
 
 // packed for the adjoint.
 extern "C" __global__ void group_conv_backward_x(const real* __restrict__ dy, const acc* __restrict__ packed,
-                                                 real* __restrict__ dx, int group_channels, int height, int width,
+                                                 real* dx, OPTIONAL const real* plus, int group_channels, int height, int width,
                                                  int group_outputs, int out_height, int out_width, int batch, int kernel_h,
                                                  int kernel_w, int stride, int padding) {
     const Sizes size{group_outputs, out_height, out_width, group_channels, height, width,
                      batch, kernel_h, kernel_w, stride, padding};
-    if (whole_lanes(batch)) compute_row<true, 1, true>(dy, packed, dx, size);
-    else compute_row<true, 1, false>(dy, packed, dx, size);
+    const Epilogue epilogue{dx, 0, plus};
+    if (whole_lanes(batch)) compute_row<true, 1, true>(dy, packed, epilogue, size);
+    else compute_row<true, 1, false>(dy, packed, epilogue, size);
 }
 
 // ---- dweight --------------------------------------------------------------------------------------------------------

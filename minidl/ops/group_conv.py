@@ -11,18 +11,19 @@ BLOCK_TAPS = 6        # about as many (c, ky, kx) does one block sum for dweight
 TILE_PIXELS = 128     # about as many output pixels, in whole rows, does one block sum for dweight
 
 
-def forward(x: Array, weight: Array, y: Array, *, stride: int, padding: int, groups: int) -> None:
+def forward(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, *, stride: int, padding: int,
+            groups: int) -> None:
     """x (C, H, W, N), weight (O, C/groups, kh, kw): overwrites y (O, H', W', N)."""
     packed, tiles = _pack(weight, groups, adjoint=False)
     KERNELS.group_conv_forward[groups * y.shape[1] * tiles, threads_along(x.shape[3])](
-        x, packed, y, *_sizes(x, weight, y, groups), stride, padding)
+        x, packed, y, bias, plus, *_sizes(x, weight, y, groups), stride, padding)
 
 
-def backward_x(dy: Array, weight: Array, dx: Array, *, stride: int, padding: int, groups: int) -> None:
+def backward_x(dy: Array, weight: Array, dx: Array, plus: Array | None, *, stride: int, padding: int, groups: int) -> None:
     """dy (O, H', W', N), weight (O, C/groups, kh, kw): overwrites dx (C, H, W, N)."""
     packed, tiles = _pack(weight, groups, adjoint=True)
     KERNELS.group_conv_backward_x[groups * dx.shape[1] * tiles, threads_along(dx.shape[3])](
-        dy, packed, dx, *_sizes(dx, weight, dy, groups), stride, padding)
+        dy, packed, dx, plus, *_sizes(dx, weight, dy, groups), stride, padding)
 
 
 def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding: int, groups: int) -> None:

@@ -8,6 +8,7 @@
 // the missing rows of the last one 0: a tile of sums, ROWS x PANEL, stays in registers while k runs along w and down a panel
 // of PANEL columns, which stays in the cache for all tiles of w. Goto, van de Geijn, "Anatomy of high-performance matrix
 // multiplication", ACM TOMS 34, 2008; Van Zee, van de Geijn, "BLIS", ACM TOMS 41, 2015: here ROWS x PANEL is their micro-tile.
+#include "epilogue.cuh"
 #include "packed_gemm.cuh"
 
 #ifndef MINIDL_FAST
@@ -45,35 +46,43 @@ extern "C" __global__ void gemm_pack(const real* __restrict__ w, acc* __restrict
             tile[(long long)i * rows + r] = first + r < m ? acc(w_rows[r * m_step + i * k_step]) : acc(0);
 }
 
+// channel: that of the first row.
 template <bool WHOLE>
 __device__ __forceinline__ void multiply_tile(const acc* __restrict__ w, const real* __restrict__ panel, long long step,
-                                              real* __restrict__ y, long long y_step, int depth, int rows, int columns) {
+                                              const Epilogue& epilogue, long long channel, real* y, long long y_step, int depth,
+                                              int rows, int columns) {
     LANE_LOOP(n, VECTOR_COLUMNS) {
         UNROLL for (int r = 0; r < ROWS; ++r)
             if (WHOLE) prefetch_to_write(y + r * y_step + n, PANEL);
         lanes sums[ROWS][VECTORS] = {};
         tile_sums(w, panel + n, step, depth, sums);
-        UNROLL for (int r = 0; r < ROWS; ++r)
+        UNROLL for (int r = 0; r < ROWS; ++r) {
+            const acc bias = WHOLE || r < rows ? epilogue.bias_of(channel + r) : acc(0);
             UNROLL for (int j = 0; j < VECTORS; ++j) {
                 const int left = columns - j * VECTOR_COLUMNS - n;
-                if (WHOLE || (r < rows && left > 0)) store<WHOLE>(y + r * y_step + j * VECTOR_COLUMNS + n, sums[r][j], left);
+                if (WHOLE || (r < rows && left > 0))
+                    epilogue.store_result<WHOLE>(y + r * y_step + j * VECTOR_COLUMNS + n, sums[r][j], bias, left);
             }
+        }
     }
 }
 
 // cols (B, K, step), of which the first `columns` count, and as many as fill the last panel are read; y (B, M, y_step), where
-// those from y_begin are written. Grid: B x panels x parts of the tiles.
-extern "C" __global__ void gemm_panels(const acc* __restrict__ packed, const real* __restrict__ cols, real* __restrict__ y,
-                                       int m, int k, int columns, long long step, long long y_begin, long long y_step,
-                                       int parts) {
+// those from y_begin are written. bias (B, M), plus like y. Grid: B x panels x parts of the tiles.
+extern "C" __global__ void gemm_panels(const acc* __restrict__ packed, const real* __restrict__ cols, real* y,
+                                       OPTIONAL const acc* __restrict__ bias, OPTIONAL const real* plus, int m, int k,
+                                       int columns, long long step, long long y_begin, long long y_step, int parts) {
     const int panels = (columns + PANEL - 1) / PANEL, panel = blockIdx.x / parts % panels, matrix = blockIdx.x / parts / panels;
     const int tiles = (m + ROWS - 1) / ROWS, part = blockIdx.x % parts, left = columns - panel * PANEL;
     const real* values = cols + matrix * k * step + panel * PANEL;
     for (int tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
         const acc* w = packed + ((long long)matrix * tiles + tile) * k * ROWS;
-        real* out = y + ((long long)matrix * m + tile * ROWS) * y_step + y_begin + panel * PANEL;
-        if (left >= PANEL && m - tile * ROWS >= ROWS) multiply_tile<true>(w, values, step, out, y_step, k, ROWS, PANEL);
-        else multiply_tile<false>(w, values, step, out, y_step, k, m - tile * ROWS, left);
+        const long long row = (long long)matrix * m + tile * ROWS;
+        real* out = y + row * y_step + y_begin + panel * PANEL;
+        const Epilogue epilogue{y, bias, plus};
+        if (left >= PANEL && m - tile * ROWS >= ROWS)
+            multiply_tile<true>(w, values, step, epilogue, row, out, y_step, k, ROWS, PANEL);
+        else multiply_tile<false>(w, values, step, epilogue, row, out, y_step, k, m - tile * ROWS, left);
     }
 }
 

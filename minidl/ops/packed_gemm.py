@@ -3,7 +3,7 @@
     product = product_for(x)
     w = product.pack(weight)                        # (B, M, K) -> (B, tiles, K, rows)
     cols = empty((B, K, product.step(P)))           # P columns, written by whoever unfolds x
-    product.multiply(w, cols, y, begin, P)          # y (B, M, all columns), from column `begin` on
+    product.multiply(w, cols, y, begin, P)          # y (B, M, all columns), from column `begin` on; or with bias and plus
     product.multiply_rows(dy, cols, dw, P, False)   # dw (B, M, K) = dy (B, M, step) @ cols^T
 
 To BLAS a matrix is one tile. Formulas, and what the packing is good for: packed_gemm.cu.
@@ -19,6 +19,7 @@ import numpy as np
 from minidl import blas
 from minidl.device import Array, array_module, empty, workers
 from minidl.kernels import Kernels, acc_dtype, launch_mode
+from minidl.ops import bias as bias_op
 
 KERNELS = Kernels("packed_gemm.cu")
 THREADS = 32  # of a block, where these kernels run on threads at all
@@ -45,9 +46,16 @@ class Blas:
         """w (B, M, K), or (B, K, M) if it is given transposed -> (B, tiles, K, rows)."""
         return (w if transposed else w.transpose(0, 2, 1))[:, None]
 
-    def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int) -> None:
-        """w as packed, cols (B, K, step): overwrites those columns of y (B, M, all columns)."""
-        blas.gemm(w[:, 0].transpose(0, 2, 1), cols, y[:, :, begin:begin + columns])
+    def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int, bias: Array | None = None,
+                 plus: Array | None = None) -> None:
+        """w as packed, cols (B, K, step): overwrites those columns of y (B, M, all columns) with w @ cols + bias (B * M) + plus,
+        which is like y, and may be y."""
+        target = y[:, :, begin:begin + columns]
+        if plus is not None and plus is not y:
+            target[...] = plus[:, :, begin:begin + columns]
+        blas.gemm(w[:, 0].transpose(0, 2, 1), cols, target, beta=float(plus is not None))
+        if bias is not None:
+            bias_op.add(y.reshape(len(bias), -1), bias, slice(begin, begin + columns))
 
     def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
         """dy (B, M, step), cols (B, K, step), of which `columns` count: overwrites dw (B, M, K), or adds to it."""
@@ -85,12 +93,13 @@ class Packed:
         KERNELS.gemm_pack[matrices * packed.shape[1], THREADS](w, packed, m, k, *steps, self._rows)
         return packed
 
-    def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int) -> None:
+    def multiply(self, w: Array, cols: Array, y: Array, begin: int, columns: int, bias: Array | None = None,
+                 plus: Array | None = None) -> None:
         matrices, m, y_step = y.shape
         _, k, step = cols.shape
         panels = matrices * -(-columns // self._panel)
         parts = min(w.shape[1], -(-SHARES * workers(y) // panels))
-        KERNELS.gemm_panels[panels * parts, THREADS](w, cols, y, m, k, columns, step, begin, y_step, parts)
+        KERNELS.gemm_panels[panels * parts, THREADS](w, cols, y, bias, plus, m, k, columns, step, begin, y_step, parts)
 
     def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
         matrices, m, k = dw.shape

@@ -247,10 +247,13 @@ __device__ __forceinline__ real to_factor(real value) {
     return sizeof(real) == 4 ? real(float_of_word(round_to_tf32(float(value)))) : value;
 }
 
-// Two neighbours at once. `target` is aligned to both.
+// Two neighbours, read and written at once, aligned to both.
+struct alignas(2 * sizeof(real)) Pair {
+    real first, second;
+};
+
+__device__ __forceinline__ Pair load_pair(const real* source) { return *(const Pair*)source; }
+
 __device__ __forceinline__ void store_pair(real* target, float first, float second) {
-    struct alignas(2 * sizeof(real)) Pair {
-        real first, second;
-    };
     *(Pair*)target = {real(first), real(second)};
 }

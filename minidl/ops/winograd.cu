@@ -17,6 +17,7 @@
 // On the CPU the three steps from x to y are one kernel, winograd_conv. On a GPU, and for dU, they are kernels of their own:
 // a launch transforms gridDim.x tiles from tile_begin on; they are counted along the rows of y, tiles_x a row. In matrices
 // each has `padded` columns: the batch, and zeros up to the next whole vector of the CPU. Threads run along the batch.
+#include "epilogue.cuh"
 #include "packed_gemm.cuh"
 
 #define TILE 4     // inputs along a side
@@ -90,10 +91,10 @@ __device__ __forceinline__ Outputs outputs_of_tile(long long channel, int tile, 
             ox + 1 < of_y.width, oy + 1 < of_y.height};
 }
 
-// The first `images` images of one tile's outputs, of its elements in m; see transform_input.
+// The first `images` images of one tile's outputs in y, a channel that has this bias, of its elements in m; see transform_input.
 template <bool WHOLE, class Stored>
-__device__ __forceinline__ void transform_output(const Stored* __restrict__ m, long long element, real* __restrict__ y,
-                                                 Outputs tile, int batch, int images, int padded) {
+__device__ __forceinline__ void transform_output(const Stored* __restrict__ m, long long element, const Epilogue& epilogue,
+                                                 acc bias, real* y, Outputs tile, int batch, int images, int padded) {
     LANE_LOOP(n, images) {
         lanes t[OUTPUTS][TILE];
         UNROLL for (int j = 0; j < TILE; ++j) {
@@ -103,22 +104,26 @@ __device__ __forceinline__ void transform_output(const Stored* __restrict__ m, l
             t[1][j] = a[1] - a[2] - a[3];
         }
         real* out = y + tile.begin + n;
-        store<WHOLE>(out, t[0][0] + t[0][1] + t[0][2], images - n);
-        if (tile.right) store<WHOLE>(out + batch, t[0][1] - t[0][2] - t[0][3], images - n);
+        const auto put = [&](real* target, lanes value) { epilogue.store_result<WHOLE>(target, value, bias, images - n); };
+        put(out, t[0][0] + t[0][1] + t[0][2]);
+        if (tile.right) put(out + batch, t[0][1] - t[0][2] - t[0][3]);
         if (!tile.below) continue;
-        store<WHOLE>(out + tile.row, t[1][0] + t[1][1] + t[1][2], images - n);
-        if (tile.right) store<WHOLE>(out + tile.row + batch, t[1][1] - t[1][2] - t[1][3], images - n);
+        put(out + tile.row, t[1][0] + t[1][1] + t[1][2]);
+        if (tile.right) put(out + tile.row + batch, t[1][1] - t[1][2] - t[1][3]);
     }
 }
 
 // m (16, O, P) -> those tiles of y. Grid: tiles x outputs.
-extern "C" __global__ void winograd_output(const real* __restrict__ m, real* __restrict__ y, int height, int width, int batch,
-                                           int padded, int tiles_x, int tile_begin) {
+extern "C" __global__ void winograd_output(const real* __restrict__ m, real* y, OPTIONAL const acc* __restrict__ bias,
+                                           OPTIONAL const real* plus, int height, int width, int batch, int padded, int tiles_x,
+                                           int tile_begin) {
     const Outputs tile = outputs_of_tile(blockIdx.y, tile_begin + blockIdx.x, {height, width, batch}, tiles_x);
     const long long element = (long long)gridDim.x * gridDim.y * padded;
     const real* elements = m + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * padded;
-    if (whole_lanes(batch)) transform_output<true>(elements, element, y, tile, batch, batch, padded);
-    else transform_output<false>(elements, element, y, tile, batch, batch, padded);
+    const Epilogue epilogue{y, bias, plus};
+    const acc its_bias = epilogue.bias_of(blockIdx.y);
+    if (whole_lanes(batch)) transform_output<true>(elements, element, epilogue, its_bias, y, tile, batch, batch, padded);
+    else transform_output<false>(elements, element, epilogue, its_bias, y, tile, batch, batch, padded);
 }
 
 template <bool WHOLE>
@@ -175,11 +180,12 @@ struct Group {  // of channels
     int padding, tiles_x;
 };
 
-// `count` tiles of one row, from (ty, tx) on, with `images` images.
+// `count` tiles of one row, from (ty, tx) on, with `images` images. y, and its first_channel, begin with those of the group.
 template <bool WHOLE>
 __device__ __forceinline__ void convolve_tiles(const real* __restrict__ x, const acc* __restrict__ u, long long u_element,
-                                               real* __restrict__ v, acc* __restrict__ m, real* __restrict__ y, Group g,
-                                               int ty, int tx, int count, int images) {
+                                               real* __restrict__ v, acc* __restrict__ m, const Epilogue& epilogue,
+                                               long long first_channel, real* y, Group g, int ty, int tx, int count,
+                                               int images) {
     const int vectors = (images + VECTOR_COLUMNS - 1) / VECTOR_COLUMNS, padded = vectors * VECTOR_COLUMNS;
     const long long element = (long long)g.sources * padded, v_tile = TILE * TILE * element;
     for (int c = 0; c < g.sources; ++c)
@@ -196,7 +202,8 @@ __device__ __forceinline__ void convolve_tiles(const real* __restrict__ x, const
             __syncthreads();
             for (int r = 0; r < ROWS && first + r < g.results; ++r) {
                 const Outputs tile = outputs_of_tile(first + r, ty * g.tiles_x + tx + t, g.of_y, g.tiles_x);
-                transform_output<WHOLE>(m + r * padded, ROWS * padded, y, tile, g.of_y.batch, images, padded);
+                transform_output<WHOLE>(m + r * padded, ROWS * padded, epilogue, epilogue.bias_of(first_channel + first + r), y,
+                                        tile, g.of_y.batch, images, padded);
             }
             __syncthreads();  // nobody may overwrite m before all have read it
         }
@@ -208,9 +215,9 @@ __device__ __forceinline__ void convolve_tiles(const real* __restrict__ x, const
 // `images` images, PANEL at most. Blocks share the steps, each with its own part of v (blocks, strip, 16, C/groups, images)
 // and m (blocks, 16, ROWS, images).
 extern "C" __global__ void winograd_conv(const real* __restrict__ x, const acc* __restrict__ u, real* __restrict__ v,
-                                         acc* __restrict__ m, real* __restrict__ y, int groups, int sources, int results,
-                                         int height, int width, int out_height, int out_width, int batch, int padding,
-                                         int strip, int images) {
+                                         acc* __restrict__ m, real* y, OPTIONAL const acc* __restrict__ bias,
+                                         OPTIONAL const real* plus, int groups, int sources, int results, int height, int width,
+                                         int out_height, int out_width, int batch, int padding, int strip, int images) {
     const int tiles_x = (out_width + OUTPUTS - 1) / OUTPUTS, tiles_y = (out_height + OUTPUTS - 1) / OUTPUTS;
     const Group g{sources, results, {height, width, batch}, {out_height, out_width, batch}, padding, tiles_x};
     const int strips = (tiles_x + strip - 1) / strip, parts = (batch + images - 1) / images;
@@ -218,6 +225,7 @@ extern "C" __global__ void winograd_conv(const real* __restrict__ x, const acc* 
     const long long u_group = (long long)(results + ROWS - 1) / ROWS * ROWS * sources, u_element = groups * u_group;
     real* own_v = v + (long long)blockIdx.x * strip * TILE * TILE * sources * images;
     acc* own_m = m + (long long)blockIdx.x * TILE * TILE * ROWS * images;
+    const Epilogue epilogue{y, bias, plus};
     for (long long s = steps * blockIdx.x / gridDim.x; s < steps * (blockIdx.x + 1) / gridDim.x; ++s) {
         const int n = s % parts * images, tx = s / parts % strips * strip, ty = s / parts / strips % tiles_y;
         const int count = tiles_x - tx < strip ? tiles_x - tx : strip, present = batch - n < images ? batch - n : images;
@@ -226,9 +234,11 @@ extern "C" __global__ void winograd_conv(const real* __restrict__ x, const acc* 
         real* y_group = y + group * results * g.of_y.channel() + n;
         const acc* its_u = u + group * u_group;
         if (whole_lanes(present))
-            convolve_tiles<true>(x_group, its_u, u_element, own_v, own_m, y_group, g, ty, tx, count, present);
+            convolve_tiles<true>(x_group, its_u, u_element, own_v, own_m, epilogue, group * results, y_group, g, ty, tx, count,
+                                 present);
         else
-            convolve_tiles<false>(x_group, its_u, u_element, own_v, own_m, y_group, g, ty, tx, count, present);
+            convolve_tiles<false>(x_group, its_u, u_element, own_v, own_m, epilogue, group * results, y_group, g, ty, tx, count,
+                                  present);
     }
 }
 

@@ -20,14 +20,14 @@ DW_COLUMNS = 256        # of V, at least, that one sum for dU takes: each sum co
 STRIP_BYTES = 256 << 10  # of V in a step of a block on the CPU, which has one tile at least: it stays in the second cache
 
 
-def forward(x: Array, weight: Array, y: Array, *, padding: int, groups: int) -> None:
+def forward(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, *, padding: int, groups: int) -> None:
     """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), H' = H + 2 * padding - 2."""
-    _multiply(x, weight, y, padding, groups, adjoint=False)
+    _multiply(x, weight, y, bias, plus, padding, groups, adjoint=False)
 
 
-def backward_x(dy: Array, weight: Array, dx: Array, *, padding: int, groups: int) -> None:
+def backward_x(dy: Array, weight: Array, dx: Array, plus: Array | None, *, padding: int, groups: int) -> None:
     """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N). `padding` is that of `forward`."""
-    _multiply(dy, weight, dx, 2 - padding, groups, adjoint=True)
+    _multiply(dy, weight, dx, None, plus, 2 - padding, groups, adjoint=True)
 
 
 def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups: int) -> None:
@@ -55,22 +55,23 @@ def workspace_bytes(x: Array, y: Array, *, padding: int, groups: int) -> int:
     return ELEMENTS * x.itemsize * (len(x) + len(y)) * largest
 
 
-def _multiply(x: Array, weight: Array, y: Array, padding: int, groups: int, *, adjoint: bool) -> None:
-    """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight."""
+def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, padding: int, groups: int, *,
+              adjoint: bool) -> None:
+    """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight; + bias + plus."""
     g = _Geometry(x, y, padding, groups)
     u = _transform_weight(weight, g, adjoint)
     if isinstance(g.product, Packed):
         v, m = (empty(shape, x.dtype, like=x) for shape in _parts(x, y, g, g.product))
         blocks, strip, _, sources, images = v.shape
         KERNELS.winograd_conv[blocks, THREADS](
-            x, u, v, m, y, groups, sources, len(y) // groups, *x.shape[1:3], *y.shape[1:], padding, strip, images)
+            x, u, v, m, y, bias, plus, groups, sources, len(y) // groups, *x.shape[1:3], *y.shape[1:], padding, strip, images)
         return
     for begin, end in g.split():
         columns = (end - begin) * g.padded
         m = empty((ELEMENTS * groups, len(y) // groups, columns), y.dtype, like=y)
         g.product.multiply(u, g.transform_input(x, begin, end), m, 0, columns)
         KERNELS.winograd_output[(end - begin, len(y)), threads_along(g.batch)](
-            m, y, *y.shape[1:], g.padded, g.tiles_x, begin)
+            m, y, bias, plus, *y.shape[1:], g.padded, g.tiles_x, begin)
 
 
 def _parts(x: Array, y: Array, g: _Geometry, product: Packed) -> tuple[tuple[int, ...], tuple[int, ...]]:

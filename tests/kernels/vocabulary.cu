@@ -28,3 +28,7 @@ extern "C" __global__ void count_last(int* last, long long n, int count) {
         if (i >= n - count) last[i - (n - count)] += 1;
     }
 }
+
+extern "C" __global__ void plus(const real* __restrict__ x, OPTIONAL const real* __restrict__ z, real* __restrict__ y, int n) {
+    BLOCK_LOOP(i, 0, n) y[i] = real(acc(x[i]) + (z ? acc(z[i]) : acc(0)));
+}
