@@ -682,11 +682,14 @@ def of(names, batch):
 
 @dataclass
 class _Value:
-    """An array of the network. again: what makes it again, where it need not be kept; read: whether a layer has read it."""
+    """An array of the network. again: what makes it again, where it need not be kept; read: whether a layer has read it; and
+    whether those who made it, or who read it, add another array to what they give: to it, or to its gradient."""
 
     shape: tuple
     again: tuple = ()
     read: bool = False
+    maker_adds: bool = False
+    reader_adds: bool = False
 
 
 class _Tracer:
@@ -696,10 +699,11 @@ class _Tracer:
         self.batch, self.counts = batch, Counter()
 
     def layer(self, layer, x, z=None):
-        for value in (x,) if z is None else (x, z):
-            self._read(value)
+        self._read(x, isinstance(layer, (layers.Conv2d, layers.BatchNorm2d)))
+        if z is not None:
+            self._read(z)
         shape = (*x.shape, self.batch)
-        y = _Value(layer.output_shape(x.shape))
+        y = _Value(layer.output_shape(x.shape), maker_adds=isinstance(layer, layers.Conv2d))
         if isinstance(layer, layers.Conv2d):
             self.counts.update(x.again)
             self.counts[Convolution(shape, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.groups,
@@ -728,7 +732,8 @@ class _Tracer:
 
     def add(self, a, b):
         self._read(a), self._read(b)
-        self.counts[Add((*a.shape, self.batch))] += 1
+        if not (a.maker_adds or b.maker_adds):
+            self.counts[Add((*a.shape, self.batch))] += 1
         return _Value(a.shape)
 
     def split(self, x, sections):
@@ -743,8 +748,9 @@ class _Tracer:
         again = sum((part.again for part in parts), ()) if all(part.again for part in parts) else ()
         return _Value((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), again)
 
-    def _read(self, value):
-        """Whoever reads it gives back a gradient, and backward adds them up."""
-        if value.read:
+    def _read(self, value, adds=False):
+        """Whoever reads it gives back a gradient, and backward adds them up, by itself or by one of those who `adds`."""
+        value.reader_adds |= adds
+        if value.read and not value.reader_adds:
             self.counts[Add((*value.shape, self.batch))] += 1
         value.read = True

@@ -36,14 +36,14 @@ def ways(outputs, stride, padding, groups):
     yield from CHUNKS
     yield "by BLAS"
     if outputs[1:] == (3, 3) and stride == 1:
-        yield from ("by Winograd, in parts", "by Winograd", "by Winograd with BLAS, in parts")
+        yield from ("by Winograd, in parts", "by Winograd", "by Winograd, 2x2 at a time", "by Winograd with BLAS, in parts")
     if groups > 1:
         yield "directly"
 
 
 EVERY_WAY = [(shape, *case, way) for shape, *case in CASES for way in ways(*case)]
 PRECISIONS = ["float64", "float32", "bfloat16", "float16"]
-EACH_WAY = [case for case in EVERY_WAY if case[-1] in ("all at once", "by BLAS", "by Winograd", "directly")]
+EACH_WAY = [case for case in EVERY_WAY if case[-1] in ("all at once", "by BLAS", "by Winograd", "by Winograd, 2x2 at a time", "directly")]
 
 
 def in_precisions(cases, precisions):
@@ -53,7 +53,7 @@ def in_precisions(cases, precisions):
 
 def choose(monkeypatch, way, shape=None, outputs=None, stride=1, padding=0, itemsize=8):
     """way "directly": every grouped convolution is computed by group_conv.py, in small tiles. "by Winograd": all that can
-    are by winograd.py. Any other: none is; as many output pixels at a time are unfolded as a name of CHUNKS says, for
+    are by winograd.py, 4x4 results at a time. Any other: none is; as many output pixels at a time are unfolded as a name of CHUNKS says, for
     products by BLAS, or packed where arrays of this kind have that."""
     everywhere = dict.fromkeys(("numpy", "cupy"))
     monkeypatch.setattr(conv, "DIRECT_GROUP_CHANNELS", dict.fromkeys(everywhere, 1 << 30 if way == "directly" else 0))
@@ -65,6 +65,7 @@ def choose(monkeypatch, way, shape=None, outputs=None, stride=1, padding=0, item
     if "BLAS" in way:  # as on a GPU
         for module in (conv, winograd):
             monkeypatch.setattr(module, "product_for", lambda like: packed_gemm.Blas())
+    monkeypatch.setattr(winograd, "OUTPUTS", (2,) if "2x2" in way else (4,))
     monkeypatch.setattr(winograd, "STRIP_BYTES", 1 if "parts" in way else 1 << 30)
     limit = CHUNKS.get(way, 1 if "parts" in way else 1 << 30)
     if limit is None:

@@ -176,39 +176,52 @@ def test_weight_gradient_of_convolution_in_groups(on_host, rng):
 TILES = 2
 
 
-def test_winograd_input(on_host, rng):
+@pytest.fixture(params=[2, 4])
+def outputs(request):
+    """Of a tile, along a side."""
+    return request.param
+
+
+def test_winograd_input(on_host, rng, outputs):
+    elements, width = (outputs + 2)**2, outputs * TILES + 5
+
     def launch(x, v):
-        winograd.KERNELS.winograd_input[(TILES, 6), 32](x, v, *x.shape[1:3], 16, 16, 1, TILES, 0, v.shape[2])
+        winograd.KERNELS.winograd_input[(TILES, 6), 32](x, v, outputs, *x.shape[1:3], 16, 16, 1, TILES, 0, v.shape[2])
 
-    for far in ({"x": (6, 4, FAR, 16)}, {"v": (16, 6, 2**25)}):
-        assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, 16)}, {"v": (16, 6, TILES * 16)}, far)
+    for far in ({"x": (6, 4, FAR, 16)}, {"v": (elements, 6, 2**29 // elements)}):
+        assert_same_when_spread(launch, {"x": values(rng, 6, 4, width, 16)}, {"v": (elements, 6, TILES * 16)}, far)
 
 
-def test_winograd_output(on_host, rng):
-    m = values(rng, 16, 4, TILES * 16)
+def test_winograd_output(on_host, rng, outputs):
+    m = values(rng, (outputs + 2)**2, 4, TILES * 16)
     assert_same_when_spread(
-        lambda y: winograd.KERNELS.winograd_output[(TILES, 4), 32](m, y, None, None, *y.shape[1:], 16, TILES, 0),
-        {}, {"y": (4, 2, 2 * TILES, 16)}, {"y": (4, 2, FAR, 16)})
+        lambda y: winograd.KERNELS.winograd_output[(TILES, 4), 32](m, y, None, None, outputs, *y.shape[1:], 16, TILES, 0),
+        {}, {"y": (4, 2, outputs * TILES, 16)}, {"y": (4, 2, FAR, 16)})
 
 
-def test_winograd_output_gradient(on_host, rng):
+def test_winograd_output_gradient(on_host, rng, outputs):
+    elements = (outputs + 2)**2
+
     def launch(dy, e):
-        winograd.KERNELS.winograd_output_gradient[(TILES, 4), 32](dy, e, *dy.shape[1:], 16, TILES, 0, e.shape[2])
+        winograd.KERNELS.winograd_output_gradient[(TILES, 4), 32](dy, e, outputs, *dy.shape[1:], 16, TILES, 0, e.shape[2])
 
-    for far in ({"dy": (4, 2, FAR, 16)}, {"e": (16, 4, 2**26)}):
-        assert_same_when_spread(launch, {"dy": values(rng, 4, 2, 2 * TILES, 16)}, {"e": (16, 4, TILES * 16)}, far)
+    for far in ({"dy": (4, 2, FAR, 16)}, {"e": (elements, 4, 2**30 // elements)}):
+        assert_same_when_spread(launch, {"dy": values(rng, 4, 2, outputs * TILES, 16)}, {"e": (elements, 4, TILES * 16)}, far)
 
 
-def test_winograd_in_one_pass(on_host, rng):
+def test_winograd_in_one_pass(on_host, rng, outputs):
     """Where it writes y is what winograd_output asks, too."""
     rows = packed_gemm.product_for(np.zeros(1, np.float32)).tile_rows(2)
-    u = values(rng, 16, 2, -(-2 // rows), 3, rows)
-    v, m = np.empty((1, 2, 16, 3, 16), np.float32), np.empty((1, 16, rows, 16), np.float32)
+    elements, element = (outputs + 2)**2, 2 * -(-2 // rows) * 3 * rows
+    u = values(rng, elements * element)
+    v, m = (np.empty(2 * elements * winograd._apart(channels * 16), np.float32) for channels in (3, rows))
 
     def launch(x, y):
-        winograd.KERNELS.winograd_conv[1, 32](x, u, v, m, y, None, None, 2, 3, 2, *x.shape[1:3], *y.shape[1:], 1, 2, 16)
+        winograd.KERNELS.winograd_conv[1, 32](x, u, element, v, m, y, None, None, outputs, 2, 3, 2, *x.shape[1:3], *y.shape[1:], 1,
+                                              2, 16)
 
-    assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, 16)}, {"y": (4, 2, 4, 16)}, {"x": (6, 4, FAR, 16)})
+    assert_same_when_spread(launch, {"x": values(rng, 6, 4, 2 * outputs + 5, 16)}, {"y": (4, 2, 2 * outputs, 16)},
+                            {"x": (6, 4, FAR, 16)})
 
 
 def test_packed_products(on_host, rng):

@@ -149,8 +149,8 @@ def rounding_for_tensor_cores(target, rng):
     test_conv_tensor_core.test_factors_are_rounded_to_tf32(target, rng)
 
 
-def by_winograd(number):
-    return convolution(number, "by Winograd")
+def by_winograd(number, how=""):
+    return convolution(number, "by Winograd" + (f", {how} at a time" if how else ""))
 
 
 def pool(op, number):
@@ -298,12 +298,20 @@ BUGS = [
         convolution(0, "one pixel at a time"), on_cpu=True),
     Bug("packed products: all chunks in the first columns", "packed_gemm.cu", "y_step + y_begin + panel", "y_step + panel",
         convolution(0, "one pixel at a time"), on_cpu=True),
-    Bug("Winograd: window of the adjoint not turned", "winograd.cu", "adjoint ? 8 - x : x", "x", by_winograd(0)),
+    Bug("Winograd: window of the adjoint not turned", "winograd.cu", "g[adjoint ? 8 - k : k]", "g[k]", by_winograd(0)),
     Bug("Winograd: padding of the adjoint", winograd.backward_x, "2 - padding", "padding", by_winograd(5)),
-    Bug("Winograd: sign in A^T", "winograd.cu", "t[1][j] = a[1] - a[2] - a[3]", "t[1][j] = a[1] - a[2] + a[3]", by_winograd(0)),
-    Bug("Winograd: sign in A", "winograd.cu", "{-c, -d}", "{c, d}", by_winograd(0)),
-    Bug("Winograd: sign in G^T", "winograd.cu", "t[1][x] = (b - c) / 2", "t[1][x] = (c - b) / 2", by_winograd(0)),
-    Bug("Winograd: the last column of y left out", "winograd.cu", "ox + 1 < of_y.width", "ox + 2 < of_y.width", by_winograd(0)),
+    Bug("Winograd: sign in B^T", "winograd.cu", "v[0] = p2 * q2 * d[0] - (p2 + q2) * d[2]", "v[0] = p2 * q2 * d[0] + (p2 + q2) * d[2]",
+        by_winograd(0)),
+    Bug("Winograd: sign in A^T", "winograd.cu", "q2 * q * odd_q + m[5]", "q2 * q * odd_q - m[5]", by_winograd(0)),
+    Bug("Winograd: sign in A", "winograd.cu", "e[5] = dy[3]", "e[5] = -dy[3]", by_winograd(0)),
+    Bug("Winograd: sign in G^T", "winograd.cu", "dg[1] = odd_p + odd_q", "dg[1] = odd_p - odd_q", by_winograd(0)),
+    Bug("Winograd: two points exchanged in G", "winograd.cu", "u[3] = even_q + odd_q", "u[3] = even_q - odd_q", by_winograd(0)),
+    Bug("Winograd, 2x2: sign in A^T", "winograd.cu", "y[1] = m[1] - m[2] - m[3]", "y[1] = m[1] - m[2] + m[3]", by_winograd(0, "2x2")),
+    Bug("Winograd, 2x2: sign in A", "winograd.cu", "e[3] = -dy[1]", "e[3] = dy[1]", by_winograd(0, "2x2")),
+    Bug("Winograd, 2x2: sign in G^T", "winograd.cu", "dg[1] = (du[1] - du[2]) / 2", "dg[1] = (du[2] - du[1]) / 2",
+        by_winograd(0, "2x2")),
+    Bug("Winograd: the last column of y left out", "winograd.cu", "of_y.width - ox < OUTPUTS ? of_y.width - ox :",
+        "of_y.width - ox < OUTPUTS ? of_y.width - ox - 1 :", by_winograd(5)),
     Bug("Winograd: only the first part of a batch", "winograd.cu", "g.of_x.channel() + n;", "g.of_x.channel();", by_winograd(5),
         on_cpu=True),
     Bug("Winograd: groups of the weights mixed up", "winograd.cu", "u + group * u_group", "u", by_winograd(0), on_cpu=True),

@@ -34,6 +34,16 @@
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 
+// In a loop: what depends on this value is computed there, each time. Else compilers compute all of it before the loop, for
+// which some GPUs have not registers enough.
+#ifdef __CUDACC_RTC__
+__device__ __forceinline__ void compute_in_loop(int& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void compute_in_loop(long long& value) { asm volatile("" : "+l"(value)); }
+#else
+template <class T>
+__device__ __forceinline__ void compute_in_loop(T&) {}
+#endif
+
 typedef REAL real;
 typedef ACC acc;
 
