@@ -186,7 +186,8 @@ def test_winograd_input(on_host, rng, outputs):
     elements, width = (outputs + 2)**2, outputs * TILES + 5
 
     def launch(x, v):
-        winograd.KERNELS.winograd_input[(TILES, 6), 32](x, v, outputs, *x.shape[1:3], 16, 16, 1, TILES, 0, v.shape[2])
+        winograd.KERNELS.winograd_input[(TILES, 6), 32](x, v, outputs, *x.shape[1:3], 16, 16, 1, TILES, 0, 6, v.shape[2],
+                                                    v[0].size)
 
     for far in ({"x": (6, 4, FAR, 16)}, {"v": (elements, 6, 2**29 // elements)}):
         assert_same_when_spread(launch, {"x": values(rng, 6, 4, width, 16)}, {"v": (elements, 6, TILES * 16)}, far)
@@ -203,7 +204,8 @@ def test_winograd_output_gradient(on_host, rng, outputs):
     elements = (outputs + 2)**2
 
     def launch(dy, e):
-        winograd.KERNELS.winograd_output_gradient[(TILES, 4), 32](dy, e, outputs, *dy.shape[1:], 16, TILES, 0, e.shape[2])
+        winograd.KERNELS.winograd_output_gradient[(TILES, 4), 32](dy, e, outputs, *dy.shape[1:], 16, TILES, 0, 4, e.shape[2],
+                                                              e[0].size)
 
     for far in ({"dy": (4, 2, FAR, 16)}, {"e": (elements, 4, 2**30 // elements)}):
         assert_same_when_spread(launch, {"dy": values(rng, 4, 2, outputs * TILES, 16)}, {"e": (elements, 4, TILES * 16)}, far)
@@ -211,10 +213,11 @@ def test_winograd_output_gradient(on_host, rng, outputs):
 
 def test_winograd_in_one_pass(on_host, rng, outputs):
     """Where it writes y is what winograd_output asks, too."""
-    rows = packed_gemm.product_for(np.zeros(1, np.float32)).tile_rows(2)
+    product = packed_gemm.product_for(np.zeros(1, np.float32))
+    rows = product.tile_rows(2)
     elements, element = (outputs + 2)**2, 2 * -(-2 // rows) * 3 * rows
     u = values(rng, elements * element)
-    v, m = (np.empty(2 * elements * winograd._apart(channels * 16), np.float32) for channels in (3, rows))
+    v, m = (np.empty(2 * elements * product.apart(channels * 16), np.float32) for channels in (3, rows))
 
     def launch(x, y):
         winograd.KERNELS.winograd_conv[1, 32](x, u, element, v, m, y, None, None, outputs, 2, 3, 2, *x.shape[1:3], *y.shape[1:], 1,
@@ -235,7 +238,7 @@ def test_packed_products(on_host, rng):
 def test_packed_products_of_rows(on_host, rng):
     product = packed_gemm.product_for(np.zeros(1, np.float32))
     assert_same_when_spread(
-        lambda dy, cols, dw: product.multiply_rows(dy, cols, dw, 33, False),
+        lambda dy, cols, dw: product.multiply_rows(dy, cols, dw, dy.shape[2], 33, False),
         {"dy": values(rng, 2, 10, 33), "cols": values(rng, 2, 7, 33)}, {"dw": (2, 10, 7)},
         {"dy": (2, 10, FAR), "cols": (2, 7, FAR)})
 

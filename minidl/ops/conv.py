@@ -19,17 +19,17 @@ from minidl.ops.window import output_size, threads_of_row
 
 KERNELS = Kernels("conv.cu")
 
-# Who computes, per array module; cupy's limits are guesses. Measured on a core of Zen 4 with AVX-512, 3x3, 32x32 pixels, batch
-# 32, GFLOP/s of the definition (forward, dweight, dx):
-#   channels             winograd.py      im2col        group_conv.py
-#   8 -> 8               54, 22, 80       18, 25, 39
-#   16 -> 64             138, 88, 125     71, 67, 65
-#   32 -> 32             127, 93, 123     69, 63, 75
-#   16 of 2 groups       97, 70, 92       56, 52, 65    92, 73, 93
-#   24 of 2 groups       126, 97, 139     72, 66, 76    103, 75, 79
-#   48 of 2 groups       163, 126, 170    85, 74, 84    89, 75, 82
-WINOGRAD_CHANNELS = {"numpy": 8, "cupy": 16}         # at least so many, in and out, without groups
-WINOGRAD_GROUP_CHANNELS = {"numpy": 24, "cupy": 32}  # and of each group
+# Who computes, per array module; cupy's limits are guesses. Measured on two cores of Zen 5 with AVX-512, 3x3, 32x32 pixels,
+# batch 32, GFLOP/s of the definition (forward, dweight, dx):
+#   channels             winograd.py      im2col           group_conv.py
+#   4 -> 4               74, 75, 87       53, 53, 61
+#   8 -> 8               234, 200, 238    162, 111, 160
+#   16 -> 16             516, 444, 435    257, 189, 240
+#   8 of 4 groups        203, 232, 131                     248, 265, 213
+#   12 of 2 groups       334, 362, 226                     260, 279, 237
+#   24 of 2 groups       432, 466, 380                     268, 273, 224
+WINOGRAD_CHANNELS = {"numpy": 4, "cupy": 16}         # at least so many, in and out, without groups
+WINOGRAD_GROUP_CHANNELS = {"numpy": 12, "cupy": 32}  # and of each group
 DIRECT_GROUP_CHANNELS = {"numpy": 50, "cupy": 16}    # of a group at most so many, in and out, for group_conv.py
 STRETCH = {"numpy": 512, "cupy": 32}  # pixels of a row of cols that one block of im2col copies: long runs are read fastest
 DW_COLUMNS = 512  # of cols, at least, that one sum for dweight takes: each sum costs a pass over dweight
@@ -39,8 +39,9 @@ def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int =
             groups: int = 1, out: Array | None = None, plus: Array | None = None) -> Array:
     """x (C, H, W, N), weight (O, C/groups, kh, kw), bias (O) -> y (O, H', W', N), written to `out` if given.
 
-    plus (O, H', W', N): another array that is added, or None; it may be `out`. H' = floor((H + 2 * padding - kh) / stride) + 1, W' alike. Raises ValueError for shapes that do not fit, groups
-    that do not divide the channels, and a window larger than the padded image.
+    H' = floor((H + 2 * padding - kh) / stride) + 1, W' alike. plus (O, H', W', N): another array that is added, or None; it may
+    be `out`. Raises ValueError for shapes that do not fit, groups that do not divide the channels, and a window larger than the
+    padded image.
     """
     g = _Geometry(x, weight, stride, padding, groups)
     y = _result("out", out, g.out_shape, x)
@@ -58,9 +59,9 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     """dy (O, H', W', N), x and weight as in `forward` -> dx (C, H, W, N), or None without `input_gradient`.
 
     The result is written to `dx` if given, which may not be dy: that is read until the end. plus (C, H, W, N): another array
-    that is added to it, or None; it may be `dx`. Overwrites dweight (O, C/groups,
-    kh, kw) and dbias (O), of the type of accumulation: float32 where the others are 16 bits wide. Raises ValueError as
-    `forward`, and where the shape of dy, dweight or dbias does not fit.
+    that is added to it, or None; it may be `dx`. Overwrites dweight (O, C/groups, kh, kw) and dbias (O), of the type of
+    accumulation: float32 where the others are 16 bits wide. Raises ValueError as `forward`, and where the shape of dy, dweight
+    or dbias does not fit.
     """
     g = _Geometry(x, weight, stride, padding, groups)
     if dy.shape != g.out_shape or dweight.shape != weight.shape:
@@ -148,7 +149,7 @@ def _weight_gradient(dy: Array, x: Array, weight: Array, dweight: Array, dx: Arr
         columns = (end - begin) * g.batch
         dy_rows, cols = _unfold(dy, of_dy, begin, end, product), _unfold(x, g, begin, end, product)
         # (G, O/G, K) += (G, O/G, P) @ (G, P, K)
-        product.multiply_rows(dy_rows, cols, g.weight_matrix(dweight), columns, begin > 0)
+        product.multiply_rows(dy_rows, cols, g.weight_matrix(dweight), cols.shape[-1], columns, begin > 0)
         if dx is not None:
             # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
             product.multiply(adjoint, dy_rows, dx_matrix, begin * g.batch, columns, None, plus_matrix)

@@ -221,6 +221,11 @@ __device__ __forceinline__ void store(Stored* target, lanes value, int) {
     *target = Stored(value);
 }
 
+template <class Stored>
+__device__ __forceinline__ void store_past_caches(Stored* target, lanes value) {
+    *target = Stored(value);
+}
+
 template <bool WHOLE, class Stored>
 __device__ __forceinline__ integers load_integers(const Stored* source, int) {
     return *source;

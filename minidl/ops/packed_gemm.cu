@@ -124,11 +124,13 @@ __device__ __forceinline__ int row_of_block(int m, int blocks, int block) {
     return row < m ? row : m;
 }
 
-// dy (B, M, step), cols (B, K, step), of which the first `columns` count; dw (B, M, K) is added to or overwritten.
+// dy (B, M, step), cols (B, K, step), of which the first `columns` count, matrices so far apart; dw (B, M, K) is added to or
+// overwritten.
 // Grid: B x blocks of DW_BLOCK rows x strips of K, of `strip` tiles. They are summed a segment of columns at a time, so that
 // the rows of dy are in the second cache for all tiles but the first.
 extern "C" __global__ void gemm_rows(const real* __restrict__ dy, const real* __restrict__ cols, acc* __restrict__ dw, int m,
-                                     int k, int columns, long long step, int accumulate, int strip) {
+                                     int k, int columns, long long step, long long dy_matrix, long long cols_matrix,
+                                     int accumulate, int strip) {
     const int tiles = (k + DW_COLUMNS - 1) / DW_COLUMNS, strips = (tiles + strip - 1) / strip;
     const int first_tile = blockIdx.x % strips * strip, end_tile = tiles - first_tile < strip ? tiles : first_tile + strip;
     const int blocks = (m + DW_BLOCK - 1) / DW_BLOCK, block = blockIdx.x / strips % blocks;
@@ -137,7 +139,7 @@ extern "C" __global__ void gemm_rows(const real* __restrict__ dy, const real* __
     acc* out = dw + matrix * m * k;
     for (int column = 0; column < columns; column += SEGMENT) {
         const int count = columns - column < SEGMENT ? columns - column : SEGMENT, adds = accumulate || column > 0;
-        const real *dy_rows = dy + matrix * m * step + column, *cols_rows = cols + matrix * k * step + column;
+        const real *dy_rows = dy + matrix * dy_matrix + column, *cols_rows = cols + matrix * cols_matrix + column;
         for (int tile = first_tile; tile < end_tile; ++tile) {
             const int first = tile * DW_COLUMNS;
             if (whole_lanes(count)) sum_rows<true>(dy_rows, cols_rows, out, begin, end, k, first, count, step, adds);

@@ -4,7 +4,7 @@
     w = product.pack(weight)                        # (B, M, K) -> (B, tiles, K, rows)
     cols = empty((B, K, product.step(P)))           # P columns, written by whoever unfolds x
     product.multiply(w, cols, y, begin, P)          # y (B, M, all columns), from column `begin` on; or with bias and plus
-    product.multiply_rows(dy, cols, dw, P, False)   # dw (B, M, K) = dy (B, M, step) @ cols^T
+    product.multiply_rows(dy, cols, dw, step, P, False)   # dw (B, M, K) = dy (B, M, step) @ cols^T
 
 To BLAS a matrix is one tile. Formulas, and what the packing is good for: packed_gemm.cu.
 """
@@ -25,6 +25,7 @@ KERNELS = Kernels("packed_gemm.cu")
 THREADS = 32  # of a block, where these kernels run on threads at all
 STRIP = 16  # tiles of a row of dw, at most, that are summed beside the same rows of dy
 SHARES = 6  # of a product for each core, at least, where it has so many blocks: they are dealt out evenly
+LINE = 16  # numbers, of a cache line
 CACHE_WAY = 4096  # bytes: addresses a multiple of this apart meet in the same set of the first cache; `step` avoids that
 
 
@@ -57,9 +58,15 @@ class Blas:
         if bias is not None:
             bias_op.add(y.reshape(len(bias), -1), bias, slice(begin, begin + columns))
 
-    def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
-        """dy (B, M, step), cols (B, K, step), of which `columns` count: overwrites dw (B, M, K), or adds to it."""
-        blas.gemm(dy, cols.transpose(0, 2, 1), dw, beta=float(accumulate))
+    def apart(self, size: int) -> int:
+        """How far apart arrays of so many numbers begin, to which a loop writes in turn."""
+        return size
+
+    def multiply_rows(self, dy: Array, cols: Array, dw: Array, step: int, columns: int, accumulate: bool) -> None:
+        """dy (B, M * step), cols (B, K * step), or longer rows; of each step, `columns` count: overwrites dw (B, M, K), or adds
+        to it."""
+        matrices = len(dw)
+        blas.gemm(dy.reshape(matrices, -1, step), cols.reshape(matrices, -1, step).transpose(0, 2, 1), dw, beta=float(accumulate))
 
 
 class Packed:
@@ -101,12 +108,15 @@ class Packed:
         parts = min(w.shape[1], -(-SHARES * workers(y) // panels))
         KERNELS.gemm_panels[panels * parts, THREADS](w, cols, y, bias, plus, m, k, columns, step, begin, y_step, parts)
 
-    def multiply_rows(self, dy: Array, cols: Array, dw: Array, columns: int, accumulate: bool) -> None:
+    def apart(self, size: int) -> int:
+        return (-(-size // LINE) | 1) * LINE  # an odd number of cache lines: in different sets of a cache
+
+    def multiply_rows(self, dy: Array, cols: Array, dw: Array, step: int, columns: int, accumulate: bool) -> None:
         matrices, m, k = dw.shape
         blocks, tiles = matrices * -(-m // self._dw_block), -(-k // self._dw_columns)
         strip = max(1, min(STRIP, blocks * tiles // (SHARES * workers(dy))))
         KERNELS.gemm_rows[blocks * -(-tiles // strip), THREADS](
-            dy, cols, dw, m, k, columns, dy.shape[-1], int(accumulate), strip)
+            dy, cols, dw, m, k, columns, step, dy.size // matrices, cols.size // matrices, int(accumulate), strip)
 
 
 _BLAS = Blas()

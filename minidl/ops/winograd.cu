@@ -164,24 +164,37 @@ __device__ __forceinline__ void transform_input(const real* __restrict__ x, real
     }
 }
 
+// V and E: matrices of `rows` rows, of the channels of a group, which lie `step` apart; matrices lie `matrix` apart, those of all
+// groups after each other for each element.
+struct Stack {
+    int rows, step;
+    long long matrix;
+
+    __device__ long long channel(int c) const { return c / rows * matrix + (long long)(c % rows) * step; }
+    __device__ long long element(int channels) const { return channels / rows * matrix; }
+};
+
 template <int OUTPUTS>
 __device__ __forceinline__ void transform_inputs(const real* __restrict__ x, real* __restrict__ v, Images of_x, int padded,
-                                                 int padding, int tiles_x, int tile_begin, int step) {
+                                                 int padding, int tiles_x, int tile_begin, const Stack& of_v) {
     const int c = blockIdx.y, tile = tile_begin + blockIdx.x, batch = of_x.batch;
     const int top = tile / tiles_x * OUTPUTS - padding, left = tile % tiles_x * OUTPUTS - padding;
     const real* channel = x + c * of_x.channel();
-    real* out = v + (long long)c * step + (long long)blockIdx.x * padded;
-    const long long element = (long long)gridDim.y * step;
+    real* out = v + of_v.channel(c) + (long long)blockIdx.x * padded;
+    const long long element = of_v.element(gridDim.y);
     if (whole_lanes(batch)) transform_input<OUTPUTS, true>(channel, out, element, of_x, batch, padded, top, left);
     else transform_input<OUTPUTS, false>(channel, out, element, of_x, batch, padded, top, left);
 }
 
-// v (elements, C, step), of those tiles of x; step >= P. Grid: tiles x channels, so that rows of v are written in their order.
+// v (elements, groups, matrix), of those tiles of x; step >= P. Grid: tiles x channels, so that rows of v are written in their
+// order.
 extern "C" __global__ void winograd_input(const real* __restrict__ x, real* __restrict__ v, int outputs, int height, int width,
-                                          int batch, int padded, int padding, int tiles_x, int tile_begin, int step) {
+                                          int batch, int padded, int padding, int tiles_x, int tile_begin, int rows, int step,
+                                          long long matrix) {
     const Images of_x{height, width, batch};
-    if (outputs == 4) transform_inputs<4>(x, v, of_x, padded, padding, tiles_x, tile_begin, step);
-    else transform_inputs<2>(x, v, of_x, padded, padding, tiles_x, tile_begin, step);
+    const Stack of_v{rows, step, matrix};
+    if (outputs == 4) transform_inputs<4>(x, v, of_x, padded, padding, tiles_x, tile_begin, of_v);
+    else transform_inputs<2>(x, v, of_x, padded, padding, tiles_x, tile_begin, of_v);
 }
 
 // ---- M -> y, and dy -> E ----------------------------------------------------------------------------------------------
@@ -275,20 +288,22 @@ __device__ __forceinline__ void transform_gradient(const real* __restrict__ dy, 
 
 template <int OUTPUTS>
 __device__ __forceinline__ void transform_gradients(const real* __restrict__ dy, real* __restrict__ e, Images of_y, int padded,
-                                                    int tiles_x, int tile_begin, int step) {
+                                                    int tiles_x, int tile_begin, const Stack& of_e) {
     const Outputs tile = outputs_of_tile<OUTPUTS>(blockIdx.y, tile_begin + blockIdx.x, of_y, tiles_x);
-    real* out = e + (long long)blockIdx.y * step + (long long)blockIdx.x * padded;
-    const long long element = (long long)gridDim.y * step;
+    real* out = e + of_e.channel(blockIdx.y) + (long long)blockIdx.x * padded;
+    const long long element = of_e.element(gridDim.y);
     if (whole_lanes(of_y.batch)) transform_gradient<OUTPUTS, true>(dy, out, tile, of_y, padded, element);
     else transform_gradient<OUTPUTS, false>(dy, out, tile, of_y, padded, element);
 }
 
-// e (elements, O, step), of those tiles of dy; step >= P. Grid: tiles x outputs.
+// e (elements, groups, matrix), of those tiles of dy; step >= P. Grid: tiles x outputs.
 extern "C" __global__ void winograd_output_gradient(const real* __restrict__ dy, real* __restrict__ e, int outputs, int height,
-                                                    int width, int batch, int padded, int tiles_x, int tile_begin, int step) {
+                                                    int width, int batch, int padded, int tiles_x, int tile_begin, int rows,
+                                                    int step, long long matrix) {
     const Images of_y{height, width, batch};
-    if (outputs == 4) transform_gradients<4>(dy, e, of_y, padded, tiles_x, tile_begin, step);
-    else transform_gradients<2>(dy, e, of_y, padded, tiles_x, tile_begin, step);
+    const Stack of_e{rows, step, matrix};
+    if (outputs == 4) transform_gradients<4>(dy, e, of_y, padded, tiles_x, tile_begin, of_e);
+    else transform_gradients<2>(dy, e, of_y, padded, tiles_x, tile_begin, of_e);
 }
 
 // ---- x -> V -> M -> y -------------------------------------------------------------------------------------------------
@@ -421,7 +436,9 @@ __device__ __forceinline__ void transform_weights(acc* u, long long element, int
     UNROLL for (int i = 0; i < TILE; ++i) {
         lanes row[TILE];
         Winograd<OUTPUTS>::weight(t[i], row);
-        UNROLL for (int j = 0; j < TILE; ++j, u += element) store<false>(u + first, row[j], pairs - first);
+        UNROLL for (int j = 0; j < TILE; ++j, u += element)
+            if (pairs - first >= LANES) store_past_caches(u + first, row[j]);  // U is larger than what it would displace
+            else store<false>(u + first, row[j], pairs - first);
     }
 }
 

@@ -18,7 +18,6 @@ KERNELS = Kernels("winograd.cu")
 OUTPUTS = (4, 2)        # of a tile, along a side: whichever multiplies less
 DW_COLUMNS = 256        # of V, at least, that one sum for dU takes: each sum costs a pass over dU
 WEIGHT_PAIRS = 512      # of a source and a result, about as many windows of which a block transforms
-LINE = 16               # numbers, of a cache line
 STRIP_BYTES = 512 << 10  # of V and M in a step of a block on the CPU, which has one tile at least
 
 
@@ -38,11 +37,11 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
     du = empty((g.elements * groups, len(dy) // groups, len(x) // groups), dweight.dtype, like=dweight)
     for begin, end in g.split(fewest=-(-DW_COLUMNS // g.padded)):
         columns = (end - begin) * g.padded
-        v = g.transform_input(x, begin, end)
-        e = empty((g.elements * groups, len(dy) // groups, v.shape[2]), dy.dtype, like=dy)
+        v, step = g.transform_input(x, begin, end)
+        e, rows = g.stack(len(dy), step)
         KERNELS.winograd_output_gradient[(end - begin, len(dy)), threads_along(g.batch)](
-            dy, e, g.outputs, *dy.shape[1:], g.padded, g.tiles_x, begin, v.shape[2])
-        g.product.multiply_rows(e, v, du, columns, begin > 0)
+            dy, e, g.outputs, *dy.shape[1:], g.padded, g.tiles_x, begin, rows, step, e.shape[1])
+        g.product.multiply_rows(e, v, du, step, columns, begin > 0)
         del e, v  # their memory, in the cache still, is that of the next
     windows = dweight.size // 9
     KERNELS.winograd_weight_gradient[blocks_for(windows, 512), 128](du, dweight, g.outputs, windows)
@@ -72,7 +71,8 @@ def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array
     for begin, end in g.split():
         columns = (end - begin) * g.padded
         m = empty((g.elements * groups, len(y) // groups, columns), y.dtype, like=y)
-        g.product.multiply(u.reshape(g.elements * groups, 1, -1, len(y) // groups), g.transform_input(x, begin, end), m, 0, columns)
+        v, step = g.transform_input(x, begin, end)
+        g.product.multiply(u.reshape(len(v), 1, -1, len(y) // groups), v.reshape(len(v), -1, step), m, 0, columns)
         KERNELS.winograd_output[(end - begin, len(y)), threads_along(g.batch)](
             m, y, bias, plus, g.outputs, *y.shape[1:], g.padded, g.tiles_x, begin)
 
@@ -81,17 +81,12 @@ def _parts(x: Array, y: Array, g: _Geometry, product: Packed) -> tuple[Any, ...]
     """For winograd_conv: tiles and images of a step, and the shapes of V and M (blocks, tiles, elements, ...)."""
     images, rows = product.images(g.batch), product.tile_rows(len(y) // g.groups)
     sources, results = len(x) // g.groups, -(-len(y) // g.groups // rows) * rows
-    sizes = [_apart(channels * images) for channels in (sources, results)]
+    sizes = [product.apart(channels * images) for channels in (sources, results)]
     tile_bytes = g.elements * sum(sizes) * x.itemsize
     strip = max(1, min(g.tiles_x, STRIP_BYTES // tile_bytes))
     steps = g.groups * g.tiles // g.tiles_x * -(-g.tiles_x // strip) * -(-g.batch // images)
     blocks = max(1, min(steps, chunks.fitting(strip * tile_bytes, x)))
     return strip, images, *((blocks, strip, g.elements, size) for size in sizes)
-
-
-def _apart(size: int) -> int:
-    """How far apart elements of so many numbers begin, on the CPU: `apart` of winograd.cu."""
-    return (-(-size // LINE) | 1) * LINE
 
 
 class _Geometry:
@@ -113,14 +108,19 @@ class _Geometry:
         """Ranges of tiles, of at least `fewest`, that are computed one after another."""
         return chunks.split(self.tiles, self.tile_bytes, self._like, fewest)
 
-    def transform_input(self, x: Array, begin: int, end: int) -> Array:
-        """V (elements * groups, C/groups, step) of the tiles begin .. end-1 of x."""
+    def stack(self, channels: int, step: int) -> tuple[Array, int]:
+        """A new array (elements * groups, matrix) for V or E of so many channels, and the rows of a matrix, `step` apart."""
+        rows = channels // self.groups
+        return empty((self.elements * self.groups, self.product.apart(rows * step)), self._like.dtype, like=self._like), rows
+
+    def transform_input(self, x: Array, begin: int, end: int) -> tuple[Array, int]:
+        """V of the tiles begin .. end-1 of x, as in `stack`, and how far apart its rows begin."""
         channels, height, width, batch = x.shape
         step = self.product.step((end - begin) * self.padded)
-        v = empty((self.elements * self.groups, channels // self.groups, step), x.dtype, like=x)
+        v, rows = self.stack(channels, step)
         KERNELS.winograd_input[(end - begin, channels), threads_along(batch)](
-            x, v, self.outputs, height, width, batch, self.padded, self.padding, self.tiles_x, begin, step)
-        return v
+            x, v, self.outputs, height, width, batch, self.padded, self.padding, self.tiles_x, begin, rows, step, v.shape[1])
+        return v, step
 
 
 def _transform_weight(weight: Array, g: _Geometry, adjoint: bool) -> tuple[Array, int]:
@@ -130,9 +130,7 @@ def _transform_weight(weight: Array, g: _Geometry, adjoint: bool) -> tuple[Array
         sources, results = results, sources
     rows = g.product.tile_rows(results)
     tiles, parts = -(-results // rows), -(-sources * rows // WEIGHT_PAIRS)
-    element = g.groups * tiles * sources * rows
-    if g.product.packs:
-        element = _apart(element)
+    element = g.product.apart(g.groups * tiles * sources * rows)
     u = empty((g.elements * element,), acc_dtype(weight.dtype), like=weight)
     KERNELS.winograd_weight[g.groups * tiles * parts, 128](
         weight, u, element, g.outputs, g.groups, results, sources, rows, int(adjoint))
