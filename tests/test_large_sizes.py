@@ -217,11 +217,12 @@ def test_winograd_in_one_pass(on_host, rng, outputs):
     rows = product.tile_rows(2)
     elements, element = (outputs + 2)**2, 2 * -(-2 // rows) * 3 * rows
     u = values(rng, elements * element)
-    v, m = (np.empty(2 * elements * product.apart(channels * 16), np.float32) for channels in (3, rows))
+    rooms = [product.apart(channels * 16) for channels in (3, rows)]
+    v, m = (np.empty(2 * elements * room, np.float32) for room in rooms)
 
     def launch(x, y):
         winograd.KERNELS.winograd_conv[1, 32](x, u, element, v, m, y, None, None, outputs, 2, 3, 2, *x.shape[1:3], *y.shape[1:], 1,
-                                              2, 16)
+                                              2, 16, *rooms)
 
     assert_same_when_spread(launch, {"x": values(rng, 6, 4, 2 * outputs + 5, 16)}, {"y": (4, 2, 2 * outputs, 16)},
                             {"x": (6, 4, FAR, 16)})

@@ -355,10 +355,10 @@ extern "C" __global__ void bn_backward(const real* __restrict__ x, const real* _
 }
 
 extern "C" __global__ void bn_backward_relu(const real* __restrict__ x, const real* __restrict__ dy,
-                                            OPTIONAL const real* __restrict__ plus, const acc* __restrict__ mean, const acc* __restrict__ rstd,
-                                            const acc* __restrict__ gamma, const acc* __restrict__ beta,
-                                            acc* __restrict__ dgamma, acc* __restrict__ dbeta, real* __restrict__ dx,
-                                            int channels, int group, int row, int tile, acc inverse_m) {
+                                            OPTIONAL const real* __restrict__ plus, const acc* __restrict__ mean,
+                                            const acc* __restrict__ rstd, const acc* __restrict__ gamma,
+                                            const acc* __restrict__ beta, acc* __restrict__ dgamma, acc* __restrict__ dbeta,
+                                            real* __restrict__ dx, int channels, int group, int row, int tile, acc inverse_m) {
     backward<FROM_X>(x, dy, dy, plus, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, channels, group, row, tile, inverse_m);
 }
 

@@ -308,12 +308,6 @@ extern "C" __global__ void winograd_output_gradient(const real* __restrict__ dy,
 
 // ---- x -> V -> M -> y -------------------------------------------------------------------------------------------------
 
-#define LINE 16  // numbers, of a cache line
-
-// How far apart the elements of a tile begin that have so many numbers: an odd number of cache lines, so that all of them lie in
-// different sets of a cache.
-__device__ __forceinline__ int apart(int size) { return ((size + LINE - 1) / LINE | 1) * LINE; }
-
 // One element of M of a tile: m (row_tiles * ROWS, COUNT vectors), of u (row_tiles, C, ROWS) and v (C, COUNT vectors).
 template <int COUNT>
 __device__ __forceinline__ void multiply_element(const acc* __restrict__ u, const real* __restrict__ v, int depth, int row_tiles,
@@ -330,10 +324,10 @@ __device__ __forceinline__ void multiply_element(const acc* __restrict__ u, cons
     }
 }
 
-struct Group {  // of channels
+struct Group {  // of channels; of one element, V and M of a tile have room for so many numbers
     int sources, results;
     Images of_x, of_y;
-    int padding, tiles_x;
+    int padding, tiles_x, v_element, m_element;
 };
 
 // `count` tiles of one row, from (ty, tx) on, with `images` images. y, and its first_channel, begin with those of the group.
@@ -344,29 +338,28 @@ __device__ __forceinline__ void convolve_tiles(const real* __restrict__ x, const
                                                int images) {
     const int elements = Winograd<OUTPUTS>::TILE * Winograd<OUTPUTS>::TILE, row_tiles = (g.results + ROWS - 1) / ROWS;
     const int vectors = (images + VECTOR_COLUMNS - 1) / VECTOR_COLUMNS, padded = vectors * VECTOR_COLUMNS;
-    const int v_element = apart(g.sources * padded), m_element = apart(row_tiles * ROWS * padded);
     for (int i = 0; i < g.sources * count; ++i) {
         const int c = i / count, t = i % count;
-        transform_input<OUTPUTS, WHOLE>(x + c * g.of_x.channel(), v + (long long)t * elements * v_element + c * padded, v_element,
+        transform_input<OUTPUTS, WHOLE>(x + c * g.of_x.channel(), v + (long long)t * elements * g.v_element + c * padded, g.v_element,
                                         g.of_x, images, padded, ty * OUTPUTS - g.padding, (tx + t) * OUTPUTS - g.padding);
     }
     __syncthreads();
     for (int e = 0; e < elements; ++e)
         for (int t = 0; t < count; ++t) {
             const acc* its_u = u + e * u_element;
-            const real* its_v = v + ((long long)t * elements + e) * v_element;
-            acc* its_m = m + ((long long)t * elements + e) * m_element;
+            const real* its_v = v + ((long long)t * elements + e) * g.v_element;
+            acc* its_m = m + ((long long)t * elements + e) * g.m_element;
             if (vectors == 1) multiply_element<1>(its_u, its_v, g.sources, row_tiles, its_m);
             else if (vectors == 2 || VECTORS == 2) multiply_element<2>(its_u, its_v, g.sources, row_tiles, its_m);
             else multiply_element<VECTORS>(its_u, its_v, g.sources, row_tiles, its_m);
         }
     __syncthreads();
-    for (int result = 0; result < g.results; ++result)
-        for (int t = 0; t < count; ++t) {
-            const Outputs tile = outputs_of_tile<OUTPUTS>(result, ty * g.tiles_x + tx + t, g.of_y, g.tiles_x);
-            transform_output<OUTPUTS, WHOLE>(m + (long long)t * elements * m_element + result * padded, m_element, epilogue,
-                                             epilogue.bias_of(first_channel + result), y, tile, g.of_y, images, padded);
-        }
+    for (int i = 0; i < g.results * count; ++i) {
+        const int result = i / count, t = i % count;
+        const Outputs tile = outputs_of_tile<OUTPUTS>(result, ty * g.tiles_x + tx + t, g.of_y, g.tiles_x);
+        transform_output<OUTPUTS, WHOLE>(m + (long long)t * elements * g.m_element + result * padded, g.m_element, epilogue,
+                                         epilogue.bias_of(first_channel + result), y, tile, g.of_y, images, padded);
+    }
     __syncthreads();  // nobody may overwrite v and m before all have read them
 }
 
@@ -378,10 +371,9 @@ __device__ __forceinline__ void convolve(const real* __restrict__ x, const acc* 
     const int tiles_y = (g.of_y.height + OUTPUTS - 1) / OUTPUTS;
     const int strips = (g.tiles_x + strip - 1) / strip, parts = (batch + images - 1) / images;
     const long long steps = (long long)groups * tiles_y * strips * parts;
-    const int padded_results = (g.results + ROWS - 1) / ROWS * ROWS;
-    const long long u_group = (long long)padded_results * g.sources;
-    real* own_v = v + (long long)blockIdx.x * strip * elements * apart(g.sources * images);
-    acc* own_m = m + (long long)blockIdx.x * strip * elements * apart(padded_results * images);
+    const long long u_group = (long long)(g.results + ROWS - 1) / ROWS * ROWS * g.sources;
+    real* own_v = v + (long long)blockIdx.x * strip * elements * g.v_element;
+    acc* own_m = m + (long long)blockIdx.x * strip * elements * g.m_element;
     for (long long s = steps * blockIdx.x / gridDim.x; s < steps * (blockIdx.x + 1) / gridDim.x; ++s) {
         const int n = s % parts * images, tx = s / parts % strips * strip, ty = s / parts / strips % tiles_y;
         const int count = g.tiles_x - tx < strip ? g.tiles_x - tx : strip, present = batch - n < images ? batch - n : images;
@@ -400,16 +392,18 @@ __device__ __forceinline__ void convolve(const real* __restrict__ x, const acc* 
 
 // x -> y, u as winograd_weight writes it, for products on the CPU. A step is up to `strip` tiles of a row of tiles of a group,
 // with up to `images` images, PANEL at most; V and M of it never leave the caches, and of each element V of a tile stays in the
-// first while U passes. Blocks share the steps, each with its own part of v (blocks, strip, elements, apart(C/groups * images))
-// and m, with O/groups in whole tiles of ROWS for C/groups.
+// first while U passes. Blocks share the steps, each with its own part of v (blocks, strip, elements, v_element), which has room
+// for the sources' images, and m (blocks, strip, elements, m_element), for those of the results in whole tiles of ROWS.
 extern "C" __global__ void winograd_conv(const real* __restrict__ x, const acc* __restrict__ u, long long u_element,
                                          real* __restrict__ v, acc* __restrict__ m, real* y,
                                          OPTIONAL const acc* __restrict__ bias, OPTIONAL const real* plus, int outputs,
                                          int groups, int sources, int results, int height, int width, int out_height,
-                                         int out_width, int batch, int padding, int strip, int images) {
+                                         int out_width, int batch, int padding, int strip, int images, int v_element,
+                                         int m_element) {
     const Epilogue epilogue{y, bias, plus};
     const int tiles_x = (out_width + outputs - 1) / outputs;
-    const Group g{sources, results, {height, width, batch}, {out_height, out_width, batch}, padding, tiles_x};
+    const Images of_x{height, width, batch}, of_y{out_height, out_width, batch};
+    const Group g{sources, results, of_x, of_y, padding, tiles_x, v_element, m_element};
     if (outputs == 4) convolve<4>(x, u, u_element, v, m, epilogue, g, groups, strip, images);
     else convolve<2>(x, u, u_element, v, m, epilogue, g, groups, strip, images);
 }
@@ -453,7 +447,8 @@ extern "C" __global__ void winograd_weight(const real* __restrict__ weight, acc*
     const auto window = [=](int pair) -> const real* {
         const long long source = pair / rows, result = tile * rows + pair % rows;
         if (result >= results) return 0;
-        return weight + 9 * (adjoint ? (group * sources + source) * results + result : (group * results + result) * sources + source);
+        const long long transposed = (group * sources + source) * results + result;
+        return weight + 9 * (adjoint ? transposed : (group * results + result) * sources + source);
     };
     acc* its_u = u + (group * tiles + tile) * pairs;
     const int length = (pairs + parts - 1) / parts, begin = part * length, end = pairs - begin < length ? pairs : begin + length;

@@ -1,6 +1,6 @@
-"""Convolution with 3x3 windows and stride 1 by Winograd's F(4x4, 3x3) or F(2x2, 3x3), for ops/conv.py, which checks sizes and chooses.
+"""Convolution with 3x3 windows and stride 1 by Winograd's F(4x4, 3x3) or F(2x2, 3x3), for ops/conv.py.
 
-Formulas: winograd.cu.
+That checks sizes and chooses. Formulas: winograd.cu.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array
         strip, images, *shapes = _parts(x, y, g, g.product)
         v, m = (empty(shape, x.dtype, like=x) for shape in shapes)
         KERNELS.winograd_conv[len(v), THREADS](
-            x, u, element, v, m, y, bias, plus, g.outputs, groups, len(x) // groups, len(y) // groups, *x.shape[1:3], *y.shape[1:], padding, strip,
-            images)
+            x, u, element, v, m, y, bias, plus, g.outputs, groups, len(x) // groups, len(y) // groups, *x.shape[1:3],
+            *y.shape[1:], padding, strip, images, v.shape[3], m.shape[3])
         return
     for begin, end in g.split():
         columns = (end - begin) * g.padded
