@@ -15,7 +15,9 @@ from minidl.ops.packed_gemm import THREADS, Blas, Packed, product_for
 from minidl.ops.window import threads_along
 
 KERNELS = Kernels("winograd.cu")
-OUTPUTS = (4, 2)        # of a tile, along a side: whichever multiplies less
+# Results of a tile, along a side: whichever multiplies less. Of y always 2, which round less than a direct sum: 4 round twice as
+# much, and after some layers a network would be further than 1e-5 from the same one elsewhere.
+OUTPUTS_OF_Y, OUTPUTS_OF_GRADIENTS = (2,), (4, 2)
 DW_COLUMNS = 256        # of V, at least, that one sum for dU takes: each sum costs a pass over dU
 WEIGHT_PAIRS = 512      # of a source and a result, about as many windows of which a block transforms
 STRIP_BYTES = 512 << 10  # of V and M in a step of a block on the CPU, which has one tile at least
@@ -33,7 +35,7 @@ def backward_x(dy: Array, weight: Array, dx: Array, plus: Array | None, *, paddi
 
 def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups: int) -> None:
     """dy (O, H', W', N), x (C, H, W, N): overwrites dweight (O, C/groups, 3, 3), of the type of accumulation."""
-    g = _Geometry(x, dy, padding, groups)
+    g = _Geometry(x, dy, padding, groups, OUTPUTS_OF_GRADIENTS)
     du = empty((g.elements * groups, len(dy) // groups, len(x) // groups), dweight.dtype, like=dweight)
     for begin, end in g.split(fewest=-(-DW_COLUMNS // g.padded)):
         columns = (end - begin) * g.padded
@@ -49,7 +51,7 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
 
 def workspace_bytes(x: Array, y: Array, *, padding: int, groups: int) -> int:
     """Bytes of V and M that `forward` holds at a time. Of x and y, only device, shape and type matter."""
-    g = _Geometry(x, y, padding, groups)
+    g = _Geometry(x, y, padding, groups, OUTPUTS_OF_Y)
     if isinstance(g.product, Packed):
         return sum(math.prod(shape) for shape in _parts(x, y, g, g.product)[2:]) * x.itemsize
     largest = max(end - begin for begin, end in g.split()) * g.padded
@@ -59,7 +61,7 @@ def workspace_bytes(x: Array, y: Array, *, padding: int, groups: int) -> int:
 def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, padding: int, groups: int, *,
               adjoint: bool) -> None:
     """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight; + bias + plus."""
-    g = _Geometry(x, y, padding, groups)
+    g = _Geometry(x, y, padding, groups, OUTPUTS_OF_GRADIENTS if adjoint else OUTPUTS_OF_Y)
     u, element = _transform_weight(weight, g, adjoint)
     if isinstance(g.product, Packed):
         strip, images, *shapes = _parts(x, y, g, g.product)
@@ -94,11 +96,12 @@ class _Geometry:
 
     product: Blas | Packed
 
-    def __init__(self, x: Array, y: Array, padding: int, groups: int) -> None:
+    def __init__(self, x: Array, y: Array, padding: int, groups: int, outputs: tuple[int, ...]) -> None:
+        """outputs: of a tile, along a side, of which one is chosen."""
         self.product = product_for(x)
         self.padding, self.groups, self.batch, self._like = padding, groups, x.shape[3], x
         self.padded = -(-self.batch // self.product.unit) * self.product.unit
-        self.outputs = min(OUTPUTS, key=lambda outputs: _products(outputs, *y.shape[1:3]))
+        self.outputs = min(outputs, key=lambda outputs: _products(outputs, *y.shape[1:3]))
         self.elements = (self.outputs + 2)**2  # of a tile: as many matrix products
         self.tiles_x, tiles_y = (-(-size // self.outputs) for size in (y.shape[2], y.shape[1]))
         self.tiles = self.tiles_x * tiles_y
