@@ -188,7 +188,7 @@ def test_kernels(results, monkeypatch, capsys):
         assert row["teraflops_per_second"] == pytest.approx(row["flops"] / seconds / 1e12)
         if row["bound"] == "memory":
             share = row["gigabytes_per_second"] / row["copy_gigabytes_per_second"]
-            assert row["share_of_ceiling"] == pytest.approx(share) and 0 < row["share_of_copy_alike"] < 10
+            assert row["share_of_ceiling"] == pytest.approx(share) and row["share_of_copy_alike"] > 0
         else:
             assert row["copy_gigabytes_per_second"] is None and row["share_of_copy_alike"] is None
         assert (row["numpy_us"] is None) == (row["kind"] == "convolution") and row["torch_us"] is None
