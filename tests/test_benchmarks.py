@@ -175,7 +175,7 @@ def section(name):
 def test_kernels(results, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     printed = run(monkeypatch, capsys, kernels, "--device", "cpu", "-b", 2, "--networks", "wrn-10-1", "--filter", "32x32",
-                  "--repeats", 1, "--json", results / "kernels-test.json", "--plot", results / "roofline.png")
+                  "--repeats", 5, "--json", results / "kernels-test.json", "--plot", results / "roofline.png")
     pictured = (results / "roofline.png").read_bytes()
     record = json.loads((results / "kernels-test.json").read_text())
     assert record["batch"] == 2 and record["ceilings"]["fp32"]["copy_gigabytes_per_second"] > 0.1
@@ -188,7 +188,7 @@ def test_kernels(results, monkeypatch, capsys):
         assert row["teraflops_per_second"] == pytest.approx(row["flops"] / seconds / 1e12)
         if row["bound"] == "memory":
             share = row["gigabytes_per_second"] / row["copy_gigabytes_per_second"]
-            assert row["share_of_ceiling"] == pytest.approx(share) and row["share_of_copy_alike"] > 0
+            assert row["share_of_ceiling"] == pytest.approx(share) and 0 < row["share_of_copy_alike"] < 10
         else:
             assert row["copy_gigabytes_per_second"] is None and row["share_of_copy_alike"] is None
         assert (row["numpy_us"] is None) == (row["kind"] == "convolution") and row["torch_us"] is None
