@@ -666,9 +666,9 @@ class Sequential(Composition):
 
     def forward(self, x: Array, plus: Array | None = None) -> Array:
         """As Layer.forward; adds `plus`, like y, if given."""
-        again, last = None, list(self)[-1]
-        for layer in self:
-            x = layer.forward(x) if plus is None or layer is not last else forward_plus(layer, x, plus)
+        again, layers = None, list(self)
+        for number, layer in enumerate(layers, start=1):
+            x = layer.forward(x) if plus is None or number < len(layers) else forward_plus(layer, x, plus)
             if again:
                 layer.forget_input(again)
             again = layer.output_again()

@@ -58,6 +58,15 @@ def test_network_gradient_in_random_directions(target, rng, make, shape):
         assert numerical == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_layer_that_is_first_and_last_adds_once(rng):
+    """The other branch of a block, in evaluation, where a layer may stand twice."""
+    relu, body = ReLU(), Conv2d(2, 2, 1)
+    x = rng.normal(size=(2, 3, 3, 4)).astype(np.float32)
+    network = Residual(Sequential(relu, body, relu)).initialize().eval()
+    expected = np.maximum(body.forward(np.maximum(x, 0)), 0) + x
+    assert_close(network.forward(x), expected, 1e-6)
+
+
 def test_two_steps_of_backward_need_two_forwards():
     layer = Conv2d(1, 1, 1).initialize()
     y = layer.forward(np.ones((1, 2, 2, 1), np.float32))

@@ -7,9 +7,6 @@
 #include "pixels.cuh"
 #include "window.cuh"
 
-// sum += value
-constexpr auto add = [](auto& sum, auto value) { sum += value; };
-
 template <bool WHOLE>
 __device__ __forceinline__ void store_weighed(real* result, Images<WHOLE>& sum, acc weight, int left) {
     each([=](auto& sum) { sum *= weight; }, sum);
@@ -24,7 +21,7 @@ __device__ __forceinline__ void weigh_few(const real* __restrict__ first, real* 
         Images<WHOLE> sum{};
         for (int r = 0; r < ROWS; ++r)
             for (int k = 0; k < COLUMNS; ++k)
-                each(add, sum, load_images<WHOLE>(first + ((long long)r * width + k) * batch + n, batch - n));
+                each(add_to, sum, load_images<WHOLE>(first + ((long long)r * width + k) * batch + n, batch - n));
         store_weighed<WHOLE>(result + n, sum, weight, batch - n);
     }
 }
@@ -43,7 +40,7 @@ __device__ __forceinline__ void weigh_many(const real* __restrict__ first, real*
         for (int r = 0; r < rows; ++r)
             for (int k = 0; k < columns; ++k) {
                 const real* pixel = first + ((long long)r * width + k) * batch;
-                of_each([=](auto& sum, int n) { each(add, sum, load_images<WHOLE>(pixel + n, batch - n)); });
+                of_each([=](auto& sum, int n) { each(add_to, sum, load_images<WHOLE>(pixel + n, batch - n)); });
             }
         of_each([=](auto& sum, int n) { store_weighed<WHOLE>(result + n, sum, weight, batch - n); });
     }

@@ -67,7 +67,7 @@ __device__ __forceinline__ void add_windows(const real* __restrict__ dcols, real
             Images<WHOLE> sum = adds ? load_images<WHOLE>(pixel + n, batch - n) : Images<WHOLE>{};
             for (int y = 0; y < y_count; ++y)
                 for (int x = 0; x < x_count; ++x)
-                    each([](auto& sum, auto value) { sum += value; }, sum,
+                    each(add_to, sum,
                          load_images<WHOLE>(dcols + first + y * y_step + x * x_step + n, batch - n));
             store_images<WHOLE>(pixel + n, sum, batch - n);
         }

@@ -112,11 +112,16 @@ def _check_addends(result: Array, bias: Array | None, plus: Array | None) -> Non
         raise ValueError(f"conv: plus has shape {plus.shape}, the result {result.shape}")
 
 
+def _addend(plus: Array | None, result: Array, matrix: Array) -> Array | None:
+    """plus as `matrix`, which is the result's: the very same one where plus is the result."""
+    return matrix if plus is result else plus if plus is None else plus.reshape(matrix.shape)
+
+
 def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, g: _Geometry) -> None:
     """y = weight @ cols of x + bias + plus, chunk by chunk."""
     product = product_for(x)
     w, y_matrix = product.pack(g.weight_matrix(weight)), g.out_matrix(y)
-    plus_matrix = y_matrix if plus is y else plus if plus is None else g.out_matrix(plus)
+    plus_matrix = _addend(plus, y, y_matrix)
     for begin, end in chunks.split(g.pixels, g.pixel_bytes, x):
         columns = (end - begin) * g.batch
         # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
@@ -143,7 +148,7 @@ def _weight_gradient(dy: Array, x: Array, weight: Array, dweight: Array, dx: Arr
     product, of_dy = product_for(x), _of_pixels(dy, g.groups)
     if dx is not None:
         adjoint, dx_matrix = product.pack(g.weight_matrix(weight), transposed=True), g.in_matrix(dx)
-        plus_matrix = dx_matrix if plus is dx else plus if plus is None else g.in_matrix(plus)
+        plus_matrix = _addend(plus, dx, dx_matrix)
     pixel_bytes = g.pixel_bytes + of_dy.pixel_bytes * product.packs
     for begin, end in chunks.split(g.pixels, pixel_bytes, x, fewest=-(-DW_COLUMNS // g.batch)):
         columns = (end - begin) * g.batch

@@ -51,13 +51,16 @@ def _has_tensor_cores(device: int) -> bool:
 
 def forward(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, *, stride: int, padding: int,
             groups: int) -> None:
-    """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), H' = floor((H + 2 * padding - 3) / stride) + 1."""
+    """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), bias and plus added.
+
+    H' = floor((H + 2 * padding - 3) / stride) + 1.
+    """
     _multiply(x, weight, y, bias, plus, stride, padding, groups, adjoint=False)
 
 
 def backward_x(dy: Array, weight: Array, dx: Array, plus: Array | None, *, stride: int, padding: int, groups: int) -> None:
-    """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N). stride: 1; the adjoint of others is no
-    convolution."""
+    """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N), plus added. stride: 1, as the
+    adjoint of others is no convolution."""
     _multiply(dy, weight, dx, None, plus, stride, 2 - padding, groups, adjoint=True)
 
 

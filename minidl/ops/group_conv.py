@@ -13,14 +13,14 @@ TILE_PIXELS = 128     # about as many output pixels, in whole rows, does one blo
 
 def forward(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, *, stride: int, padding: int,
             groups: int) -> None:
-    """x (C, H, W, N), weight (O, C/groups, kh, kw): overwrites y (O, H', W', N)."""
+    """x (C, H, W, N), weight (O, C/groups, kh, kw): overwrites y (O, H', W', N), bias and plus added."""
     packed, tiles = _pack(weight, groups, adjoint=False)
     KERNELS.group_conv_forward[groups * y.shape[1] * tiles, threads_along(x.shape[3])](
         x, packed, y, bias, plus, *_sizes(x, weight, y, groups), stride, padding)
 
 
 def backward_x(dy: Array, weight: Array, dx: Array, plus: Array | None, *, stride: int, padding: int, groups: int) -> None:
-    """dy (O, H', W', N), weight (O, C/groups, kh, kw): overwrites dx (C, H, W, N)."""
+    """dy (O, H', W', N), weight (O, C/groups, kh, kw): overwrites dx (C, H, W, N), plus added."""
     packed, tiles = _pack(weight, groups, adjoint=True)
     KERNELS.group_conv_backward_x[groups * dx.shape[1] * tiles, threads_along(dx.shape[3])](
         dy, packed, dx, plus, *_sizes(dx, weight, dy, groups), stride, padding)

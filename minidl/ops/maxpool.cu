@@ -109,7 +109,7 @@ __device__ __forceinline__ void backward_row(const real* __restrict__ dy, const 
             Images<WHOLE> sum{};
             for (int r = 0; r < rows; ++r)
                 for (int k = 0; k < columns; ++k)
-                    each([](auto& sum, auto value) { sum += value; }, sum,
+                    each(add_to, sum,
                          won<WHOLE>(dy, winner, first + ((long long)r * size.out_width + k) * batch + n,
                                     place - (r * size.kernel_w + k) * size.stride, batch - n));
             store_images<WHOLE>(dx_pixel + n, sum, batch - n);

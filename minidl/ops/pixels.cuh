@@ -6,9 +6,8 @@
 //   for (int i = share.pixel; i < pixels; i += share.pixels)
 //       for (int n = share.image; n < batch; n += share.images) {
 //           Images<WHOLE> sum{};                                  // of y[i] = a[i] + b[i], for example
-//           const auto add = [](auto& sum, auto value) { sum += value; };
-//           each(add, sum, load_images<WHOLE>(a + i * batch + n, batch - n));
-//           each(add, sum, load_images<WHOLE>(b + i * batch + n, batch - n));
+//           each(add_to, sum, load_images<WHOLE>(a + i * batch + n, batch - n));
+//           each(add_to, sum, load_images<WHOLE>(b + i * batch + n, batch - n));
 //           store_images<WHOLE>(y + i * batch + n, sum, batch - n);
 //       }
 //
@@ -21,6 +20,8 @@
 struct Share {
     int pixel, pixels, image, images;
 };
+
+constexpr auto add_to = [](auto& sum, auto value) { sum += value; };
 
 #ifdef MINIDL_FAST
 

@@ -341,8 +341,9 @@ __device__ __forceinline__ void convolve_tiles(const real* __restrict__ x, const
     const int vectors = (images + VECTOR_COLUMNS - 1) / VECTOR_COLUMNS, padded = vectors * VECTOR_COLUMNS;
     for (int i = 0; i < g.sources * count; ++i) {
         const int c = i / count, t = i % count;
-        transform_input<OUTPUTS, WHOLE>(x + c * g.of_x.channel(), v + (long long)t * elements * g.v_element + c * padded, g.v_element,
-                                        g.of_x, images, padded, ty * OUTPUTS - g.padding, (tx + t) * OUTPUTS - g.padding);
+        real* its_v = v + (long long)t * elements * g.v_element + c * padded;
+        transform_input<OUTPUTS, WHOLE>(x + c * g.of_x.channel(), its_v, g.v_element, g.of_x, images, padded,
+                                        ty * OUTPUTS - g.padding, (tx + t) * OUTPUTS - g.padding);
     }
     __syncthreads();
     for (int e = 0; e < elements; ++e)

@@ -24,12 +24,12 @@ STRIP_BYTES = 512 << 10  # of V and M in a step of a block on the CPU, which has
 
 
 def forward(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, *, padding: int, groups: int) -> None:
-    """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), H' = H + 2 * padding - 2."""
+    """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), bias and plus added, H' = H + 2 * padding - 2."""
     _multiply(x, weight, y, bias, plus, padding, groups, adjoint=False)
 
 
 def backward_x(dy: Array, weight: Array, dx: Array, plus: Array | None, *, padding: int, groups: int) -> None:
-    """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N). `padding` is that of `forward`."""
+    """dy (O, H', W', N), weight (O, C/groups, 3, 3): overwrites dx (C, H, W, N), plus added. `padding` is that of `forward`."""
     _multiply(dy, weight, dx, None, plus, 2 - padding, groups, adjoint=True)
 
 
