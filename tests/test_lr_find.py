@@ -205,10 +205,13 @@ def test_command_for_programs(tmp_path):
         "smoothed": curve.smoothed, "end": curve.end, "suggestion": curve.suggestion, "picture": None}
 
 
-@pytest.mark.usefixtures("few_digits")
-def test_command_draws_and_overwrites_nothing(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib")  # where few_digits says that there is none
-    pytest.importorskip("matplotlib")
+@pytest.fixture
+def matplotlib():
+    return pytest.importorskip("matplotlib")
+
+
+def test_command_draws_and_overwrites_nothing(matplotlib, few_digits, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "matplotlib", matplotlib)  # in its place few_digits says that there is none
     result = command(tmp_path, "--steps", "20")
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.endswith("\npicture: lr-find.png\n")
