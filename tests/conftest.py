@@ -15,15 +15,16 @@ TEAM = 2  # threads, at least, that share the blocks of a launch in fast mode, a
 os.environ["MINIDL_OFFLINE"] = "1"  # no test downloads anything, but from a server of its own
 
 
-def gpu_present():
+def find_cupy():
+    """CuPy, where there is a GPU for it, or None."""
     try:
         import cupy
     except (ImportError, OSError):
-        return False
-    return cupy.cuda.is_available()
+        return None
+    return cupy if cupy.cuda.is_available() else None
 
 
-GPU = gpu_present()  # asked before a test puts something else in CuPy's place
+CUPY = find_cupy()  # before a test puts something else in its place
 
 
 def pytest_addoption(parser):
@@ -89,12 +90,10 @@ def active(name):
 
 def pytest_runtest_teardown(item):
     """After an illegal access a process has no GPU any more. Its other tests are not to blame: they need another process."""
-    if GPU and "cuda" in item.name:
-        import cupy
-
+    if CUPY and "cuda" in item.name:
         try:
-            cupy.cuda.runtime.deviceSynchronize()
-        except cupy.cuda.runtime.CUDARuntimeError as error:
+            CUPY.cuda.runtime.deviceSynchronize()
+        except CUPY.cuda.runtime.CUDARuntimeError as error:
             if "PYTEST_XDIST_WORKER" in os.environ:
                 os._exit(1)  # xdist says which test it was, and goes on in a new worker
             pytest.exit(f"{item.nodeid} has lost the GPU: {error}; `pytest -n 1` goes on with the others", returncode=1)
@@ -108,7 +107,7 @@ def pytest_generate_tests(metafunc):
             names = ["ptx"]
         else:
             names = ["fast", *(f"emulate-{threads}" for threads in THREADS_PER_BLOCK)]
-            names += ["cuda", "cuda-1", "cuda-32"] if gpu_present() else []
+            names += ["cuda", "cuda-1", "cuda-32"] if CUPY else []
         metafunc.parametrize("target", names, indirect=True)
 
 
@@ -118,14 +117,14 @@ def target(request):
         yield it
 
 
-@pytest.fixture(params=["fast", *(["cuda"] if gpu_present() else [])])
+@pytest.fixture(params=["fast", *(["cuda"] if CUPY else [])])
 def machine(request):
     """A Target as a user's run launches kernels, for what has been tested at other block sizes."""
     with active(request.param) as it:
         yield it
 
 
-@pytest.fixture(params=["cpu", *(["cuda"] if gpu_present() else [])])
+@pytest.fixture(params=["cpu", *(["cuda"] if CUPY else [])])
 def place(request):
     """The devices of this machine, for what is not launched in several ways."""
     return device.select(request.param)

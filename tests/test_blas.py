@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
-from conftest import gpu_present
+from conftest import CUPY
 from minidl import blas, device
 from minidl.blas import gemm
 from minidl.kernels import storage_dtype
@@ -89,7 +89,7 @@ class DocumentedCublas:
         return as_strided(np.frombuffer(memory, dtype), (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
 
 
-@pytest.fixture(params=["cpu", "cuBLAS as it is documented", *(["cuda"] if gpu_present() else [])])
+@pytest.fixture(params=["cpu", "cuBLAS as it is documented", *(["cuda"] if CUPY else [])])
 def place(request, monkeypatch):
     if request.param == "cuBLAS as it is documented":
         gemm_on_gpu = blas._gemm_on_gpu

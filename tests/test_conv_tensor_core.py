@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import reference
-from conftest import Target, active, gpu_present
+from conftest import CUPY, Target, active
 from minidl import blas
 from minidl.host_build import CompileError
 from minidl.kernels import KernelFault, Kernels, launch_settings, storage_dtype
@@ -36,7 +36,7 @@ STRIDED = [(CASES[0], 2), (CASES[2], 2), (CASES[3], 3), (CASES[4], 2)]
 PARTS = {"at once": (1, 1), "in parts": (1 << 20, 2)}
 
 
-TENSOR_CORES = gpu_present() and conv_tensor_core._has_tensor_cores(0)
+TENSOR_CORES = CUPY and conv_tensor_core._has_tensor_cores(0)
 
 
 def pytest_generate_tests(metafunc):

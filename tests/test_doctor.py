@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import gpu_present
+from conftest import CUPY
 from minidl import host_build
 from minidl.data import CIFARS
 from minidl.nvidia_driver import Driver, Gpu
@@ -403,7 +403,7 @@ def test_cupy_without_a_gpu(doctor, tmp_path):
     assert state(result.checks["CuPy"]) == ("ok", "14.2.0 (cupy-cuda13x)", None)
 
 
-@pytest.mark.skipif(not gpu_present(), reason="needs a GPU")
+@pytest.mark.skipif(not CUPY, reason="needs a GPU")
 def test_a_gpu():
     result = subprocess.run([sys.executable, "-m", "minidl", "doctor", "--json"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import gpu_present
+from conftest import CUPY
 from minidl import device
 from minidl.ops import relu
 from test_failures import run_of
 
-pytestmark = pytest.mark.skipif(not gpu_present(), reason="there is no NVIDIA GPU")
+pytestmark = pytest.mark.skipif(not CUPY, reason="there is no NVIDIA GPU")
 TESTS = Path(__file__).parent
 
 THREE_TESTS = """

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import gpu_present
+from conftest import CUPY
 from minidl import command, errors, host_build, settings
 from minidl.__main__ import COMMANDS
 from models import recipes
@@ -56,7 +56,7 @@ def there_is(need):
     """Whether this machine has what a comment names. The network is never used."""
     if extra := re.fullmatch(r"the extra (\w+)", need):
         return all(importlib.util.find_spec(package) for package in PACKAGES[extra[1]])
-    return {"CIFAR-100": bool(CIFAR100), "a GPU": gpu_present(), "the network": False}[need]
+    return {"CIFAR-100": bool(CIFAR100), "a GPU": CUPY, "the network": False}[need]
 
 
 def shortened(line):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import gpu_present
+from conftest import CUPY
 from minidl import device, host_build
 from minidl.errors import DeviceError
 from minidl.host_build import OPS, CompileError
@@ -189,7 +189,7 @@ def test_types_of_arrays_must_agree(place):
         VOCABULARY.row_sums[1, 1](place.array(np.ones((1, 2))), place.array(np.ones((1, 2), np.float32)), 2)
 
 
-@pytest.mark.skipif(not gpu_present(), reason="needs a GPU")
+@pytest.mark.skipif(not CUPY, reason="needs a GPU")
 def test_arrays_on_different_devices_are_refused():
     with pytest.raises(TypeError, match="scale: y must be a cupy array, got numpy.ndarray"):
         scale(device.select("cuda"), y=lambda a: a.get())

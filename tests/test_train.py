@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import models
-from conftest import gpu_present
+from conftest import CUPY
 from minidl import data, device, host_build, run_folder
 from minidl.commands import train as command
 from minidl.data.batches import Batches
@@ -352,7 +352,7 @@ def test_no_data(tmp_path):
     assert result.stdout == ""
 
 
-@pytest.mark.skipif(gpu_present(), reason="there is a GPU")
+@pytest.mark.skipif(CUPY, reason="there is a GPU")
 def test_no_gpu(tmp_path):
     result = train(tmp_path, "--device", "cuda")
     assert_refused(result, 4, "--device cuda: no NVIDIA GPU or driver found: see that `nvidia-smi` ")
