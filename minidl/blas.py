@@ -111,7 +111,7 @@ def _round_to_tf32(array: Array) -> Array:
 _CUDA_TYPES = {"float16": 2, "bfloat16": 14, "float32": 0, "float64": 1}
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 77, 70
 _DEFAULT_ALGORITHM = -1
-_WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for Hopper
+WORKSPACE_BYTES = 32 << 20  # of cuBLAS, from CuPy's pool: what NVIDIA advises for Hopper
 
 
 def _gemm_on_gpu(a: Any, b: Any, out: Any, alpha: float, beta: float) -> None:  # Any: CuPy's `data` is not NumPy's
@@ -148,7 +148,7 @@ class _Cublas:
         major = cublas.getVersion(cupy.cuda.device.get_cublas_handle()) // 10000
         self._library = ctypes.CDLL(f"libcublas.so.{major}")  # already in the process: the same copy
         self._current_stream = cupy.cuda.get_current_stream
-        self._workspace = cupy.cuda.alloc(_WORKSPACE_BYTES)
+        self._workspace = cupy.cuda.alloc(WORKSPACE_BYTES)
         self._handle = ctypes.c_void_p()
         self._stream: int | None = None
         self._check("cublasCreate_v2", self._library.cublasCreate_v2(ctypes.byref(self._handle)))
@@ -165,7 +165,7 @@ class _Cublas:
             self._check("cublasSetStream_v2", self._library.cublasSetStream_v2(self._handle, ctypes.c_void_p(stream)))
             # Setting the stream puts the handle back to cuBLAS's own workspace, which capture cannot use.
             self._check("cublasSetWorkspace_v2", self._library.cublasSetWorkspace_v2(
-                self._handle, ctypes.c_void_p(self._workspace.ptr), ctypes.c_size_t(_WORKSPACE_BYTES)))
+                self._handle, ctypes.c_void_p(self._workspace.ptr), ctypes.c_size_t(WORKSPACE_BYTES)))
             self._stream = stream
         self._check(function, getattr(self._library, function)(self._handle, *arguments))
 

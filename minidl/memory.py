@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from types import TracebackType
 
+from minidl import blas
 from minidl.device import Device, pooled_bytes
 from minidl.errors import DeviceError
 from minidl.layers import Layer
@@ -37,7 +38,8 @@ def needed_bytes(run: Run, batch_size: int) -> int:
     widest = max(row.activation_bytes for row in costs.rows)  # the gradients on the way back: an input's and an output's
     # On the CPU, factors are rounded to TF32 before BLAS gets them.
     workspaces = 3 if precision == "tf32" and run.place.name == "cpu" else 1
-    return _kept_bytes(run) + costs.activation_bytes + workspaces * costs.workspace_bytes + 2 * widest
+    of_blas = 0 if run.place.name == "cpu" else blas.WORKSPACE_BYTES
+    return _kept_bytes(run) + of_blas + costs.activation_bytes + workspaces * costs.workspace_bytes + 2 * widest
 
 
 def largest_batch(run: Run, limit: int) -> int:
@@ -83,6 +85,9 @@ def _layer_of(traceback: TracebackType | None, network: Layer) -> str | None:
     names = {id(layer): name for name, layer in network.named_layers()}
     found = None
     while traceback:
-        found = names.get(id(traceback.tb_frame.f_locals.get("self"))) or found
+        frame = traceback.tb_frame
+        # Of methods alone: until Python 3.13, asking keeps all that a frame had, and those of callers live on.
+        if frame.f_code.co_varnames[:1] == ("self",):
+            found = names.get(id(frame.f_locals.get("self"))) or found
         traceback = traceback.tb_next
     return found

@@ -1,5 +1,6 @@
 """Runs that fail: numbers that are not finite, float16 beyond its range, memory that does not suffice. What is left then."""
 
+import contextlib
 import gc
 import json
 import re
@@ -7,6 +8,7 @@ import resource
 import signal
 import sys
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 from tqdm import tqdm
 
 import models
-from conftest import gpu_present
+from conftest import CUPY
 from minidl import checkpoint, command, data, device, memory, random_keys, weights
 from minidl.commands.train import ample_memory
 from minidl.data.batches import Batches
@@ -318,7 +320,18 @@ def test_a_network_that_does_not_fit(tmp_path):
     assert_refused(result, 4, "not enough memory")
 
 
-@pytest.mark.skipif(not gpu_present(), reason="needs a GPU")
+def test_the_error_keeps_nothing_alive():
+    """Whoever catches it may try a smaller batch."""
+    run = run_of("wrn-10-1", 8)
+    of_run = weakref.ref(run)
+    with contextlib.suppress(DeviceError), ample_memory(run):
+        raise MemoryError
+    del run
+    gc.collect()
+    assert of_run() is None
+
+
+@pytest.mark.skipif(not CUPY, reason="needs a GPU")
 def test_a_batch_that_does_not_fit_on_a_gpu():
     """The process can go on, with the batch size that was named."""
     place = device.select("cuda")
@@ -327,13 +340,16 @@ def test_a_batch_that_does_not_fit_on_a_gpu():
     before = pool.get_limit()
     pool.set_limit(size=pool.total_bytes() + (200 << 20))
     try:
-        run = run_of("simplenet-310k", 256, place)
-        with pytest.raises(DeviceError, match=r"not enough memory in layer \S+: batches of 256 need about ") as caught:
+        try:
+            run = run_of("simplenet-310k", 256, place)
             with ample_memory(run):
                 steps(run, 2)
-        assert caught.value.exit_code == 4
-        fitting = int(re.search(r"a batch size of (\d+) would fit", str(caught.value))[1])
-        del run, caught  # its context holds the arrays of the step
+            pytest.fail("there was enough memory")
+        except DeviceError as error:  # which holds the arrays of the step
+            assert error.exit_code == 4
+            fitting = int(re.fullmatch(r"not enough memory in layer \S+: batches of 256 need about \S+ MB, and there are \S+ MB; "
+                                       r"a batch size of (\d+) would fit", str(error))[1])
+        del run
         gc.collect()
         assert fitting >= 32
         steps(run_of("simplenet-310k", fitting, place), 2)
