@@ -16,7 +16,7 @@ from minidl import blas, optim
 from minidl.data.dataset import IMAGE_SHAPE
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.ops import loss
-from minidl.step_graph import StepGraph
+from minidl.step_graph import StepGraph, StepMemory
 
 WITHOUT_DROPOUT = {"simplenet-5m": dict(rate=0.0)}
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
@@ -35,7 +35,7 @@ class Minidl:
     def __init__(self, name, place, precision, batch):
         blas.allow_tf32 = precision == "tf32"
         dtype = storage_dtype(records.PRECISIONS[precision])
-        self.place, self.graph = place, StepGraph(place)
+        self.place, self.graph = place, StepGraph(StepMemory(place))
         self.network = models.create(name, CLASSES, **WITHOUT_DROPOUT.get(name, {})).initialize(place, dtype)
         self.network.skip_input_gradient()
         self.optimizer = optim.SGD(self.network.parameters, MOMENTUM, WEIGHT_DECAY)

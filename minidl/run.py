@@ -118,15 +118,15 @@ class Run:
 
     def test(self) -> Metrics:
         """Metrics on the test set."""
-        with self.evaluated() as network:
-            return evaluate(network, self.test_batches, self.evaluation_limit, self.team)
+        return self._evaluate(self.test_batches)
 
     def validate(self) -> Metrics | None:
         """Metrics on the images held out from training, None without them."""
-        if self.val_batches is None:
-            return None
-        with self.evaluated() as network:
-            return evaluate(network, self.val_batches, self.evaluation_limit, self.team)
+        return None if self.val_batches is None else self._evaluate(self.val_batches)
+
+    def _evaluate(self, batches: Batches) -> Metrics:
+        with self.evaluated() as network, self.trainer.memory.lent():
+            return evaluate(network, batches, self.evaluation_limit, self.team)
 
     # ---- where it stands
 

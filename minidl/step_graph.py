@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from minidl.device import Device, first_line
+
+
+class StepMemory:
+    """Memory of a GPU for what a training step, or an evaluation between two steps, makes for itself.
+
+    Recorded steps hold its addresses, so nobody else may get it: he would find it overwritten. But they, single steps and
+    evaluations follow each other, and so all take the same.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def lent(self) -> contextlib.AbstractContextManager[object]:
+        """A `with` block in which CuPy takes memory from here. What is in it means nothing any more after the next step."""
+        if self.device.name == "cpu":
+            return contextlib.nullcontext()
+        pool, stream = self._pool_and_stream
+
+        def allocate(size: int) -> Any:
+            with stream:  # CuPy keeps free memory by stream, and the one that records gets what the others have freed
+                return pool.malloc(size)
+
+        return self.device.xp.cuda.using_allocator(allocate)
+
+    @cached_property
+    def _pool_and_stream(self) -> tuple[Any, Any]:
+        cuda = self.device.xp.cuda
+        pool = cuda.MemoryPool(cuda.get_allocator())
+        weakref.finalize(self, pool.free_all_blocks).atexit = False  # a pool does not give back by itself what it keeps
+        return pool, cuda.get_current_stream()
 
 
 class StepGraph:
@@ -18,36 +50,29 @@ class StepGraph:
     time, which costs the host's time: one warning says so.
     """
 
-    def __init__(self, device: Device) -> None:
-        self._device, self._runs = device, 0
+    def __init__(self, memory: StepMemory) -> None:
+        """memory: where the step's arrays are, which lives as long as the graph."""
+        self._memory, self._runs = memory, 0
         self._graph: Any = None
-        # The memory of the arrays that the step makes: whoever else got it would find it overwritten. And the stream, which
-        # cuBLAS remembers.
-        self._kept: Any = None
+        self._stream: Any = None  # that was recorded: cuBLAS remembers it
 
     def run(self, step: Callable[[], None]) -> None:
         """Do the step, on CuPy's current stream. step: the same in each call."""
-        if self._runs == 1:  # kernels have been compiled and libraries opened, which cannot be recorded
-            self._record(step)
-        if self._graph is None:
-            step()
-        else:
-            self._graph.launch()
+        with self._memory.lent():
+            if self._runs == 1:  # kernels have been compiled and libraries opened, which cannot be recorded
+                self._record(step)
+            if self._graph is None:
+                step()
+            else:
+                self._graph.launch()
         self._runs += 1
 
     def _record(self, step: Callable[[], None]) -> None:
         """Call step() once, without any work on the device, to record what it launches."""
-        cuda = self._device.xp.cuda
-        allocate, current = cuda.get_allocator(), cuda.get_current_stream()
-
-        def allocate_for_good(size: int) -> Any:
-            with current:  # CuPy keeps free memory by stream: what the first step freed is this one's
-                return allocate(size)
-
-        memory = cuda.MemoryPool(allocate_for_good)
+        cuda = self._memory.device.xp.cuda
         stream = cuda.Stream(non_blocking=True)  # the default one cannot be recorded
         try:
-            with cuda.using_allocator(memory.malloc), stream:
+            with stream:
                 stream.begin_capture()
                 try:
                     step()
@@ -55,7 +80,7 @@ class StepGraph:
                     with contextlib.suppress(cuda.runtime.CUDARuntimeError):  # that the record is of no use, which is known
                         stream.end_capture()
                     raise
-                self._graph, self._kept = stream.end_capture(), (memory, stream)
+                self._graph, self._stream = stream.end_capture(), stream
         except Exception as error:  # whatever it is, the step itself will meet it, or do without the record
             print(f"warning: training steps are not replayed as a CUDA graph, kernels are launched one by one: "
                   f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)

@@ -48,10 +48,11 @@ def measure(run: Run, budget: float) -> tuple[float, float]:
             if held_out:
                 count = len(held_out.all())
                 limit = max(1, min(count, int(share / step)))  # a batch costs less than half of a training step
-                evaluate(run.network, held_out, 1, run.team)
-                begin = time.perf_counter()
-                evaluate(run.network, held_out, limit, run.team)
-                evaluation += (time.perf_counter() - begin) * count / limit
+                with run.trainer.memory.lent():
+                    evaluate(run.network, held_out, 1, run.team)
+                    begin = time.perf_counter()
+                    evaluate(run.network, held_out, limit, run.team)
+                    evaluation += (time.perf_counter() - begin) * count / limit
     return step, evaluation
 
 

@@ -18,7 +18,7 @@ from minidl.layers import Layer
 from minidl.ops import augment, loss, optimizer as optimizer_op
 from minidl.optim import Average, Optimizer
 from minidl.parallel import ALONE, Team
-from minidl.step_graph import StepGraph
+from minidl.step_graph import StepGraph, StepMemory
 
 READ_EVERY = 50         # steps between two looks at the loss: each waits for the device
 MOST_SKIPPED_STEPS = 20  # in a row, by the loss scaling of float16
@@ -50,8 +50,8 @@ class Trainer:
     """Trains a network: its step is  batch -> forward -> loss -> backward -> optimizer,  all on the device.
 
     average: of the weights, or None; team: those with whom it shares each batch. inspects: whether the last step of each
-    epoch leaves `statistics`, of the layers. On a GPU, steps are replayed (StepGraph): all settings, of the optimizer too, are
-    then those of the second step.
+    epoch leaves `statistics`, of the layers. memory: of what steps make; evaluations between them may take it, too. On a GPU,
+    steps are replayed (StepGraph): all settings, of the optimizer too, are then those of the second step.
     """
 
     inspects = False
@@ -68,7 +68,8 @@ class Trainer:
         # The present batch, where each step finds it.
         self._indices: Array = xp.zeros(batches.batch_size, np.int32)
         self._share: Array = xp.ones(1, acc)
-        self._graphs: dict[bool, StepGraph] = defaultdict(partial(StepGraph, model.device))  # with mixup or without
+        self.memory = StepMemory(model.device)
+        self._graphs: dict[bool, StepGraph] = defaultdict(partial(StepGraph, self.memory))  # with mixup or without
         model.skip_input_gradient()
 
     def step(self, batch: Batch) -> None:
@@ -82,7 +83,8 @@ class Trainer:
         self.optimizer.set_rate(batch.lr)
         # Ranks wait for each other in the middle of a step; and who watches the layers wants them to be called.
         if self.model.device.name == "cpu" or self.team.size > 1 or inspection.watched(self.model):
-            self._step_on_device(mixed)
+            with self.memory.lent():
+                self._step_on_device(mixed)
         else:
             self._graphs[mixed].run(partial(self._step_on_device, mixed))
 
@@ -148,7 +150,6 @@ class Trainer:
 
     def _step_of_epoch(self, batches: Sequence[Batch], done: int) -> None:
         if self.inspects and done == len(batches):
-            self._graphs.clear()  # the memory that they keep is needed: this step's kernels are launched one by one
             self.statistics = inspection.statistics(self.model, lambda: self.step(batches[-1]))
         else:
             self.step(batches[done - 1])
@@ -173,7 +174,9 @@ class Trainer:
         and backward can be looked at again."""
         self.model.step -= ago + 1
         totals = self.model.device.xp.zeros(4)
-        if what := inspection.first_nonfinite(self.model, lambda: self._gradients(batch.indices, batch.share, totals)):
+        with self.memory.lent():
+            what = inspection.first_nonfinite(self.model, lambda: self._gradients(batch.indices, batch.share, totals))
+        if what:
             return f"{what} is not finite: try a lower --lr"
         if self.team.size > 1:
             return "the gradient of another rank is not finite: try a lower --lr"

@@ -26,7 +26,8 @@ class State:
     """What CuPy keeps per thread."""
 
     def __init__(self):
-        self.pool, self.stream = MemoryPool(), Stream()
+        self.pools, self.given_back, self.stream = [], [], Stream()
+        self.pool = MemoryPool(from_driver, self.pools)
         self.allocator = self.pool.malloc
         self.recorded = None  # while a stream is captured: the calls
         self.spoiled = False
@@ -122,35 +123,52 @@ def copy(array, seen_as=lambda x: x):
     return result
 
 
-class MemoryPool:
-    """A block that became free goes to whoever next needs most of it on the same stream."""
+def take_fitting(size, free):
+    """The least of the free blocks that has that size, and is used by half, or None."""
+    fitting = [block for block in free if size <= len(block) <= 2 * size]
+    if not fitting:
+        return None
+    block = min(fitting, key=len)
+    free[:] = [other for other in free if other is not block]
+    return block
 
-    def __init__(self, allocator=lambda size: np.empty(size, np.uint8)):
+
+def from_driver(size):
+    """Memory that somebody gave back, or more."""
+    block = take_fitting(size, state.given_back)
+    return np.empty(size, np.uint8) if block is None else block
+
+
+class MemoryPool:
+    """A block that became free goes to whoever next needs most of it on the same stream. The free ones stay until they are
+    asked back, even if nobody knows the pool any more."""
+
+    def __init__(self, allocator, pools=None):
         self.allocate, self.free, self.total = allocator, defaultdict(list), 0
+        (state.pools if pools is None else pools).append(self)
 
     def malloc(self, size):
-        free = self.free[id(state.stream)]
-        fitting = [block for block in free if size <= len(block) <= 2 * size]
-        if fitting:
-            block = min(fitting, key=len)
-            free[:] = [other for other in free if other is not block]
-        else:
+        block = take_fitting(size, self.free[id(state.stream)])
+        if block is None:
             block = self.allocate(size)
-            self.total += size
+            self.total += len(block)
         owner = np.frombuffer(block.data, np.uint8)
         owner[...] = 0xff  # NaN, or -1: what nobody has written shows
-        weakref.finalize(owner, free.append, block).atexit = False
+        weakref.finalize(owner, self.free[id(state.stream)].append, block).atexit = False
         return owner
 
     def free_all_blocks(self):
-        """Whoever comes next may get what the driver gets back."""
-        blocks = [block for free in self.free.values() for block in free]
         for free in self.free.values():
+            self.total -= sum(map(len, free))
+            if self.allocate is from_driver:
+                state.given_back += free
             free.clear()
-        self.free[id(state.stream)] += blocks
 
     def total_bytes(self):
         return self.total
+
+    def used_bytes(self):
+        return self.total - sum(len(block) for free in self.free.values() for block in free)
 
 
 class Stream:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import stand_in_gpu
-from conftest import gpu_present
+from conftest import CUPY
 from minidl import device, inspection
 from minidl.errors import DivergedError
 from minidl.layers import Layer, Sequential
@@ -20,7 +20,7 @@ from test_failures import run_of
 STEPS = 6  # of an epoch
 
 
-@pytest.fixture(params=["stand-in", *(["cuda"] if gpu_present() else [])])
+@pytest.fixture(params=["stand-in", *(["cuda"] if CUPY else [])])
 def gpu(request, monkeypatch):
     """A Device."""
     return device.select("cuda") if request.param == "cuda" else stand_in_gpu.install(monkeypatch)
@@ -87,7 +87,7 @@ def test_replayed_training_is_that_of_single_launches(gpu, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("arch", ["simplenet-310k", "wrn-10-1", "res2next29-1c4w4s", "report-resnext3"])
-@pytest.mark.parametrize("precision", ["fp32", *(["tf32", "bf16", "fp16"] if gpu_present() else [])])
+@pytest.mark.parametrize("precision", ["fp32", *(["tf32", "bf16", "fp16"] if CUPY else [])])
 def test_networks(gpu, monkeypatch, capsys, arch, precision):
     batch_size = 12 if precision == "fp32" else 16  # of which tensor cores take multiples of 8 alone
     given = dict(arch=arch, batch_size=batch_size, limit_train_batches=3, precision=precision)
@@ -158,6 +158,24 @@ def test_a_record_takes_the_memory_that_single_launches_gave_back(gpu):
         run.trainer.step(batch)
         held.append(pool.total_bytes() - before)
     assert replayed(run) and held[1] == held[2] == held[3] <= 1.3 * held[0]
+
+
+def test_an_evaluation_takes_the_memory_of_steps(gpu):
+    run = new_run(gpu, batch_size=16)
+    run.trainer.epoch(run.batches(0))
+    pool = gpu.xp.get_default_memory_pool()
+    held = pool.total_bytes()
+    run.test()
+    assert pool.total_bytes() == held
+
+
+def test_a_record_gives_its_memory_back_in_the_end(gpu):
+    def used_after_a_run():
+        train(new_run(gpu, small(), **ALL), 1)
+        gc.collect()
+        return gpu.xp.get_default_memory_pool().used_bytes()
+
+    assert used_after_a_run() == used_after_a_run()
 
 
 def test_what_a_record_works_with_is_given_to_nobody_else(gpu):
@@ -262,7 +280,7 @@ def test_an_inspected_step_is_the_same(gpu, monkeypatch):
     run.trainer.inspects = True
     before_steps = []
     assert train(run, before_step=lambda done: before_steps.append(replayed(run))) == train(other)
-    assert any(before_steps) and not replayed(run) and not differing(run, other)
+    assert any(before_steps) and replayed(run) and not differing(run, other)
     assert list(run.trainer.statistics) == ["conv", "bn", "drop", "mean", "classifier"]
     assert run.trainer.statistics["conv"]["update_ratio"] > 0
 
