@@ -87,6 +87,12 @@ def gpu_number(name: str) -> int | None:
     return int(match[1] or 0)
 
 
+def gpu_count() -> int:
+    """The GPUs that this process may use, as their driver says; 0 without one."""
+    driver = nvidia_driver.find()
+    return len(driver.gpus) if driver else 0
+
+
 def _cpu() -> Device:
     return Device("cpu", np, f"CPU, {cpu_threads()} threads")
 

@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minidl import data, device, optim, parallel, signals
+from minidl import data, device, nvidia_driver, optim, parallel, signals
 from minidl.data.batches import Augmentation, Batches
+from minidl.errors import DeviceError
 from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Sequential
+from minidl.nvidia_driver import Driver, Gpu
 from minidl.parallel import ALONE, Team
 from minidl.training import Batch, Trainer, evaluate
+from small_runs import main
 from test_train import DIGITS, SECONDS, environment, rows, start, train
 
 TESTS = Path(__file__).parent
@@ -253,6 +256,13 @@ def test_ctrl_c_of_a_terminal_while_ranks_start(tmp_path, seconds):
 def test_what_is_not_shared_is_refused(tmp_path):
     result = train(tmp_path, *DIGITS, "--ranks", "2", "--profile")
     assert result.returncode == 2 and "--profile is for one rank, not 2" in result.stderr
+
+
+def test_each_rank_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(device, "_missing_for_gpu", lambda: None)
+    monkeypatch.setattr(nvidia_driver, "find", lambda: Driver((13, 0), [Gpu("NVIDIA Test", 24 * 2**30, (9, 0))]))
+    with pytest.raises(DeviceError, match="^ranks 2: on GPUs each needs its own, and there is 1: ask for fewer, or use --device "):
+        main("--dataset", "digits", "--arch", "wrn-10-1", "--ranks", "2")
 
 
 def test_an_error_of_all_ranks_is_said_once(tmp_path):

