@@ -26,7 +26,7 @@ class StepMemory:
         """A `with` block in which CuPy takes memory from here. What is in it means nothing any more after the next step."""
         if self.device.name == "cpu":
             return contextlib.nullcontext()
-        pool, stream = self._pool_and_stream
+        pool, stream = self._pool, self._stream
 
         def allocate(size: int) -> Any:
             with stream:  # CuPy keeps free memory by stream, and the one that records gets what the others have freed
@@ -35,11 +35,35 @@ class StepMemory:
         return self.device.xp.cuda.using_allocator(allocate)
 
     @cached_property
-    def _pool_and_stream(self) -> tuple[Any, Any]:
+    def _stream(self) -> Any:
+        return self.device.xp.cuda.get_current_stream()
+
+    @cached_property
+    def _pool(self) -> Any:
         cuda = self.device.xp.cuda
-        pool = cuda.MemoryPool(cuda.get_allocator())
-        weakref.finalize(self, pool.free_all_blocks).atexit = False  # a pool does not give back by itself what it keeps
-        return pool, cuda.get_current_stream()
+        allocate_elsewhere = cuda.get_allocator()
+        blocks = []  # a pool that finds no more memory would give back those that are free now, but recorded
+
+        def allocate_for_good(size: int) -> Any:
+            blocks.append(allocate_elsewhere(size))
+            return blocks[-1]
+
+        pool = cuda.MemoryPool(allocate_for_good)
+        weakref.finalize(self, _give_back, pool, blocks).atexit = False
+        return pool
+
+
+_outlived: list[Any] = []  # pools with arrays that are still in use, which until CuPy 14 do not keep their memory themselves
+
+
+def _give_back(pool: Any, blocks: list[Any]) -> None:
+    """Empty a pool: it does not do so by itself, even if nobody knows it any more."""
+    blocks.clear()
+    _outlived.append(pool)
+    for it in [*_outlived]:
+        it.free_all_blocks()
+        if not it.used_bytes():
+            _outlived.remove(it)
 
 
 class StepGraph:

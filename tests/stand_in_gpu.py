@@ -150,7 +150,11 @@ class MemoryPool:
     def malloc(self, size):
         block = take_fitting(size, self.free[id(state.stream)])
         if block is None:
-            block = self.allocate(size)
+            try:
+                block = self.allocate(size)
+            except MemoryError:
+                self.free_all_blocks()
+                block = self.allocate(size)
             self.total += len(block)
         owner = np.frombuffer(block.data, np.uint8)
         owner[...] = 0xff  # NaN, or -1: what nobody has written shows

@@ -1,5 +1,6 @@
 """Steps that are recorded and replayed: the same training bit for bit, on a stand-in for CuPy and wherever there is a GPU."""
 
+import contextlib
 import gc
 
 import numpy as np
@@ -181,7 +182,9 @@ def test_a_record_gives_its_memory_back_in_the_end(gpu):
 def test_what_a_record_works_with_is_given_to_nobody_else(gpu):
     run, other = new_run(gpu, small(), **ALL), new_run(gpu, small(), **ALL)
     train(run, 1)
-    gpu.xp.get_default_memory_pool().free_all_blocks()  # as CuPy does before there is no memory
+    for whose in (run.trainer.memory.lent(), contextlib.nullcontext()):
+        with whose, pytest.raises(MemoryError):  # before which CuPy gives back what is free
+            gpu.xp.empty(2**60, np.uint8)
     others = [gpu.array(np.full(2**power, 42, np.uint8)) for power in range(6, 20) for _ in range(20)]
     train(run, 2)
     assert all((gpu.to_host(array) == 42).all() for array in others)
