@@ -54,7 +54,10 @@ class Device:
             self.xp.cuda.get_current_stream().synchronize()
 
     def array(self, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> Array:
-        """`values` (a NumPy array or a sequence) as a contiguous array on this device."""
+        """`values` (a NumPy array or a sequence) as a contiguous array on this device. Raises as `check_type`."""
+        wanted = getattr(values, "dtype", None) if dtype is None else np.dtype(dtype)
+        if wanted is not None:
+            self.check_type(wanted)
         return self.xp.ascontiguousarray(self.xp.asarray(values, dtype=dtype))
 
     def to_host(self, array: Any) -> Array:  # Any: NumPy's arrays have no `get`

@@ -287,8 +287,9 @@ def test_refused_shapes(matrices, a, b, out, message):
     ("int32", "int32", "int32", "int32 @ int32 -> int32"),
     ("complex64", "complex64", "complex64", "complex64 @ complex64 -> complex64"),
 ])
-def test_refused_types(matrices, a, b, out, message):
+def test_refused_types(place, matrices, a, b, out, message):
     storage_dtype("bfloat16")  # teaches NumPy the name
+    place.check_type(np.dtype(b))
     with pytest.raises(TypeError, match=f"gemm: types do not fit: {message}"):
         gemm(matrices.new(M, K).astype(a), matrices.new(K, N).astype(b), matrices.new(M, N).astype(out))
 

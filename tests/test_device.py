@@ -297,3 +297,7 @@ def test_types_that_the_library_does_not_have():
         place.check_type(storage_dtype("float16"))
         with pytest.raises(DeviceError, match=message) if message else contextlib.nullcontext():
             place.check_type(storage_dtype("bfloat16"))
+        if message:
+            for array, dtype in (([1.0], "bfloat16"), (np.zeros(1, storage_dtype("bfloat16")), None)):
+                with pytest.raises(DeviceError, match=message):
+                    place.array(array, dtype)
