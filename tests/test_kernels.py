@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import signal
@@ -54,6 +55,18 @@ def test_every_kernel_has_a_signature_of_known_types(path):
     assert len(signatures) == path.read_text().count("__global__") > 0
     for parameters in signatures.values():
         assert {p.c_type for p in parameters} <= {*C_TYPES, "real", "acc"}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are levels of x86-64")
+@pytest.mark.parametrize("level", ["x86-64", "sandybridge", "haswell", "skylake-avx512"])
+@pytest.mark.parametrize("real, acc", [("float", "float"), ("__nv_bfloat16", "float")])
+def test_every_kernel_compiles_for_other_cpus(level, real, acc):
+    """With vectors of 16 bytes, of 32 for floating-point numbers alone, of 32 for all, and of 64."""
+    flags = [flag for flag in host_build.FLAGS["fast"] if flag not in ("-O3", "-march=native", "-shared")]
+    command = [*host_build.compiler(), *flags, f"-march={level}", f"-DREAL={real}", f"-DACC={acc}", f"-I{OPS}"]
+    for path in sorted(OPS.glob("*.cu")):
+        if "tensor_core" not in path.name:
+            subprocess.run([*command, "-S", "-x", "c++", path, "-o", os.devnull], check=True, timeout=300)
 
 
 def test_unknown_kernel():

@@ -13,7 +13,7 @@ typedef unsigned long long words __attribute__((vector_size(VECTOR_BYTES)));  //
 #define COUNTERS ((int)(VECTOR_BYTES / 8))
 
 __device__ __forceinline__ words product_of_words(words a, unsigned b) {
-#if defined(__clang__) || !defined(__SSE2__)
+#if defined(__clang__) || !defined(__SSE2__) || defined(__AVX__) && !defined(__AVX2__)  // 32 bytes, of which none multiplies
     return (a & 0xFFFFFFFF) * b;
 #else  // the instruction for it, which GCC does not find in that
     typedef int halves __attribute__((vector_size(VECTOR_BYTES)));
