@@ -148,7 +148,7 @@ class _Cublas:
         major = cublas.getVersion(cupy.cuda.device.get_cublas_handle()) // 10000
         self._library = ctypes.CDLL(f"libcublas.so.{major}")  # already in the process: the same copy
         self._current_stream = cupy.cuda.get_current_stream
-        self._workspace = cupy.get_default_memory_pool().malloc(WORKSPACE_BYTES)  # whoever lends memory to the caller
+        self._workspace = cupy.get_default_memory_pool().malloc(WORKSPACE_BYTES)  # for good, not what a step was lent
         self._handle = ctypes.c_void_p()
         self._stream: int | None = None
         self._check("cublasCreate_v2", self._library.cublasCreate_v2(ctypes.byref(self._handle)))
@@ -162,7 +162,7 @@ class _Cublas:
     def call(self, function: str, *arguments: Any) -> None:
         stream = self._current_stream().ptr
         if stream != self._stream:
-            self._stream = None  # in case that one of two calls fails
+            self._stream = None  # unknown, if one of the two calls fails
             self._check("cublasSetStream_v2", self._library.cublasSetStream_v2(self._handle, ctypes.c_void_p(stream)))
             # Setting the stream puts the handle back to cuBLAS's own workspace, which capture cannot use.
             self._check("cublasSetWorkspace_v2", self._library.cublasSetWorkspace_v2(

@@ -56,7 +56,7 @@ class Device:
     def array(self, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> Array:
         """`values` (a NumPy array or a sequence) as a contiguous array on this device. Raises as `check_type`."""
         wanted = getattr(values, "dtype", None) if dtype is None else np.dtype(dtype)
-        if wanted is not None:
+        if isinstance(wanted, np.dtype):
             self.check_type(wanted)
         return self.xp.ascontiguousarray(self.xp.asarray(values, dtype=dtype))
 

@@ -29,7 +29,10 @@ def watched(model: Layer) -> bool:
 
 @contextlib.contextmanager
 def watch(model: Layer, around: Around) -> Iterator[None]:
-    """Call `around` in place of forward and backward of each layer that has no parts."""
+    """Call `around` in place of forward and backward of each layer that has no parts.
+
+    On a GPU the next step of training writes over the arrays of one: copy what is to be kept.
+    """
     leaves = [(name, layer) for name, layer in model.named_layers() if not layer.children()]
     try:
         _watched.add(model)

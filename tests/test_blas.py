@@ -294,6 +294,23 @@ def test_refused_types(place, matrices, a, b, out, message):
         gemm(matrices.new(M, K).astype(a), matrices.new(K, N).astype(b), matrices.new(M, N).astype(out))
 
 
+def test_a_stream_that_could_not_be_set_is_set_again():
+    calls = []
+
+    class Library:
+        def __getattr__(self, name):
+            return lambda *arguments: calls.append(name) or 7 * (len(calls) == 2)
+
+    cublas = object.__new__(blas._Cublas)
+    vars(cublas).update(_library=Library(), _handle=None, _stream=0, _workspace=SimpleNamespace(ptr=8),
+                        _current_stream=lambda: SimpleNamespace(ptr=16))
+    with pytest.raises(RuntimeError, match="^cublasSetWorkspace_v2 failed with status 7$"):
+        cublas.call("product")
+    cublas._current_stream = lambda: SimpleNamespace(ptr=0)
+    cublas.call("product")
+    assert calls == [*["cublasSetStream_v2", "cublasSetWorkspace_v2"] * 2, "product"]
+
+
 @pytest.mark.parametrize("spoil, operand, message", [
     (lambda x: x[:, ::2], "a", "a is neither a sub-matrix nor a transposed one"),
     (lambda x: x[::-1, :K], "a", r"a is neither a sub-matrix nor a transposed one: shape \(5, 7\), strides \(-56, 4\)"),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import models
 from conftest import CUPY
-from minidl import checkpoint, command, data, device, memory, random_keys, weights
+from minidl import blas, checkpoint, command, data, device, memory, random_keys, weights
 from minidl.commands.train import ample_memory
 from minidl.data.batches import Batches
 from minidl.errors import DeviceError
@@ -256,6 +256,23 @@ def test_the_need_is_near_what_is_measured(monkeypatch, arch, batch_size, more):
     run = run_of(arch, batch_size, **more)
     steps(run, 2)
     measured = device._host_pool._peak_bytes + memory._kept_bytes(run)
+    assert 1 / 1.3 < memory.needed_bytes(run, batch_size) / measured < 1.3
+
+
+@pytest.mark.skipif(not CUPY, reason="needs a GPU")
+@pytest.mark.parametrize("arch, batch_size, more", [
+    ("wrn-16-1", 128, {}), ("simplenet-310k", 64, {"ema": 0.9}), ("wrn-16-4", 32, {"precision": "bf16"})])
+def test_the_need_is_near_what_is_measured_on_a_gpu(arch, batch_size, more):
+    place = device.select("cuda")
+    steps(run_of("wrn-10-1", 8, place), 1)  # takes the workspace of cuBLAS
+    gc.collect()
+    pool = place.xp.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    run = run_of(arch, batch_size, place, **more)
+    steps(run, 3)
+    run.test()
+    measured = pool.total_bytes() - before + blas.WORKSPACE_BYTES
     assert 1 / 1.3 < memory.needed_bytes(run, batch_size) / measured < 1.3
 
 
