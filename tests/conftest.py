@@ -91,6 +91,7 @@ def active(name):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call():
+    """Where CuPy has no bfloat16, its tests are skipped with that reason."""
     try:
         return (yield)
     except DeviceError as error:

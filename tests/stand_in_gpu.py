@@ -26,9 +26,9 @@ class State:
     """What CuPy keeps per thread."""
 
     def __init__(self):
-        self.pools, self.given_back, self.stream = [], [], Stream()
-        self.pool = MemoryPool(from_driver, self.pools)
-        self.allocator = self.pool.malloc
+        self.pools, self.given_back = [], []  # all MemoryPools, and what the driver got back
+        self.pool = self.allocator = None     # set once there is a state that they can refer to
+        self.stream = Stream()
         self.recorded = None  # while a stream is captured: the calls
         self.spoiled = False
 
@@ -143,16 +143,16 @@ class MemoryPool:
     """A block that became free goes to whoever next needs most of it on the same stream. The free ones stay until they are
     asked back, even if nobody knows the pool any more."""
 
-    def __init__(self, allocator, pools=None):
+    def __init__(self, allocator):
         self.allocate, self.free, self.total = allocator, defaultdict(list), 0
-        (state.pools if pools is None else pools).append(self)
+        state.pools.append(self)
 
     def malloc(self, size):
         block = take_fitting(size, self.free[id(state.stream)])
         if block is None:
             try:
                 block = self.allocate(size)
-            except MemoryError:
+            except MemoryError:  # as CuPy does, whoever may still hold the addresses
                 self.free_all_blocks()
                 block = self.allocate(size)
             self.total += len(block)
@@ -261,6 +261,8 @@ def install(monkeypatch):
     """Put it into CuPy's place for a test -> the Device."""
     global state
     state = State()
+    state.pool = MemoryPool(from_driver)
+    state.allocator = state.pool.malloc
     module, array_module = cupy(), device.array_module
 
     def array_module_of_all(array):
