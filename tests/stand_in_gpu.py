@@ -279,8 +279,8 @@ def install(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setitem(sys.modules, "cupy.cuda", module.cuda)
-    for user in list(sys.modules.values()):
-        if vars(user).get("array_module") is array_module:
+    for name, user in list(sys.modules.items()):  # of others, a module of CuPy may be imported when it is looked at
+        if name.startswith("minidl.") and vars(user).get("array_module") is array_module:
             monkeypatch.setattr(user, "array_module", array_module_of_all)
     monkeypatch.setattr(Kernel, "_gpu_function", gpu_function)
     monkeypatch.setattr(blas, "_gemm_on_gpu", partial(do, blas._gemm_on_host))
