@@ -20,12 +20,8 @@ import pytest
 from conftest import CUPY
 from minidl import command, errors, host_build, settings
 from minidl.__main__ import COMMANDS
+from minidl.settings import tomllib
 from models import recipes
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")

@@ -27,6 +27,7 @@ from minidl import data, device, host_build, run_folder
 from minidl.commands import train as command
 from minidl.data.batches import Batches
 from minidl.errors import UsageError
+from minidl.settings import tomllib
 from minidl.training import evaluate
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -141,7 +142,6 @@ def test_run_folder_holds_settings_environment_metrics_events_and_checkpoints(ru
     recorded = json.loads((folder / "env.json").read_text())
     assert recorded["command"][0] == "train.py" and "--seed" in recorded["command"] and recorded["device"] == "cpu"
     assert {"minidl", "python", "numpy"} <= recorded["versions"].keys()
-    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     assert tomllib.loads((folder / "config.toml").read_text()).items() >= {
         "arch": "simplenet-310k", "epochs": 2, "batch_size": 16, "lr": 0.0125, "optimizer": "sgd", "sched": "cosine", "seed": 3,
         "dataset": "digits", "precision": "fp32", "limit_train_batches": 2, "recipe": "fast"}.items()
@@ -211,7 +211,6 @@ def test_plain_terminals_and_any_folder_name(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     assert "This is a demo" in result.stdout and result.stdout.splitlines()[-1].startswith("run folder: ")
     assert weights(tmp_path / name)
-    tomllib = pytest.importorskip("tomllib")
     assert tomllib.loads((tmp_path / name / "config.toml").read_text(encoding="utf-8"))["seed"] == 5
     assert name in json.loads((tmp_path / name / "env.json").read_text())["command"]
 
