@@ -378,12 +378,17 @@ class Conv2d(Layer):
         return conv.forward(x, self.weight.data, self.bias and self.bias.master,
                             stride=self.stride, padding=self.padding, groups=self.groups, plus=plus)
 
-    def backward(self, dy: Array, dx: Array | None = None, plus: Array | None = None) -> Any:
-        """As Layer.backward; adds `plus` and writes to `dx` (C, H, W, N) if given, which may be the same."""
+    def backward(self, dy: Array, dx: Array | None = None, plus: Array | None = None, centred: bool = False) -> Any:
+        """As Layer.backward; adds `plus` and writes to `dx` (C, H, W, N) if given, which may be the same.
+
+        centred: each channel of dy is known to add up to 0, and that is the gradient of its bias.
+        """
         (x,) = self._take()
+        if centred and self.bias:
+            self.bias.grad[...] = 0
         return conv.backward(dy, x() if callable(x) else x, self.weight.data, self.weight.grad,
-                             self.bias and self.bias.grad, stride=self.stride, padding=self.padding, groups=self.groups,
-                             input_gradient=self.input_gradient, dx=dx, plus=plus)
+                             self.bias.grad if self.bias and not centred else None, stride=self.stride, padding=self.padding,
+                             groups=self.groups, input_gradient=self.input_gradient, dx=dx, plus=plus)
 
 
 class BatchNorm2d(Layer):
@@ -683,9 +688,10 @@ class Sequential(Composition):
     def backward(self, dy: Array, plus: Array | None = None) -> Any:
         """As Layer.backward; adds `plus`, like dx, if given, which may be overwritten."""
         first, *others = self
+        after = None
         for layer in reversed(others):
-            dy = layer.backward(dy)
-        return first.backward(dy) if plus is None else backward_plus(first, dy, plus)
+            dy, after = backward_from(after, layer, dy), layer
+        return backward_from(after, first, dy) if plus is None else backward_plus(first, dy, plus)
 
 
 def forward_plus(layer: Layer, x: Array, plus: Array) -> Array:
@@ -693,6 +699,14 @@ def forward_plus(layer: Layer, x: Array, plus: Array) -> Array:
     if isinstance(layer, (Conv2d, Sequential)):
         return layer.forward(x, plus=plus)
     return add.forward(layer.forward(x), plus)
+
+
+def backward_from(after: Layer | None, layer: Layer, dy: Array) -> Any:
+    """layer.backward(dy), where dy is the dx of `after`, the next layer, if there is one."""
+    # Batch norm takes the mean out, and with it a bias in front of it: no sum over dy is needed to know its gradient.
+    if isinstance(layer, Conv2d) and isinstance(after, BatchNorm2d):
+        return layer.backward(dy, centred=True)
+    return layer.backward(dy)
 
 
 def backward_plus(layer: Layer, dy: Array, plus: Array) -> Array:

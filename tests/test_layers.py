@@ -41,6 +41,8 @@ def residual_blocks():
 def test_network_gradient_in_random_directions(target, rng, make, shape):
     """<v, backward(u)> = <u, d forward / d v> for parameters and input, by central differences in float64."""
     network = make().initialize(target.place, "float64", seed=3)
+    # No bias is 0 any more: behind zeros of a ReLU it would leave the next one at its edge.
+    network.parameters.master += target.array(rng.normal(size=network.parameters.master.shape))
     x = rng.normal(size=shape)
     u = rng.normal(size=target.host(network.forward(target.array(x))).shape)
     dx = target.host(network.backward(target.array(u)))
@@ -51,7 +53,7 @@ def test_network_gradient_in_random_directions(target, rng, make, shape):
         network.parameters.master[...] = target.array(at_parameters)
         return (u * target.host(network.forward(target.array(at_x)))).sum()
 
-    v_x, v_parameters = rng.normal(size=shape), rng.normal(size=start.shape) * (grad != 0)
+    v_x, v_parameters = rng.normal(size=shape), rng.normal(size=start.shape)
     for vx, vp, expected in ((v_x, 0, (v_x * dx).sum()), (0, v_parameters, (v_parameters * grad).sum())):
         h = 1e-6
         numerical = (value(x + h * vx, start + h * vp) - value(x - h * vx, start - h * vp)) / (2 * h)
@@ -105,6 +107,27 @@ def test_skipping_the_input_gradient_leaves_the_others(rng):
         assert (dx is None) == skip
         results.append(network.parameters.grad.copy())
     assert np.array_equal(*results)
+
+
+def test_the_gradient_of_a_bias_in_front_of_batch_norm_is_zero(machine, rng):
+    """Of that one alone; and that is what the sum over its dy would be, but for rounding."""
+    network = Sequential(
+        centred=Conv2d(2, 3, 3, padding=1), norm=BatchNorm2d(3, relu=True), free=Conv2d(3, 3, 1), relu=ReLU(),
+        other_norm=BatchNorm2d(3)).initialize(machine.place, "float64", seed=2)
+    gradients = []
+    for alone in (False, True):
+        dy = network.forward(machine.array(rng.normal(size=(2, 4, 5, 3))))
+        dy[...] = machine.array(rng.normal(size=dy.shape))
+        network.parameters.grad[...] = np.nan
+        if alone:
+            for layer in reversed(list(network)):
+                dy = layer.backward(dy)
+        else:
+            network.backward(dy)
+        gradients.append([machine.host(layer.bias.grad) for layer in (network.centred, network.free)])
+    (centred, free), (summed, _) = gradients
+    assert (centred == 0).all() and (abs(summed) < 1e-13).all()
+    assert (abs(free) > 1e-3).all()
 
 
 def test_names_and_shapes_are_those_of_pytorch():
