@@ -231,8 +231,8 @@ class BatchNorm(Work):
     kind = "batch norm"
     kernels = ("bn_forward", "bn_forward_relu", "bn_forward_add_relu",
                "bn_backward", "bn_backward_relu", "bn_backward_add_relu",
-               "bn_tile_moments", "bn_combine_moments", "bn_rstd", "bn_apply", "bn_apply_relu", "bn_apply_add_relu",
-               "bn_backward_sums", "bn_backward_sums_relu", "bn_backward_sums_add_relu", "bn_combine_sums",
+               "bn_tile_moments", "bn_normalize", "bn_normalize_relu", "bn_normalize_add_relu",
+               "bn_backward_sums", "bn_backward_sums_relu", "bn_backward_sums_add_relu",
                "bn_backward_x", "bn_backward_x_relu", "bn_backward_x_add_relu")
 
     def __str__(self):
@@ -667,8 +667,10 @@ def others(batch):
     layers.Sequential(layers.Conv2d(128, 128, 3, padding=1, groups=32), layers.ReLU(), layers.Dropout(0.5), layers.AvgPool2d(2)
                       ).trace(_Value((128, 32, 32)), tracer)
     size = 5_521_508  # simplenet-5m
-    return tracer.counts + Counter([BatchNorm((128, 32, 32, batch), True, False, training=False), Augmentation(batch, mix=True),
-                                    Step("adam", size), Step("adadelta", size), Average(size), Cast(size)])
+    shape = 128, 32, 32, batch
+    return tracer.counts + Counter([BatchNorm(shape, True, False, training=False), BatchNormAgain(shape, False),
+                                    Augmentation(batch, mix=True), Step("adam", size), Step("adadelta", size), Average(size),
+                                    Cast(size)])
 
 
 def of(names, batch):

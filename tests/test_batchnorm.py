@@ -172,8 +172,10 @@ def test_nothing_is_added_where_the_forward_had_z(target, rng):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", [(3, 32, 32, 32), (5, 9, 11, 37)], ids=str)
-def test_both_ways_give_the_same_bits(machine, rng, shape, variant, training, monkeypatch):
+@pytest.mark.parametrize("shape, tile", [((3, 32, 32, 32), 4096), ((5, 9, 11, 37), 4096), ((5, 9, 11, 37), 16)], ids=str)
+def test_both_ways_give_the_same_bits(machine, rng, shape, tile, variant, training, monkeypatch):
+    """Few tiles of a row, and more than a block fetches at a time."""
+    monkeypatch.setattr(batchnorm, "TILE", tile)
     case = Case(rng, shape, variant, "float32", machine, training)
     results = []
     for way in WAYS:
@@ -186,13 +188,12 @@ def test_both_ways_give_the_same_bits(machine, rng, shape, variant, training, mo
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["plain", "relu"])
 @pytest.mark.parametrize("shape", [(3, 32, 32, 32), (5, 9, 11, 37)], ids=str)
 def test_apply_gives_the_same_bits_as_forward(machine, rng, shape, variant, dtype):
     case = Case(rng, shape, variant, dtype, machine)
     y = case.forward()
-    z = machine.array(case.z, dtype) if variant == "add_relu" else None
-    again = batchnorm.apply(case.device_x, *case.affine, case.mean, case.rstd, relu=variant == "relu", z=z)
+    again = batchnorm.apply(case.device_x, *case.affine, case.mean, case.rstd, relu=variant == "relu")
     assert np.array_equal(machine.host(y), machine.host(again))
 
 

@@ -65,21 +65,22 @@ def values(rng, *shape):
 CHANNELS, TILE, FAR_ROW = 5, 40, 2**30  # the last row begins at 2^32
 WHOLE_ROWS = re.compile("bn_(forward|backward)(_relu|_add_relu)?")  # they find them as the others do, and read all of them
 BY_ROWS = [(kernels, name) for kernels in (batchnorm.KERNELS, bias.KERNELS) for name, parameters in kernels.signatures.items()
-           if {"row", "tile"} <= {it.name for it in parameters} and name not in ("bn_combine_moments", "bias_add")
-           and not WHOLE_ROWS.fullmatch(name)]
+           if {"row", "tile"} <= {it.name for it in parameters} and name != "bias_add" and not WHOLE_ROWS.fullmatch(name)]
 
 
 @pytest.mark.parametrize("kernels, name", BY_ROWS, ids=[name for _, name in BY_ROWS])
 def test_tiles_of_rows(on_host, rng, kernels, name):
     """Grids of tiles x rows: with one tile, the beginning of each row."""
     signature = kernels.signatures[name]
-    shapes = {it.name: (CHANNELS, TILE) if it.c_type == "real" else (CHANNELS,) for it in signature if it.is_array}
-    read = {it.name: abs(values(rng, *shapes[it.name])) for it in signature if it.is_array and it.is_const}
+    moments = dict.fromkeys(it.name for it in signature if it.is_optional and it.c_type == "acc")  # None: they are of all tiles
+    taken = [it for it in signature if it.is_array and it.name not in moments]
+    shapes = {it.name: (CHANNELS, TILE) if it.c_type == "real" else (CHANNELS,) for it in taken}
+    read = {it.name: abs(values(rng, *shapes[it.name])) for it in taken if it.is_const or it.name.startswith("running")}
 
     def launch(**arrays):
         row = next(array.shape[1] for array in arrays.values() if array.ndim == 2)
-        numbers = {"row": row, "tile": TILE, "inverse_m": 0.01}
-        getattr(kernels, name)[(1, CHANNELS), 128](*({**arrays, **numbers}[it.name] for it in signature))
+        numbers = {"row": row, "tile": TILE, "inverse_m": 0.01, "eps": 1e-5, "momentum": 0.1}
+        getattr(kernels, name)[(1, CHANNELS), 128](*({**arrays, **moments, **numbers}[it.name] for it in signature))
 
     assert_same_when_spread(launch, read, {it: shapes[it] for it in shapes if it not in read},
                             {it: (CHANNELS, FAR_ROW) for it in shapes if len(shapes[it]) == 2})

@@ -92,6 +92,14 @@ def running_statistics(target, rng):
     test_batchnorm.test_running_statistics(target, rng, (3, 4, 5, 2), "float64")
 
 
+def running_statistics_by_tiles(target, rng):
+    """Of rows of 229 tiles, a block each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batchnorm, "TILE", 16)
+        test_batchnorm.go("a block a tile", patch)
+        test_batchnorm.test_running_statistics(target, rng, (2, 9, 11, 37), "float64")
+
+
 def convolution(number, way="all at once"):
     """The gradients of a case of test_conv.py, computed in one of its ways."""
 
@@ -254,14 +262,18 @@ BUGS = [
     Bug("batch norm: 1/m missing", batchnorm.backward, "1 / row if training", "1.0 if training", norm()),
     Bug("batch norm: 1/m in evaluation", batchnorm.backward, "1 / row if training else 0.0", "1 / row",
         norm(training=False)),
-    Bug("batch norm: dx without gamma", "batchnorm.cu", "= channel.scale * (g -", "= rstd[c] * (g -", norm()),
-    Bug("batch norm: dx without rstd", "batchnorm.cu", "= channel.scale * (g -", "= gamma[c] * (g -", norm()),
+    Bug("batch norm: dx without gamma", "batchnorm.cu", "= channel.scale * (g -", "= channel.rstd * (g -", norm()),
+    Bug("batch norm: dx without rstd", "batchnorm.cu", "= channel.scale * (g -", "= channel.scale / channel.rstd * (g -", norm()),
     Bug("batch norm: dgamma without rstd", "batchnorm.cu", "= sums.deviation * rstd[c]", "= sums.deviation", norm(),
         times=2),
     Bug("batch norm: only the first tile of dbeta", "batchnorm.cu", "sum.g += tile.g", "if (sum.g == 0) sum.g = tile.g",
         norm_of_many_tiles),
-    Bug("batch norm: tiles of moments not shifted to one mean", "batchnorm.cu", " + delta * sum.count * delta / per_tile", "",
-        norm_of_many_tiles),
+    Bug("batch norm: tiles of moments not shifted to one mean", "batchnorm.cu",
+        "fma(delta * sum.count * share, delta, sum.m2 + tile.m2)", "sum.m2 + tile.m2", norm_of_many_tiles),
+    Bug("batch norm: tiles beyond those fetched at first are those again", "batchnorm.cu", "first_of_tile[begin + i]",
+        "first_of_tile[i]", running_statistics_by_tiles),
+    Bug("batch norm: running statistics moved by each tile", "batchnorm.cu", "if (tile_mean) move_running(running_mean[c]",
+        "} if (tile_mean) { move_running(running_mean[c]", running_statistics_by_tiles),
     Bug("batch norm: running variance biased", "batchnorm.cu", "batch.m2 / (row - 1)", "batch.m2 / row", running_statistics),
     Bug("batch norm and relu: mask lost", "batchnorm.cu", "return affine(x, channel) > T{} ? dy : T{}", "return dy",
         norm("relu")),

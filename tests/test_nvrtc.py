@@ -63,7 +63,7 @@ def test_no_kernel_spills(compiled):
 
 def test_rows_are_read_and_written_16_bytes_at_a_time(compiled):
     """What goes through rows.cuh and pixels.cuh: ReLUs, dropout, sums of branches, biases, im2col, col2im, pooling, batch norm."""
-    maps = r"add|bias_add|relu_\w+|dropout\w*|im2col|col2im|(?:max|avg)pool_\w+|bn_(?:apply|forward|backward)\w*"
+    maps = r"add|bias_add|relu_\w+|dropout\w*|im2col|col2im|(?:max|avg)pool_\w+|bn_(?:apply|normalize|forward|backward)\w*"
     sums = r"bias_tile_sums|bn_tile_moments|bn_backward_sums\w*"
     for program in compiled.programs.values():
         accesses = nvrtc.widest_accesses(program.ptx)

@@ -16,8 +16,11 @@
 //
 // Two ways to equal results, bit for bit. Either a block takes a group of whole channels and goes over their rows twice
 // (bn_forward*, bn_backward*; grid: groups): what fits a cache comes from memory once. Or a block takes a tile (grid: tiles x
-// channels), and kernels of their own combine the tiles of a row, one thread a channel, and apply what comes out.
+// channels): a first kernel sums each (bn_tile_moments, bn_backward_sums*), and in the second, each block combines the tiles of
+// its row for itself (bn_normalize*, bn_backward_x*): one more launch between them would take a GPU longer.
 #include "rows.cuh"
+
+#define TILES_FETCHED 128  // at a time, of a row
 
 // The row of a channel in a tensor (C, row).
 template <class T>
@@ -47,12 +50,29 @@ __device__ __forceinline__ Moments tile_moments(const real* x_row, int t, int ro
     return {mean, m2[0], acc(end - begin)};
 }
 
-// Chan's formula. No product is added to anything: compilers would contract it to one rounding here and not there.
+// Chan's formula. Where a product is added, fma says so: compilers would contract it to one rounding here and not there.
 __device__ __forceinline__ void combine(Moments& sum, Moments tile) {
-    const acc delta = tile.mean - sum.mean, count = sum.count + tile.count, per_tile = count / tile.count;
-    sum.mean += delta / per_tile;
-    sum.m2 += tile.m2 + delta * sum.count * delta / per_tile;
+    const acc delta = tile.mean - sum.mean, count = sum.count + tile.count, share = tile.count / count;
+    sum.mean = fma(delta, share, sum.mean);
+    sum.m2 = fma(delta * sum.count * share, delta, sum.m2 + tile.m2);
     sum.count = count;
+}
+
+// Thread 0 gets add(t, first, second) of all tiles of a channel, in their order; the others help to fetch what it needs.
+template <class Add>
+__device__ __forceinline__ void for_each_tile(const acc* first_of_tile, const acc* second_of_tile, int tiles, Add add) {
+    SHARED(acc, first, TILES_FETCHED);
+    SHARED(acc, second, TILES_FETCHED);
+    for (int begin = 0; begin < tiles; begin += TILES_FETCHED) {
+        const int count = tiles - begin < TILES_FETCHED ? tiles - begin : TILES_FETCHED;
+        BLOCK_LOOP(i, 0, count) {
+            first[i] = first_of_tile[begin + i];
+            second[i] = second_of_tile[begin + i];
+        }
+        __syncthreads();
+        for (int i = 0; threadIdx.x == 0 && i < count; ++i) add(begin + i, first[i], second[i]);
+        __syncthreads();
+    }
 }
 
 __device__ __forceinline__ acc rstd_of(acc var, acc eps) { return 1 / sqrt(var + eps); }
@@ -74,34 +94,13 @@ extern "C" __global__ void bn_tile_moments(const real* __restrict__ x, acc* __re
     }
 }
 
-// mean, rstd (C) of this batch; the running statistics move.
-extern "C" __global__ void bn_combine_moments(const acc* __restrict__ tile_mean, const acc* __restrict__ tile_m2,
-                                              acc* __restrict__ mean, acc* __restrict__ rstd, acc* __restrict__ running_mean,
-                                              acc* __restrict__ running_var, int channels, int tiles, int row, int tile,
-                                              acc eps, acc momentum) {
-    GRID_LOOP(c, channels) {
-        Moments sum = {};
-        for (int t = 0; t < tiles; ++t)
-            combine(sum, {tile_mean[c * tiles + t], tile_m2[c * tiles + t], acc(tile_end(t, row, tile) - t * tile)});
-        mean[c] = sum.mean;
-        rstd[c] = rstd_of(sum.m2 / row, eps);
-        move_running(running_mean[c], running_var[c], sum, row, momentum);
-    }
-}
-
-extern "C" __global__ void bn_rstd(const acc* __restrict__ var, acc* __restrict__ rstd, int channels, acc eps) {
-    GRID_LOOP(c, channels) rstd[c] = rstd_of(var[c], eps);
-}
-
 // ---- forward: y (C, P). The three variants differ in f and z. -----------------------------------------------------
 
 struct Channel {
-    acc mean, scale, beta;  // scale: gamma * rstd
+    acc mean, rstd, scale, beta;  // scale: gamma * rstd
 };
 
-__device__ __forceinline__ Channel channel_of(int c, const acc* mean, const acc* rstd, const acc* gamma, const acc* beta) {
-    return {mean[c], gamma[c] * rstd[c], beta[c]};
-}
+__device__ __forceinline__ Channel channel_of(acc mean, acc rstd, acc gamma, acc beta) { return {mean, rstd, gamma * rstd, beta}; }
 
 // gamma * xhat + beta, of acc or lanes, in one place: the backward recomputes its sign and must get the forward's.
 template <class T>
@@ -114,9 +113,8 @@ __device__ __forceinline__ T relu(T value) { return value < T{} ? T{} : value; }
 
 // `z` is read only in the variant that adds it.
 template <bool ADDS, bool RECTIFIES>
-__device__ __forceinline__ void apply_tile(const real* x, const real* z, const acc* mean, const acc* rstd, const acc* gamma,
-                                           const acc* beta, real* y, int channels, int c, int t, int row, int tile) {
-    const Channel channel = channel_of(c, mean, rstd, gamma, beta);
+__device__ __forceinline__ void apply_tile(const real* x, const real* z, Channel channel, real* y, int channels, int c, int t,
+                                           int row, int tile) {
     const long long total = (long long)channels * row;
     const real *x_row = row_of(x, c, row), *z_row = row_of(z, c, row);
     real* y_row = row_of(y, c, row);
@@ -127,23 +125,80 @@ __device__ __forceinline__ void apply_tile(const real* x, const real* z, const a
     }, x_row, z_row);
 }
 
+template <bool RECTIFIES>
+__device__ __forceinline__ void apply(const real* x, const acc* mean, const acc* rstd, const acc* gamma, const acc* beta,
+                                      real* y, int row, int tile) {
+    const int c = blockIdx.y;
+    const Channel channel = channel_of(mean[c], rstd[c], gamma[c], beta[c]);
+    apply_tile<false, RECTIFIES>(x, x, channel, y, gridDim.y, c, blockIdx.x, row, tile);
+}
+
+// The same y again, from its mean and rstd.
 extern "C" __global__ void bn_apply(const real* __restrict__ x, const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                     const acc* __restrict__ gamma, const acc* __restrict__ beta, real* __restrict__ y, int row,
                                     int tile) {
-    apply_tile<false, false>(x, x, mean, rstd, gamma, beta, y, gridDim.y, blockIdx.y, blockIdx.x, row, tile);
+    apply<false>(x, mean, rstd, gamma, beta, y, row, tile);
 }
 
 extern "C" __global__ void bn_apply_relu(const real* __restrict__ x, const acc* __restrict__ mean,
                                          const acc* __restrict__ rstd, const acc* __restrict__ gamma,
                                          const acc* __restrict__ beta, real* __restrict__ y, int row, int tile) {
-    apply_tile<false, true>(x, x, mean, rstd, gamma, beta, y, gridDim.y, blockIdx.y, blockIdx.x, row, tile);
+    apply<true>(x, mean, rstd, gamma, beta, y, row, tile);
 }
 
-extern "C" __global__ void bn_apply_add_relu(const real* __restrict__ x, const real* __restrict__ z,
-                                             const acc* __restrict__ mean, const acc* __restrict__ rstd,
-                                             const acc* __restrict__ gamma, const acc* __restrict__ beta,
-                                             real* __restrict__ y, int row, int tile) {
-    apply_tile<true, true>(x, z, mean, rstd, gamma, beta, y, gridDim.y, blockIdx.y, blockIdx.x, row, tile);
+// In evaluation, there are no moments of tiles.
+template <bool ADDS, bool RECTIFIES>
+__device__ __forceinline__ void normalize(const real* x, const real* z, const acc* tile_mean, const acc* tile_m2,
+                                          const acc* gamma, const acc* beta, real* y, acc* mean, acc* rstd, acc* running_mean,
+                                          acc* running_var, int row, int tile, acc eps, acc momentum) {
+    SHARED(acc, statistics, 2);  // mean, rstd
+    const int c = blockIdx.y, tiles = gridDim.x;
+    Moments batch = {};
+    if (tile_mean)
+        for_each_tile(tile_mean + (long long)c * tiles, tile_m2 + (long long)c * tiles, tiles, [&](int t, acc mean, acc m2) {
+            combine(batch, {mean, m2, acc(tile_end(t, row, tile) - t * tile)});
+        });
+    if (threadIdx.x == 0) {
+        statistics[0] = tile_mean ? batch.mean : running_mean[c];
+        statistics[1] = rstd_of(tile_mean ? batch.m2 / row : running_var[c], eps);
+        if (blockIdx.x == 0) {
+            mean[c] = statistics[0];
+            rstd[c] = statistics[1];
+            if (tile_mean) move_running(running_mean[c], running_var[c], batch, row, momentum);
+        }
+    }
+    __syncthreads();
+    const Channel channel = channel_of(statistics[0], statistics[1], gamma[c], beta[c]);
+    apply_tile<ADDS, RECTIFIES>(x, z, channel, y, gridDim.y, c, blockIdx.x, row, tile);
+}
+
+// y; mean, rstd (C) of this batch; the running statistics move.
+extern "C" __global__ void bn_normalize(const real* __restrict__ x, OPTIONAL const acc* __restrict__ tile_mean,
+                                        OPTIONAL const acc* __restrict__ tile_m2, const acc* __restrict__ gamma,
+                                        const acc* __restrict__ beta, real* __restrict__ y, acc* __restrict__ mean,
+                                        acc* __restrict__ rstd, acc* __restrict__ running_mean, acc* __restrict__ running_var,
+                                        int row, int tile, acc eps, acc momentum) {
+    normalize<false, false>(x, x, tile_mean, tile_m2, gamma, beta, y, mean, rstd, running_mean, running_var, row, tile, eps,
+                            momentum);
+}
+
+extern "C" __global__ void bn_normalize_relu(const real* __restrict__ x, OPTIONAL const acc* __restrict__ tile_mean,
+                                             OPTIONAL const acc* __restrict__ tile_m2, const acc* __restrict__ gamma,
+                                             const acc* __restrict__ beta, real* __restrict__ y, acc* __restrict__ mean,
+                                             acc* __restrict__ rstd, acc* __restrict__ running_mean,
+                                             acc* __restrict__ running_var, int row, int tile, acc eps, acc momentum) {
+    normalize<false, true>(x, x, tile_mean, tile_m2, gamma, beta, y, mean, rstd, running_mean, running_var, row, tile, eps,
+                           momentum);
+}
+
+extern "C" __global__ void bn_normalize_add_relu(const real* __restrict__ x, const real* __restrict__ z,
+                                                 OPTIONAL const acc* __restrict__ tile_mean,
+                                                 OPTIONAL const acc* __restrict__ tile_m2, const acc* __restrict__ gamma,
+                                                 const acc* __restrict__ beta, real* __restrict__ y, acc* __restrict__ mean,
+                                                 acc* __restrict__ rstd, acc* __restrict__ running_mean,
+                                                 acc* __restrict__ running_var, int row, int tile, acc eps, acc momentum) {
+    normalize<true, true>(x, z, tile_mean, tile_m2, gamma, beta, y, mean, rstd, running_mean, running_var, row, tile, eps,
+                          momentum);
 }
 
 // Statistics of all rows of a group, then all results: long streams through memory, where rows are short.
@@ -162,9 +217,10 @@ __device__ __forceinline__ void forward(const real* x, const real* z, const acc*
         }
     }
     __syncthreads();
-    for (int c = begin; c < end; ++c)
-        for (int t = 0; t < tiles; ++t)
-            apply_tile<ADDS, RECTIFIES>(x, z, mean, rstd, gamma, beta, y, channels, c, t, row, tile);
+    for (int c = begin; c < end; ++c) {
+        const Channel channel = channel_of(mean[c], rstd[c], gamma[c], beta[c]);
+        for (int t = 0; t < tiles; ++t) apply_tile<ADDS, RECTIFIES>(x, z, channel, y, channels, c, t, row, tile);
+    }
 }
 
 extern "C" __global__ void bn_forward(const real* __restrict__ x, const acc* __restrict__ gamma, const acc* __restrict__ beta,
@@ -216,9 +272,8 @@ __device__ __forceinline__ void combine(Sums& sum, Sums tile) {
 }
 
 template <Mask MASK>
-__device__ __forceinline__ Sums tile_sums(const real* x, const real* dy, const real* y, const acc* mean, const acc* rstd,
-                                          const acc* gamma, const acc* beta, int c, int t, int row, int tile) {
-    const Channel channel = channel_of(c, mean, rstd, gamma, beta);
+__device__ __forceinline__ Sums tile_sums(const real* x, const real* dy, const real* y, Channel channel, int c, int t, int row,
+                                          int tile) {
     acc sums[2];
     sum_over(sums, t * tile, tile_end(t, row, tile), [=](auto& sums, auto x, auto dy, auto y) {
         const auto g = masked<MASK>(dy, x, y, channel);
@@ -232,9 +287,11 @@ template <Mask MASK>
 __device__ __forceinline__ void backward_sums(const real* x, const real* dy, const real* y, const acc* mean, const acc* rstd,
                                               const acc* gamma, const acc* beta, acc* tile_deviation, acc* tile_g, int row,
                                               int tile) {
-    const Sums sums = tile_sums<MASK>(x, dy, y, mean, rstd, gamma, beta, blockIdx.y, blockIdx.x, row, tile);
+    const int c = blockIdx.y;
+    const Channel channel = channel_of(mean[c], rstd[c], gamma[c], beta[c]);
+    const Sums sums = tile_sums<MASK>(x, dy, y, channel, c, blockIdx.x, row, tile);
     if (threadIdx.x == 0) {
-        const long long index = (long long)blockIdx.y * gridDim.x + blockIdx.x;
+        const long long index = (long long)c * gridDim.x + blockIdx.x;
         tile_deviation[index] = sums.deviation;
         tile_g[index] = sums.g;
     }
@@ -263,25 +320,12 @@ extern "C" __global__ void bn_backward_sums_add_relu(const real* __restrict__ x,
     backward_sums<FROM_Y>(x, dy, y, mean, rstd, gamma, beta, tile_deviation, tile_g, row, tile);
 }
 
-// dgamma, dbeta (C) from the sums over tiles (C, tiles).
-extern "C" __global__ void bn_combine_sums(const acc* __restrict__ tile_deviation, const acc* __restrict__ tile_g,
-                                           const acc* __restrict__ rstd, acc* __restrict__ dgamma, acc* __restrict__ dbeta,
-                                           int channels, int tiles) {
-    GRID_LOOP(c, channels) {
-        Sums sums = {};
-        for (int t = 0; t < tiles; ++t) combine(sums, {tile_g[c * tiles + t], tile_deviation[c * tiles + t]});
-        dgamma[c] = sums.deviation * rstd[c];
-        dbeta[c] = sums.g;
-    }
-}
-
 // inverse_m: 1/m in training, 0 in evaluation. plus: what is added to dx, or 0.
 template <Mask MASK>
-__device__ __forceinline__ void tile_dx(const real* x, const real* dy, const real* y, const real* plus, const acc* mean,
-                                        const acc* rstd, const acc* gamma, const acc* beta, const acc* dgamma,
-                                        const acc* dbeta, real* dx, real* dz, int c, int t, int row, int tile, acc inverse_m) {
-    const Channel channel = channel_of(c, mean, rstd, gamma, beta);
-    const acc g_mean = dbeta[c] * inverse_m, slope = rstd[c] * dgamma[c] * inverse_m;
+__device__ __forceinline__ void tile_dx(const real* x, const real* dy, const real* y, const real* plus, Channel channel,
+                                        acc dgamma, acc dbeta, real* dx, real* dz, int c, int t, int row, int tile,
+                                        acc inverse_m) {
+    const acc g_mean = dbeta * inverse_m, slope = channel.rstd * dgamma * inverse_m;
     const real *x_row = row_of(x, c, row), *dy_row = row_of(dy, c, row), *y_row = row_of(y, c, row);
     const auto dx_and_g = [=](auto& results, auto x, auto dy, auto y) {
         const auto g = masked<MASK>(dy, x, y, channel);
@@ -298,33 +342,60 @@ __device__ __forceinline__ void tile_dx(const real* x, const real* dy, const rea
     }, x_row, dy_row, row_of(plus, c, row));
 }
 
+template <Mask MASK>
+__device__ __forceinline__ void backward_x(const real* x, const real* dy, const real* y, const real* plus, const acc* mean,
+                                           const acc* rstd, const acc* gamma, const acc* beta, const acc* tile_deviation,
+                                           const acc* tile_g, acc* dgamma, acc* dbeta, real* dx, real* dz, int row, int tile,
+                                           acc inverse_m) {
+    SHARED(acc, gradients, 2);  // dgamma, dbeta
+    const int c = blockIdx.y, tiles = gridDim.x;
+    Sums sums = {};
+    for_each_tile(tile_deviation + (long long)c * tiles, tile_g + (long long)c * tiles, tiles,
+                  [&](int, acc deviation, acc g) { combine(sums, {g, deviation}); });
+    if (threadIdx.x == 0) {
+        gradients[0] = sums.deviation * rstd[c];
+        gradients[1] = sums.g;
+        if (blockIdx.x == 0) {
+            dgamma[c] = gradients[0];
+            dbeta[c] = gradients[1];
+        }
+    }
+    __syncthreads();
+    const Channel channel = channel_of(mean[c], rstd[c], gamma[c], beta[c]);
+    tile_dx<MASK>(x, dy, y, plus, channel, gradients[0], gradients[1], dx, dz, c, blockIdx.x, row, tile, inverse_m);
+}
+
+// dgamma, dbeta (C) from the sums over tiles (C, tiles); dx.
 extern "C" __global__ void bn_backward_x(const real* __restrict__ x, const real* __restrict__ dy,
                                          OPTIONAL const real* __restrict__ plus, const acc* __restrict__ mean,
                                          const acc* __restrict__ rstd, const acc* __restrict__ gamma,
-                                         const acc* __restrict__ beta, const acc* __restrict__ dgamma,
-                                         const acc* __restrict__ dbeta, real* __restrict__ dx, int row, int tile,
-                                         acc inverse_m) {
-    tile_dx<NONE>(x, dy, dy, plus, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, blockIdx.y, blockIdx.x, row, tile,
-                  inverse_m);
+                                         const acc* __restrict__ beta, const acc* __restrict__ tile_deviation,
+                                         const acc* __restrict__ tile_g, acc* __restrict__ dgamma, acc* __restrict__ dbeta,
+                                         real* __restrict__ dx, int row, int tile, acc inverse_m) {
+    backward_x<NONE>(x, dy, dy, plus, mean, rstd, gamma, beta, tile_deviation, tile_g, dgamma, dbeta, dx, dx, row, tile,
+                     inverse_m);
 }
 
 extern "C" __global__ void bn_backward_x_relu(const real* __restrict__ x, const real* __restrict__ dy,
                                               OPTIONAL const real* __restrict__ plus, const acc* __restrict__ mean,
                                               const acc* __restrict__ rstd, const acc* __restrict__ gamma,
-                                              const acc* __restrict__ beta, const acc* __restrict__ dgamma,
-                                              const acc* __restrict__ dbeta, real* __restrict__ dx, int row, int tile,
+                                              const acc* __restrict__ beta, const acc* __restrict__ tile_deviation,
+                                              const acc* __restrict__ tile_g, acc* __restrict__ dgamma,
+                                              acc* __restrict__ dbeta, real* __restrict__ dx, int row, int tile,
                                               acc inverse_m) {
-    tile_dx<FROM_X>(x, dy, dy, plus, mean, rstd, gamma, beta, dgamma, dbeta, dx, dx, blockIdx.y, blockIdx.x, row, tile,
-                    inverse_m);
+    backward_x<FROM_X>(x, dy, dy, plus, mean, rstd, gamma, beta, tile_deviation, tile_g, dgamma, dbeta, dx, dx, row, tile,
+                       inverse_m);
 }
 
 extern "C" __global__ void bn_backward_x_add_relu(const real* __restrict__ x, const real* __restrict__ dy,
                                                   const real* __restrict__ y, const acc* __restrict__ mean,
                                                   const acc* __restrict__ rstd, const acc* __restrict__ gamma,
-                                                  const acc* __restrict__ beta, const acc* __restrict__ dgamma,
-                                                  const acc* __restrict__ dbeta, real* __restrict__ dx,
-                                                  real* __restrict__ dz, int row, int tile, acc inverse_m) {
-    tile_dx<FROM_Y>(x, dy, y, 0, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, blockIdx.y, blockIdx.x, row, tile, inverse_m);
+                                                  const acc* __restrict__ beta, const acc* __restrict__ tile_deviation,
+                                                  const acc* __restrict__ tile_g, acc* __restrict__ dgamma,
+                                                  acc* __restrict__ dbeta, real* __restrict__ dx, real* __restrict__ dz,
+                                                  int row, int tile, acc inverse_m) {
+    backward_x<FROM_Y>(x, dy, y, 0, mean, rstd, gamma, beta, tile_deviation, tile_g, dgamma, dbeta, dx, dz, row, tile,
+                       inverse_m);
 }
 
 template <Mask MASK>
@@ -333,17 +404,20 @@ __device__ __forceinline__ void backward(const real* x, const real* dy, const re
                                          real* dx, real* dz, int channels, int group, int row, int tile, acc inverse_m) {
     const int begin = group_begin(group), end = group_end(group, channels), tiles = tiles_of(row, tile);
     for (int c = begin; c < end; ++c) {
+        const Channel channel = channel_of(mean[c], rstd[c], gamma[c], beta[c]);
         Sums sums = {};
-        for (int t = 0; t < tiles; ++t) combine(sums, tile_sums<MASK>(x, dy, y, mean, rstd, gamma, beta, c, t, row, tile));
+        for (int t = 0; t < tiles; ++t) combine(sums, tile_sums<MASK>(x, dy, y, channel, c, t, row, tile));
         if (threadIdx.x == 0) {
             dgamma[c] = sums.deviation * rstd[c];
             dbeta[c] = sums.g;
         }
     }
     __syncthreads();
-    for (int c = begin; c < end; ++c)
+    for (int c = begin; c < end; ++c) {
+        const Channel channel = channel_of(mean[c], rstd[c], gamma[c], beta[c]);
         for (int t = 0; t < tiles; ++t)
-            tile_dx<MASK>(x, dy, y, plus, mean, rstd, gamma, beta, dgamma, dbeta, dx, dz, c, t, row, tile, inverse_m);
+            tile_dx<MASK>(x, dy, y, plus, channel, dgamma[c], dbeta[c], dx, dz, c, t, row, tile, inverse_m);
+    }
 }
 
 extern "C" __global__ void bn_backward(const real* __restrict__ x, const real* __restrict__ dy,

@@ -1,7 +1,7 @@
 """Batch normalization, alone or fused with what follows it. Formulas: batchnorm.cu."""
 
 from minidl.device import Array, array_module, empty, workers
-from minidl.kernels import LARGEST_COUNT, Kernel, Kernels, blocks_for
+from minidl.kernels import LARGEST_COUNT, Kernel, Kernels
 
 KERNELS = Kernels("batchnorm.cu")
 THREADS = 256
@@ -31,30 +31,29 @@ def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_va
     _check_shapes((channels,), gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     if training and row < 2:
         raise ValueError(f"batch norm: {row} value per channel in training; a variance needs 2 or more")
+    _check_shapes(x.shape, z=z, out=out)
+    read, y = (x,) if z is None else (x, z), _result(out, x)
     mean, rstd = empty((2, channels), gamma.dtype, like=x)
+    written = y, mean, rstd, running_mean, running_var
     if group := _channels_together(x):
-        read, y = _arrays(x, z, out)
         _variant("bn_forward", relu, z)[-(-channels // group), THREADS](
-            *read, gamma, beta, y, mean, rstd, running_mean, running_var, channels, group, row, TILE, int(training), eps,
-            momentum)
-        return y, mean, rstd
-    if training:
-        tile_mean, tile_m2 = empty((2, channels, tiles), gamma.dtype, like=x)
-        KERNELS.bn_tile_moments[(tiles, channels), THREADS](x, tile_mean, tile_m2, row, TILE)
-        KERNELS.bn_combine_moments[blocks_for(channels, 32), 32](
-            tile_mean, tile_m2, mean, rstd, running_mean, running_var, channels, tiles, row, TILE, eps, momentum)
+            *read, gamma, beta, *written, channels, group, row, TILE, int(training), eps, momentum)
     else:
-        mean = running_mean
-        KERNELS.bn_rstd[blocks_for(channels, 32), 32](running_var, rstd, channels, eps)
-    return apply(x, gamma, beta, mean, rstd, relu=relu, z=z, out=out), mean, rstd
+        moments = empty((2, channels, tiles), gamma.dtype, like=x) if training else (None, None)
+        if training:
+            KERNELS.bn_tile_moments[(tiles, channels), THREADS](x, *moments, row, TILE)
+        _variant("bn_normalize", relu, z)[(tiles, channels), THREADS](
+            *read, *moments, gamma, beta, *written, row, TILE, eps, momentum)
+    return y, mean, rstd
 
 
-def apply(x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, *, relu: bool = False, z: Array | None = None,
+def apply(x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, *, relu: bool = False,
           out: Array | None = None) -> Array:
-    """The last step of `forward`, with its mean and rstd: the same y again, bit for bit."""
+    """The y of a `forward` without z again, bit for bit, from its mean and rstd."""
     channels, row, tiles = _tiles(x)
-    read, y = _arrays(x, z, out)
-    _variant("bn_apply", relu, z)[(tiles, channels), THREADS](*read, mean, rstd, gamma, beta, y, row, TILE)
+    _check_shapes(x.shape, out=out)
+    y = _result(out, x)
+    _variant("bn_apply", relu)[(tiles, channels), THREADS](x, mean, rstd, gamma, beta, y, row, TILE)
     return y
 
 
@@ -82,13 +81,10 @@ def backward(dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: 
         _variant("bn_backward", relu, y)[-(-channels // group), THREADS](
             *read, *added, *affine, dgamma, dbeta, *written, channels, group, row, TILE, inverse_m)
     else:
-        tile_deviation, tile_g = empty((2, channels, tiles), mean.dtype, like=x)
-        _variant("bn_backward_sums", relu, y)[(tiles, channels), THREADS](
-            *read, *affine, tile_deviation, tile_g, row, TILE)
-        KERNELS.bn_combine_sums[blocks_for(channels, 32), 32](
-            tile_deviation, tile_g, rstd, dgamma, dbeta, channels, tiles)
+        sums = empty((2, channels, tiles), mean.dtype, like=x)
+        _variant("bn_backward_sums", relu, y)[(tiles, channels), THREADS](*read, *affine, *sums, row, TILE)
         _variant("bn_backward_x", relu, y)[(tiles, channels), THREADS](
-            *read, *added, *affine, dgamma, dbeta, *written, row, TILE, inverse_m)
+            *read, *added, *affine, *sums, dgamma, dbeta, *written, row, TILE, inverse_m)
     return dx if dz is None else (dx, dz)
 
 
@@ -100,15 +96,14 @@ def _channels_together(x: Array) -> int:
     return 0 if row > LONGEST_ROW[module] or not group and channels < workers(x) else max(1, group)
 
 
-def _variant(kernel: str, relu: bool, added: Array | None) -> Kernel:
-    """The one of a kernel's three variants that has the ReLU, or the addition before it."""
+def _variant(kernel: str, relu: bool, added: Array | None = None) -> Kernel:
+    """The one of a kernel's variants that has the ReLU, or the addition before it."""
     return getattr(KERNELS, kernel + ("_add_relu" if added is not None else "_relu" if relu else ""))
 
 
-def _arrays(x: Array, z: Array | None, out: Array | None) -> tuple[tuple[Array, ...], Array]:
-    """What a forward reads, and y."""
-    _check_shapes(x.shape, z=z, out=out)
-    return (x,) if z is None else (x, z), empty(x.shape, x.dtype, like=x) if out is None else out
+def _result(out: Array | None, x: Array) -> Array:
+    """Where y goes: the array that the caller gave, or a new one."""
+    return empty(x.shape, x.dtype, like=x) if out is None else out
 
 
 def _check_shapes(shape: tuple[int, ...], **arrays: Array | None) -> None:
