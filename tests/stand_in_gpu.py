@@ -252,7 +252,8 @@ def cupy():
     module.cuda = SimpleNamespace(
         Stream=Stream, MemoryPool=MemoryPool, using_allocator=using_allocator, get_allocator=lambda: state.allocator,
         get_current_stream=lambda: state.stream, Device=lambda index: SimpleNamespace(compute_capability="75"),
-        runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDevice=lambda: 99),
+        runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDevice=lambda: 99, cudaDevAttrMultiProcessorCount=16,
+                                deviceGetAttribute=lambda attribute, device: {16: 2}[attribute]),
         nvtx=SimpleNamespace(RangePush=lambda name: None, RangePop=lambda: None))
     return module
 

@@ -60,6 +60,16 @@ warps = pytest.fixture(launching, name="warps")        # a Target whose blocks h
 emulator = pytest.fixture(launching, name="emulator")  # one that finds faults
 
 
+@pytest.fixture(autouse=True)
+def multiprocessors(monkeypatch):
+    """-> Of how many a GPU has, as here for all tests that do not say otherwise: one, for which no tile is too large."""
+    def have(number):
+        monkeypatch.setattr(conv_tensor_core, "_multiprocessors", lambda like: number)
+
+    have(1)
+    return have
+
+
 def factors(rng, shape, dtype):
     """Random numbers, in float64, that tensor cores read as they are."""
     values = rng.normal(size=shape).astype(storage_dtype(dtype))
@@ -105,6 +115,18 @@ def test_forward(warps, rng, shape, outputs, padding, groups, dtype):
     y = forward(warps, x, weight, dy, padding, groups, dtype)
     expected = reference.conv2d(x, weight, np.zeros(outputs), 1, padding, groups)
     assert_close(y, expected, tolerance(dtype, weight[0].size), "y")
+
+
+@pytest.mark.parametrize("shape, outputs, padding, groups", [CASES[1], CASES[6]], ids=str)
+def test_on_many_multiprocessors_tiles_are_small(warps, rng, multiprocessors, shape, outputs, padding, groups):
+    """And results the same, bit for bit: each is one sum, as before."""
+    arguments = *inputs(rng, "bfloat16", shape, outputs, padding, groups), padding, groups, "bfloat16"
+    results = []
+    for number in (1, 1000):
+        multiprocessors(number)
+        results.append((forward(warps, *arguments), *gradients(warps, *arguments)))
+    for large, small in zip(*results):
+        assert np.array_equal(large, small)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
@@ -250,7 +272,12 @@ def test_float32_needs_leave(monkeypatch):
 
 @pytest.mark.parametrize("results, rows", [(5, 64), (64, 64), (65, 128), (128, 128), (129, 64), (256, 128), (320, 64)])
 def test_rows_of_a_tile(results, rows):
-    assert conv_tensor_core._tile_rows(results) == rows
+    assert conv_tensor_core._tile_rows(results, 1000, 132) == rows
+
+
+@pytest.mark.parametrize("results, beside, rows", [(128, 66, 64), (128, 67, 128), (512, 16, 64), (512, 17, 128), (72, 1, 64)])
+def test_rows_of_a_tile_where_larger_ones_leave_multiprocessors_without(results, beside, rows):
+    assert conv_tensor_core._tile_rows(results, beside, 132) == rows
 
 
 @pytest.mark.parametrize("batch, box", [(8, (8, 4, 4)), (16, (16, 4, 2)), (32, (32, 2, 2)), (40, (8, 4, 4)), (48, (16, 4, 2)),

@@ -72,7 +72,6 @@ def test_training_steps(monkeypatch, precision, settings):
         for got, expected in zip(metrics, train(other, 1), strict=True):
             assert got.loss == pytest.approx(expected.loss, rel=1e-3)
     expected = other.network.state_dict()
-    print("RATIO", precision, max((np.abs(array - expected[name]).max() / np.abs(expected[name] - before[name]).max(), name) for name, array in run.network.state_dict().items()))
     for name, array in run.network.state_dict().items():
         assert np.abs(array - expected[name]).max() < 1e-3 * np.abs(expected[name] - before[name]).max(), name
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
+
 from minidl import blas
 from minidl.device import Array, array_module, empty
 from minidl.kernels import Kernels
@@ -17,9 +19,9 @@ KERNELS = Kernels("conv_tensor_core.cu", fixed_threads=True)
 THREADS, COLUMNS, CHUNK_BYTES = 128, 128, 64  # conv_tensor_core.cu
 # Groups of fewer channels, in or out, leave most of a tile empty. A guess, not measured.
 LEAST_CHANNELS = 16
-# A weight gradient is summed in so many parts that about as many blocks run, but each at least so many chunks long: two
-# blocks for each of an H100's 132 multiprocessors, all at a time. More parts are more to write and to add up. Not measured.
-BLOCKS, LEAST_STEPS = 264, 32
+# A weight gradient is summed in so many parts that each multiprocessor has about as many blocks, all at a time, but each at
+# least so many chunks long. More parts are more to write and to add up. Not measured.
+BLOCKS, LEAST_STEPS = 2, 32
 
 
 def applies(x: Array, weight: Array, padding: int, groups: int) -> bool:
@@ -67,10 +69,11 @@ def backward_x(dy: Array, weight: Array, dx: Array, plus: Array | None, *, strid
 def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding: int, groups: int) -> None:
     """dy (O, H', W', N), x (C, H, W, N): overwrites dweight (O, C/groups, 3, 3), of the type of accumulation."""
     outputs, group_channels = dweight.shape[:2]
-    rows = _tile_rows(outputs // groups)
-    tiles = _tiles(outputs // groups, rows) * _tiles(group_channels * 9, COLUMNS) * groups
-    all_steps = _tiles(dy.size // outputs * dy.itemsize, CHUNK_BYTES)
-    steps = _tiles(all_steps, max(1, min(BLOCKS // tiles, all_steps // LEAST_STEPS)))
+    all_steps, multiprocessors = _tiles(dy.size // outputs * dy.itemsize, CHUNK_BYTES), _multiprocessors(x)
+    most_parts, column_tiles = max(1, all_steps // LEAST_STEPS), _tiles(group_channels * 9, COLUMNS) * groups
+    rows = _tile_rows(outputs // groups, column_tiles * most_parts, multiprocessors)
+    tiles = _tiles(outputs // groups, rows) * column_tiles
+    steps = _tiles(all_steps, max(1, min(BLOCKS * multiprocessors // tiles, most_parts)))
     parts = _tiles(all_steps, steps)
     tile_dweight = empty((parts, *dweight.shape), dweight.dtype, like=x)
     kernel = KERNELS.conv_tensor_core_dweight_64 if rows == 64 else KERNELS.conv_tensor_core_dweight_128
@@ -82,25 +85,36 @@ def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array
               *, adjoint: bool) -> None:
     """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight; + bias + plus."""
     sources, results = x.shape[0] // groups, y.shape[0] // groups
-    rows, chunk = _tile_rows(results), CHUNK_BYTES // x.itemsize
+    run, box_width, box_height = _box(y.shape[3])
+    boxes = _tiles(y.shape[3], run) * _tiles(y.shape[2], box_width) * _tiles(y.shape[1], box_height) * groups
+    rows, chunk = _tile_rows(results, boxes, _multiprocessors(x)), CHUNK_BYTES // x.itemsize
     row_tiles, chunks = _tiles(results, rows), _tiles(sources, chunk)
     packed = empty((groups, row_tiles, chunks, 9, rows, chunk), weight.dtype, like=x)
     group_outputs, group_channels = (sources, results) if adjoint else (results, sources)
     KERNELS.conv_tensor_core_pack[groups * row_tiles * chunks * 9, THREADS](
         weight, packed, group_outputs, group_channels, rows, int(adjoint))
-    run, box_width, box_height = _box(y.shape[3])
-    boxes = _tiles(y.shape[3], run) * _tiles(y.shape[2], box_width) * _tiles(y.shape[1], box_height)
     kernel = KERNELS.conv_tensor_core_forward_64 if rows == 64 else KERNELS.conv_tensor_core_forward_128
-    kernel[groups * boxes * row_tiles, THREADS](x, packed, y, bias, plus, *_sizes(x, y, groups), stride, padding, run, box_width)
+    kernel[boxes * row_tiles, THREADS](x, packed, y, bias, plus, *_sizes(x, y, groups), stride, padding, run, box_width)
 
 
 def _tiles(size: int, tile: int) -> int:
     return -(-size // tile)
 
 
-def _tile_rows(results: int) -> int:
-    """Rows of a tile, for a group of so many results: 128, unless 64 leave fewer of them empty."""
-    return 64 if _tiles(results, 64) % 2 else 128
+def _tile_rows(results: int, beside: int, multiprocessors: int) -> int:
+    """Rows of a tile, for a group of so many results: 128, unless 64 leave fewer of them empty, or give work to multiprocessors
+    that had none. beside: how many tiles there are for the same rows, of all groups."""
+    few = 2 * _tiles(results, 128) * beside <= multiprocessors
+    return 64 if few or _tiles(results, 64) % 2 else 128
+
+
+def _multiprocessors(like: Array) -> int:
+    """Of the GPU that computes beside an array; in the emulator, one."""
+    xp = array_module(like)
+    if xp is np:
+        return 1
+    runtime = xp.cuda.runtime
+    return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, runtime.getDevice()))
 
 
 def _box(batch: int) -> tuple[int, int, int]:
