@@ -129,9 +129,10 @@ def test_gradients(target, rng, shape, variant, training):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_over_many_tiles(target, rng, variant, monkeypatch):
-    monkeypatch.setattr(batchnorm, "TILE", 16)
-    test_gradients(target, rng, (3, 4, 5, 2), variant, True)
+@pytest.mark.parametrize("shape, tile", [((3, 4, 5, 2), 16), ((2, 4, 5, 15), 2)], ids=["3 tiles", "more than are fetched at a time"])
+def test_gradients_over_many_tiles(target, rng, shape, tile, variant, monkeypatch):
+    monkeypatch.setattr(batchnorm, "TILE", tile)
+    test_gradients(target, rng, shape, variant, True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -174,7 +175,7 @@ def test_nothing_is_added_where_the_forward_had_z(target, rng):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape, tile", [((3, 32, 32, 32), 4096), ((5, 9, 11, 37), 4096), ((5, 9, 11, 37), 16)], ids=str)
 def test_both_ways_give_the_same_bits(machine, rng, shape, tile, variant, training, monkeypatch):
-    """Few tiles of a row, and more than a block fetches at a time."""
+    """Also where a row has more tiles than a block fetches at a time."""
     monkeypatch.setattr(batchnorm, "TILE", tile)
     case = Case(rng, shape, variant, "float32", machine, training)
     results = []
