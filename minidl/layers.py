@@ -703,7 +703,8 @@ def forward_plus(layer: Layer, x: Array, plus: Array) -> Array:
 
 def backward_from(after: Layer | None, layer: Layer, dy: Array) -> Any:
     """layer.backward(dy), where dy is the dx of `after`, the next layer, if there is one."""
-    # Batch norm takes the mean out, and with it a bias in front of it: no sum over dy is needed to know its gradient.
+    # Batch norm takes the mean out, and with it a bias in front of it, whose gradient is 0. The sum over dy would be a pass
+    # over it for rounding errors, of which Adam makes whole steps.
     if isinstance(layer, Conv2d) and isinstance(after, BatchNorm2d):
         return layer.backward(dy, centred=True)
     return layer.backward(dy)
