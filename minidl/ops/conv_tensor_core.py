@@ -13,7 +13,7 @@ import numpy as np
 from minidl import blas
 from minidl.device import Array, array_module, empty
 from minidl.kernels import Kernels
-from minidl.ops.sum_parts import sum_parts
+from minidl.ops.sum_parts import parts_of, sum_parts
 
 KERNELS = Kernels("conv_tensor_core.cu", fixed_threads=True)
 THREADS, COLUMNS, CHUNK_BYTES = 128, 128, 64  # conv_tensor_core.cu
@@ -75,7 +75,7 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding
     tiles = _tiles(outputs // groups, rows) * column_tiles
     steps = _tiles(all_steps, max(1, min(BLOCKS * multiprocessors // tiles, most_parts)))
     parts = _tiles(all_steps, steps)
-    tile_dweight = empty((parts, *dweight.shape), dweight.dtype, like=x)
+    tile_dweight = parts_of(dweight, parts)
     kernel = KERNELS.conv_tensor_core_dweight_64 if rows == 64 else KERNELS.conv_tensor_core_dweight_128
     kernel[parts * tiles, THREADS](dy, x, tile_dweight, groups, *_sizes(x, dy, groups), stride, padding, steps)
     sum_parts(tile_dweight, dweight)

@@ -2,7 +2,7 @@
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels, acc_dtype, blocks_for
-from minidl.ops.sum_parts import sum_parts
+from minidl.ops.sum_parts import parts_of, sum_parts
 from minidl.ops.window import threads_along
 
 KERNELS = Kernels("group_conv.cu")
@@ -31,7 +31,7 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding
     outputs, out_height, out_width, batch = dy.shape
     rows = max(1, TILE_PIXELS // out_width)
     row_tiles = -(-out_height // rows)
-    tile_dweight = empty((row_tiles, *dweight.shape), dweight.dtype, like=x)
+    tile_dweight = parts_of(dweight, row_tiles)
     tiles, k_blocks = -(-(outputs // groups) // OUTPUTS), -(-(dweight.size // outputs) // BLOCK_TAPS)
     KERNELS.group_conv_tile_dweight[row_tiles * groups * tiles * k_blocks, threads_along(batch)](
         x, dy, tile_dweight, groups, *_sizes(x, dweight, dy, groups), stride, padding, rows, k_blocks)
