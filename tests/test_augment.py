@@ -78,3 +78,9 @@ def test_draws_depend_on_step_and_position_alone(target):
 def test_no_augmentation_changes_nothing(target, rng):
     draws, _ = draw(target, np.zeros(100), [0])
     assert not draws[:3].any()
+
+
+def test_a_batch_without_images(machine):
+    nothing = machine.array(np.empty(0, np.int32))
+    with pytest.raises(ValueError, match="^augmentation: a batch of 0 images$"):
+        augment.draw(nothing, nothing, step(machine, 1), (32, 32), key=KEY)

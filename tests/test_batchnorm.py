@@ -204,6 +204,12 @@ def test_a_block_takes_whole_channels_where_that_leaves_no_thread_without(monkey
             [(3, 32769), (2, 32769), (2, 32768), (100, 512)]] == [1, 0, 1, 64]
 
 
+@pytest.mark.parametrize("row, tile, tiles", [(1, 4096, 1), (64 * 4096, 4096, 64), (64 * 4096 + 1, 8192, 33), (2**20, 16384, 64)])
+def test_tiles_are_larger_where_there_would_be_many(monkeypatch, row, tile, tiles):
+    monkeypatch.setattr(batchnorm, "MOST_TILES", {"numpy": batchnorm.MOST_TILES["cupy"]})
+    assert batchnorm._tiles(np.empty((3, row))) == (3, row, tile, tiles)
+
+
 def test_large_mean_does_not_cancel(target, rng):
     """Deviation 1 around a mean of 10,000: sums of squares in float32 would lose all digits."""
     case = Case(rng, (1, 9, 16, 32), "plain", "float32", target)

@@ -259,6 +259,20 @@ def test_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize("layer", [
+    Conv2d(4, 4, 3, padding=1), Conv2d(4, 4, 3, stride=2, bias=False), Conv2d(4, 4, 1), Conv2d(4, 4, 3, groups=2), BatchNorm2d(4),
+    MaxPool2d(2), AvgPool2d(2), GlobalAvgPool2d(), GlobalMaxPool2d(), ChannelDropout(0.5), Linear(256, 3)],
+    ids=lambda layer: type(layer).__name__)
+def test_a_batch_without_images(machine, layer):
+    layer.initialize(machine.place)
+    for mode in (layer.train, layer.eval):
+        mode()
+        if isinstance(layer, ChannelDropout) and not layer.training:
+            continue
+        with pytest.raises(ValueError, match="^(conv|batch norm|max-pool|average pool|dropout): a batch of 0 images$"):
+            layer.forward(machine.array(np.empty((4, 8, 8, 0), np.float32)))
+
+
 @pytest.mark.parametrize("layer, shape, message", [
     (Conv2d(3, 4, 3), (4, 8, 8), "Conv2d: 3 input channels are needed, got (C, H, W) = (4, 8, 8)"),
     (Conv2d(3, 4, 9), (3, 8, 8), "Conv2d: window 9x9 is larger than the padded image 8x8"),

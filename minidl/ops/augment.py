@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels, blocks_for
-from minidl.ops.window import threads_along
+from minidl.ops.window import check_batch, threads_along
 
 KERNELS = Kernels("augment.cu")
 
@@ -18,6 +18,7 @@ def draw(indices: Array, labels: Array, step: Array, image_size: tuple[int, int]
     side `cutout`. A pure function of key (64 bits), the number in step (int64, one element on the device) and n.
     """
     batch = indices.shape[0]
+    check_batch("augmentation", batch)
     draws = empty((5, batch), np.int32, like=indices)
     batch_labels = empty((batch,), np.int32, like=indices)
     KERNELS.augment_draw[blocks_for(batch, 128), 128](

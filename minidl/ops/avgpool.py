@@ -2,7 +2,7 @@
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels
-from minidl.ops.window import output_size, threads_of_row
+from minidl.ops.window import check_batch, output_size, threads_of_row
 
 KERNELS = Kernels("avgpool.cu")
 
@@ -14,6 +14,7 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0, ou
     an `out` of another shape than y.
     """
     channels, height, width, batch = x.shape
+    check_batch("average pool", batch)
     out_height, out_width = output_size("average pool", (height, width), window, stride, padding)
     y = _result(out, (channels, out_height, out_width, batch), x)
     KERNELS.avgpool_forward[channels * out_height, threads_of_row(out_width, batch, x.itemsize)](

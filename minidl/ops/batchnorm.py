@@ -2,10 +2,14 @@
 
 from minidl.device import Array, array_module, empty, workers
 from minidl.kernels import LARGEST_COUNT, Kernel, Kernels
+from minidl.ops.window import check_batch
 
 KERNELS = Kernels("batchnorm.cu")
 THREADS = 256
-TILE = 4096  # values of a row that are summed at a time: 16 kB of float32, read twice, the second time from cache
+# Values of a row that are summed at a time: 16 kB of float32, read twice, the second time from cache. More, where a row would
+# have more than MOST_TILES: on a GPU, each of its blocks goes over the sums of all. A guess, not measured.
+TILE = 4096
+MOST_TILES = {"numpy": LARGEST_COUNT, "cupy": 64}
 # A block takes whole channels where a row has at most LONGEST_ROW values and, on the CPU, no thread is left without; of short
 # rows, as many as have VALUES_TOGETHER: streams through memory are long then, and x, dy and y fit a second cache. Per array
 # module; cupy's are guesses. Measured on a core of Zen 4 against a block a tile, float32, 8 to 64 MB of each tensor:
@@ -27,7 +31,8 @@ def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_va
     Otherwise they are the running statistics, which stay. mean and rstd are what `backward` needs.
     Raises ValueError in training for fewer than 2 values per channel, and for shapes that do not fit.
     """
-    channels, row, tiles = _tiles(x)
+    check_batch("batch norm", x.shape[-1])
+    channels, row, tile, tiles = _tiles(x)
     _check_shapes((channels,), gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     if training and row < 2:
         raise ValueError(f"batch norm: {row} value per channel in training; a variance needs 2 or more")
@@ -37,23 +42,23 @@ def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_va
     written = y, mean, rstd, running_mean, running_var
     if group := _channels_together(x):
         _variant("bn_forward", relu, z)[-(-channels // group), THREADS](
-            *read, gamma, beta, *written, channels, group, row, TILE, int(training), eps, momentum)
+            *read, gamma, beta, *written, channels, group, row, tile, int(training), eps, momentum)
     else:
         moments = empty((2, channels, tiles), gamma.dtype, like=x) if training else (None, None)
         if training:
-            KERNELS.bn_tile_moments[(tiles, channels), THREADS](x, *moments, row, TILE)
+            KERNELS.bn_tile_moments[(tiles, channels), THREADS](x, *moments, row, tile)
         _variant("bn_normalize", relu, z)[(tiles, channels), THREADS](
-            *read, *moments, gamma, beta, *written, row, TILE, eps, momentum)
+            *read, *moments, gamma, beta, *written, row, tile, eps, momentum)
     return y, mean, rstd
 
 
 def apply(x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, *, relu: bool = False,
           out: Array | None = None) -> Array:
     """The y of a `forward` without z again, bit for bit, from its mean and rstd."""
-    channels, row, tiles = _tiles(x)
+    channels, row, tile, tiles = _tiles(x)
     _check_shapes(x.shape, out=out)
     y = _result(out, x)
-    _variant("bn_apply", relu)[(tiles, channels), THREADS](x, mean, rstd, gamma, beta, y, row, TILE)
+    _variant("bn_apply", relu)[(tiles, channels), THREADS](x, mean, rstd, gamma, beta, y, row, tile)
     return y
 
 
@@ -65,7 +70,7 @@ def backward(dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: 
     Overwrites dgamma, dbeta (C). For a forward with `z`, give its output `y`; the result is then (dx, dz). Without, plus (C, H,
     W, N) is another array that is added to dx, or None. Raises ValueError for shapes that do not fit, and for both y and plus.
     """
-    channels, row, tiles = _tiles(x)
+    channels, row, tile, tiles = _tiles(x)
     _check_shapes(x.shape, dy=dy, y=y, plus=plus)
     if y is not None and plus is not None:
         raise ValueError("batch norm: nothing is added to the gradient of a forward with z")
@@ -79,18 +84,18 @@ def backward(dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: 
     affine = mean, rstd, gamma, beta
     if group := _channels_together(x):
         _variant("bn_backward", relu, y)[-(-channels // group), THREADS](
-            *read, *added, *affine, dgamma, dbeta, *written, channels, group, row, TILE, inverse_m)
+            *read, *added, *affine, dgamma, dbeta, *written, channels, group, row, tile, inverse_m)
     else:
         sums = empty((2, channels, tiles), mean.dtype, like=x)
-        _variant("bn_backward_sums", relu, y)[(tiles, channels), THREADS](*read, *affine, *sums, row, TILE)
+        _variant("bn_backward_sums", relu, y)[(tiles, channels), THREADS](*read, *affine, *sums, row, tile)
         _variant("bn_backward_x", relu, y)[(tiles, channels), THREADS](
-            *read, *added, *affine, *sums, dgamma, dbeta, *written, row, TILE, inverse_m)
+            *read, *added, *affine, *sums, dgamma, dbeta, *written, row, tile, inverse_m)
     return dx if dz is None else (dx, dz)
 
 
 def _channels_together(x: Array) -> int:
     """How many whole channels a block takes, or 0: then a block takes a tile."""
-    channels, row, _ = _tiles(x)
+    channels, row, *_ = _tiles(x)
     module = array_module(x).__name__
     group = VALUES_TOGETHER[module] // row
     return 0 if row > LONGEST_ROW[module] or not group and channels < workers(x) else max(1, group)
@@ -112,8 +117,9 @@ def _check_shapes(shape: tuple[int, ...], **arrays: Array | None) -> None:
             raise ValueError(f"batch norm: {name} has shape {array.shape}, not {shape}")
 
 
-def _tiles(x: Array) -> tuple[int, int, int]:
-    """x (C, H, W, N) -> channels, values per channel, tiles per channel."""
+def _tiles(x: Array) -> tuple[int, int, int, int]:
+    """x (C, H, W, N) -> channels, values per channel, values per tile, tiles per channel."""
     channels = x.shape[0]
     row = x.size // channels
-    return channels, row, -(-row // TILE)
+    tile = TILE * max(1, -(-row // (TILE * MOST_TILES[array_module(x).__name__])))
+    return channels, row, tile, -(-row // tile)

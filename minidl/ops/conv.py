@@ -15,7 +15,7 @@ from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
 from minidl.ops import chunks, conv_tensor_core, group_conv, winograd
 from minidl.ops.packed_gemm import Blas, Packed, product_for
-from minidl.ops.window import output_size, threads_of_row
+from minidl.ops.window import check_batch, output_size, threads_of_row
 
 KERNELS = Kernels("conv.cu")
 
@@ -212,6 +212,7 @@ class _Geometry:
     def __init__(self, x: Array, weight: Array, stride: int, padding: int, groups: int) -> None:
         self.channels, self.height, self.width, self.batch = x.shape
         outputs, group_channels, *kernel = weight.shape
+        check_batch("conv", self.batch)
         if x.dtype != weight.dtype:
             raise TypeError(f"conv: the input is {x.dtype}, the weight {weight.dtype}: convert one with astype")
         if groups < 1 or self.channels % groups or outputs % groups:

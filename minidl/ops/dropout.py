@@ -2,7 +2,7 @@
 
 from minidl.device import Array, array_module, empty
 from minidl.kernels import LARGEST_COUNT, Kernels, blocks_for
-from minidl.ops.window import threads_along
+from minidl.ops.window import check_batch, threads_along
 
 KERNELS = Kernels("dropout.cu")
 THREADS = 256
@@ -24,6 +24,7 @@ def apply(x: Array, rate: float, key: int, layer: int, step: Array) -> Array:
 def apply_to_channels(x: Array, rate: float, key: int, layer: int, step: Array) -> Array:
     """x (C, H, W, N) -> y: as `apply`, with one decision for each channel of each image."""
     channels, height, width, batch = x.shape
+    check_batch("dropout", batch)
     y = empty(x.shape, x.dtype, like=x)
     pixels = height * width
     stretch = STRETCH[array_module(x).__name__]

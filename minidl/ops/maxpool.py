@@ -4,7 +4,7 @@ import numpy as np
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels
-from minidl.ops.window import output_size, threads_of_row
+from minidl.ops.window import check_batch, output_size, threads_of_row
 
 KERNELS = Kernels("maxpool.cu")
 
@@ -17,6 +17,7 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0) ->
     pixels, or one that could lie in the padding alone (padding > half of it).
     """
     channels, height, width, batch = x.shape
+    check_batch("max-pool", batch)
     out_height, out_width = output_size("max-pool", (height, width), window, stride, padding)
     if 2 * padding > min(window):
         raise ValueError(f"max-pool: padding {padding} is more than half of the window {window[0]}x{window[1]}")

@@ -1,4 +1,4 @@
-"""Sliding windows, for convolution and pooling: sizes, and what is refused."""
+"""Sliding windows, for convolution and pooling, and batches: sizes, and what is refused."""
 
 
 def pair(size: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
@@ -21,6 +21,12 @@ def output_size(op: str, size: tuple[int, ...], window: tuple[int, ...], stride:
     if window[0] > padded[0] or window[1] > padded[1]:
         raise ValueError(f"{op}: window {window[0]}x{window[1]} is larger than the padded image {padded[0]}x{padded[1]}")
     return tuple((length - side) // stride + 1 for length, side in zip(padded, window))
+
+
+def check_batch(op: str, batch: int) -> None:
+    """Raise ValueError, naming `op`, for a batch without images."""
+    if batch < 1:
+        raise ValueError(f"{op}: a batch of {batch} images")
 
 
 def threads_of_row(pixels: int, batch: int, itemsize: int) -> int:
