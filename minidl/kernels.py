@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minidl import host_build
-from minidl.device import Array, array_module, host_threads
+from minidl.device import array_module, host_threads
 from minidl.errors import DeviceError
 from minidl.host_build import OPS, CompileError
 

@@ -21,7 +21,7 @@ from minidl.settings import read_toml, resolve
 from minidl.training import evaluate
 from minidl.weights import load
 from models.recipes import recipe
-from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, forked, main, rows, send, train  # noqa: F401
+from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, main, rows, send, train  # noqa: F401
 
 RUN = ARGUMENTS[:-1]  # not quiet
 
