@@ -8,7 +8,7 @@ import pytest
 from minidl import initializers
 from minidl.device import select
 from minidl.errors import CheckpointError
-from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d,
+from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Composition, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d,
                            Layer, Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 from reference import assert_close
 
@@ -235,6 +235,22 @@ def test_shapes_and_macs():
     assert network.output_shape((3, 8, 8)) == (5, 1, 1)
     stem, block, wider, shortcut, classifier = 8 * 8 * 4 * 27, 8 * 8 * 4 * 18, 2 * 2 * 6 * 36, 2 * 2 * 6 * 4, 30
     assert network.macs((3, 8, 8)) == stem + block + wider + shortcut + classifier
+
+
+class HalfPooled(Composition):
+    """One split as it is, beside the other, pooled."""
+
+    def trace(self, x, tracer):
+        first, second = tracer.split(x, 2)
+        return tracer.concat([first, MaxPool2d(2, stride=1, padding=1).trace(second, tracer)])
+
+
+@pytest.mark.parametrize("shape, message", [
+    ((4, 5, 5), r"splits of different sizes \(C, H, W\) cannot be joined: \(2, 5, 5\), \(2, 6, 6\)"),
+    ((5, 5, 5), "5 channels do not divide into 2 splits")])
+def test_splits_that_do_not_fit(shape, message):
+    with pytest.raises(ValueError, match=message):
+        HalfPooled().output_shape(shape)
 
 
 @pytest.mark.parametrize("make, message", [
