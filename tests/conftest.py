@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+import guarded
 import ptx_machine
 from minidl import device
 from minidl.errors import DeviceError
@@ -44,11 +45,14 @@ def pytest_configure(config):
 
 
 class Target:
-    """Where a test runs: a device, and how kernels are launched on it while the fixture is active."""
+    """Where a test runs: a device, and how kernels are launched on it while the fixture is active.
 
-    def __init__(self, name):
+    guards: whether arrays are such that what a kernel does beyond them ends the process (guarded.py).
+    """
+
+    def __init__(self, name, guards=False):
         mode, _, threads = name.partition("-")
-        self.name = name
+        self.name, self.guards = name, guards
         self.place = device.select("cuda" if mode == "cuda" else "cpu")
         self.settings = {"mode": "fast" if mode == "cuda" else mode, "threads_per_block": int(threads) if threads else None}
 
@@ -58,7 +62,8 @@ class Target:
 
     def array(self, values, dtype=None):
         """A NumPy array -> a contiguous copy on the device."""
-        return self.place.array(np.array(values, dtype=None if dtype is None else storage_dtype(dtype)))
+        values = np.array(values, dtype=None if dtype is None else storage_dtype(dtype))
+        return guarded.copy(values) if self.guards else self.place.array(values)
 
     def acc(self, values, dtype):
         """A NumPy array -> an array of the accumulation type of `dtype` on the device."""
@@ -75,10 +80,12 @@ class Target:
 
 
 @contextmanager
-def active(name):
-    """The Target of that name, on which kernels are launched meanwhile."""
-    it = Target(name)
+def active(name, guards=True):
+    """The Target of that name, on which kernels are launched meanwhile. guards: in fast mode, which nothing else watches."""
+    it = Target(name, guards and name == "fast")
     with launch_settings(**it.settings), pytest.MonkeyPatch.context() as patch:
+        if it.guards:
+            patch.setattr(device.HostPool, "empty", lambda self, shape, dtype: guarded.empty(shape, dtype))
         if name == "fast":
             patch.setenv("OMP_NUM_THREADS", str(max(TEAM, device.cpu_threads())))
             device.host_threads().set_team_size(device.cpu_threads())
@@ -129,7 +136,10 @@ def target(request):
         yield it
 
 
-@pytest.fixture(params=["fast", *(["cuda"] if CUPY else [])])
+MACHINES = ["fast", *(["cuda"] if CUPY else [])]
+
+
+@pytest.fixture(params=MACHINES)
 def machine(request):
     """A Target as a user's run launches kernels, for what has been tested at other block sizes."""
     with active(request.param) as it:

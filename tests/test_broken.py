@@ -3,7 +3,10 @@
 Each file holds kernels named broken... and one named fixed, of one signature: x (N) -> y (N), by one block.
 """
 
+import ctypes
+import faulthandler
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import guarded
 from conftest import THREADS_PER_BLOCK
 from minidl import host_build
 from minidl.kernels import KernelFault, Kernels, launch_settings
@@ -93,6 +97,30 @@ def test_block_size_assumption_shows_in_the_result(emulator, x, threads):
 def test_block_size_assumption_shows_in_fast_mode(x):
     y = run("block_size_assumption", "broken_stride", x)
     assert not np.array_equal(y, DEFINITIONS["block_size_assumption"](x))
+
+
+# ---- the fast target, on arrays at the end of memory -----------------------------------------------------------------
+
+
+def end_of_copy(work):
+    """Call work() in a copy of this process -> its exit code, or the signal that ended it, negative."""
+    process = os.fork()
+    if process == 0:
+        faulthandler.disable()  # whose report of the crash would be this process's own
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_who_reads_beyond_an_array_is_killed(x):
+    ends = [[end_of_copy(lambda: getattr(FILES["out_of_bounds"], kernel)[1, 1](array, guarded.empty((N,), np.float32), N))
+             for array in (guarded.copy(x), guarded.copy(x))] for kernel in ("broken_global", "fixed")]
+    assert sorted(ends[0]) == [-signal.SIGSEGV, 0] and ends[1] == [0, 0]  # one of two arrays is at the end
+
+
+def test_who_reads_in_front_of_an_array_is_killed(x):
+    ends = [end_of_copy(lambda: ctypes.string_at(array.ctypes.data - 1, 1)) for array in (guarded.copy(x), guarded.copy(x))]
+    assert sorted(ends) == [-signal.SIGSEGV, 0]
 
 
 # ---- under AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python ---------------------

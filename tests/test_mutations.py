@@ -27,7 +27,7 @@ import test_loss
 import test_models
 import test_optimizer
 import test_pooling
-from conftest import Target
+from conftest import MACHINES, Target, active
 from minidl import host_build, layers, optim
 from minidl.host_build import OPS
 from minidl.kernels import KernelFault, Kernels, launch_settings
@@ -506,6 +506,13 @@ BUGS = [
     Bug("average: not cast to the type of storage", optim.Average._give, "self.parameters.cast()", "pass", swap),
 
 ]
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request):
+    """Where a planted bug may read beyond an array: its results are to be wrong."""
+    with active(request.param, guards=False) as it:
+        yield it
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.what)
