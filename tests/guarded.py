@@ -17,7 +17,7 @@ _turns = itertools.count()
 
 
 def empty(shape, dtype):
-    """An uninitialized array with an inaccessible page right behind it, every second one right in front of it."""
+    """An uninitialized array with an inaccessible page right behind it, every fifth one right in front of it."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     if size > LARGEST:
@@ -28,7 +28,7 @@ def empty(shape, dtype):
     for page in (begin, begin + mmap.PAGESIZE + inside):
         if _LIBC.mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, _NO_ACCESS):
             raise OSError(ctypes.get_errno(), "mprotect")
-    at_the_end = next(_turns) % 2
+    at_the_end = next(_turns) % 5 > 0
     return np.ndarray(shape, dtype, memory, mmap.PAGESIZE + at_the_end * (inside - size))
 
 

@@ -12,7 +12,7 @@ KEY = 0xFEDCBA9876543210
 
 
 def step(target, number):
-    return target.place.array(np.array([number], np.int64))
+    return target.array(np.array([number], np.int64))
 
 
 def images(rng, count=5, size=(6, 7)):
@@ -20,7 +20,7 @@ def images(rng, count=5, size=(6, 7)):
 
 
 def draw(target, indices, labels, number=0, size=(6, 7), **settings):
-    indices, labels = (target.place.array(np.asarray(values, np.int32)) for values in (indices, labels))
+    indices, labels = (target.array(np.asarray(values, np.int32)) for values in (indices, labels))
     draws, chosen = augment.draw(indices, labels, step(target, number), size, key=KEY, **settings)
     return target.place.to_host(draws), target.place.to_host(chosen)
 
@@ -32,7 +32,7 @@ def draw(target, indices, labels, number=0, size=(6, 7), **settings):
 def test_batch_equals_the_definition(target, rng, size, padding, reflect, flips, cutout, dtype):
     data, indices = images(rng, size=size), rng.integers(0, 5, 40)
     draws, _ = draw(target, indices, np.zeros(5), size=size, padding=padding, flips=flips, cutout=cutout)
-    x = augment.apply(target.place.array(data), target.place.array(indices.astype(np.int32)), target.place.array(draws),
+    x = augment.apply(target.array(data), target.array(indices.astype(np.int32)), target.array(draws),
                       target.acc(1 / (255 * STD), dtype), target.acc(-MEAN / STD, dtype),
                       dtype=target.array([0], dtype).dtype, reflect=reflect, cutout=cutout)
     expected = np.stack([reference.augment(data[i], *draws[:, n], MEAN, STD, padding, reflect, cutout)

@@ -303,6 +303,7 @@ def test_an_optimizer_tells_its_settings(name, defaults):
     ("adam", dict(beta2=1.5), "Adam: beta2 1.5 is not in"),
     ("adamw", dict(weight_decay=np.nan), "AdamW: weight_decay nan is not in"),
     ("adadelta", dict(rho=-0.1), "AdaDelta: rho -0.1 is not in"),
+    ("adam", dict(eps=0.0), "Adam: eps must be more than 0, as it is divided by"),
 ])
 def test_refused(target, name, settings, message):
     with pytest.raises(UsageError, match=message):
@@ -330,14 +331,15 @@ def test_schedules_start_low_reach_the_peak_and_only_fall_from_there(name, warmu
     assert rates == [schedule(step) for step in range(100)]
 
 
-@pytest.mark.parametrize("name, rates", [  # of the steps 0, 49, 50, 99
+@pytest.mark.parametrize("name, rates", [  # of the steps 0, 49, 50, 99 after the warm-up
     ("constant", [0.2, 0.2, 0.2, 0.2]),
     ("cosine", [0.2, 0.2 * np.cos(0.245 * np.pi)**2, 0.1, 0.2 * np.sin(0.005 * np.pi)**2]),
     ("multistep", [0.2, 0.2, 0.04, 0.008]),
     ("onecycle", [0.2, 0.2 - 0.1998 * 49 / 99, 0.2 - 0.1998 * 50 / 99, 0.0002])])
 def test_rates_of_a_schedule(name, rates):
-    schedule = optim.Schedule(name, 100, 0.2, drops=(50, 80), factor=0.2)
-    assert [schedule(step) for step in (0, 49, 50, 99)] == pytest.approx(rates, rel=1e-9)
+    for warmup in (0, 10):
+        schedule = optim.Schedule(name, warmup + 100, 0.2, warmup, drops=(warmup + 50, warmup + 80), factor=0.2)
+        assert [schedule(warmup + step) for step in (0, 49, 50, 99)] == pytest.approx(rates, rel=1e-9)
 
 
 def test_a_run_of_one_step_has_a_rate():

@@ -16,6 +16,7 @@ CASES = [
     ((2, 4, 3, 2), (4, 3), 1, 0),   # global
     ((1, 4, 5, 32), (2, 2), 2, 0),  # whole vectors of images
     ((1, 5, 5, 16), (3, 3), 2, 1),
+    ((1, 2, 2, 35), (2, 2), 2, 0),  # images beside whole vectors of them, in the last pixel too
 ]
 OPS = {"max": reference.max_pool, "average": reference.avg_pool}
 
