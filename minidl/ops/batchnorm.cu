@@ -17,7 +17,7 @@
 // Two ways to equal results, bit for bit. Either a block takes a group of whole channels and goes over their rows twice
 // (bn_forward*, bn_backward*; grid: groups): what fits a cache comes from memory once. Or a block takes a tile (grid: tiles x
 // channels): a first kernel sums each (bn_tile_moments, bn_backward_sums*), and in the second, each block combines the tiles of
-// its row for itself (bn_normalize*, bn_backward_x*): one more launch between them would take a GPU longer.
+// its row for itself (bn_normalize*, bn_backward_x*), which spares a GPU a launch between them.
 #include "rows.cuh"
 
 #define TILES_FETCHED 128  // at a time, of a row
