@@ -146,7 +146,7 @@ class Convolution(Work):
     input_gradient: bool
 
     kind = "convolution"
-    kernels = ("im2col", "col2im", "gemm_sizes", "gemm_pack", "gemm_panels", "gemm_rows",
+    kernels = ("im2col", "col2im", "gemm_sizes", "gemm_pack", "conv_panels", "conv_rows", "gemm_rows",
                "winograd_conv", "winograd_input", "winograd_output", "winograd_output_gradient", "winograd_weight",
                "winograd_weight_gradient",
                "group_conv_pack", "group_conv_forward", "group_conv_backward_x", "group_conv_tile_dweight",
@@ -195,7 +195,7 @@ class Linear(Work):
     bias: bool
 
     kind = "linear"
-    kernels = ("im2col", "gemm_sizes", "gemm_pack", "gemm_panels", "gemm_rows", "bias_add", "bias_tile_sums", "bias_combine_sums")
+    kernels = ("gemm_sizes", "gemm_pack", "conv_panels", "conv_rows", "bias_add", "bias_tile_sums", "bias_combine_sums")
 
     def __str__(self):
         return f"{self.shape[0]} > {self.outputs}"

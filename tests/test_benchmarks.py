@@ -26,7 +26,7 @@ import training  # noqa: E402
 import works  # noqa: E402
 
 KERNELS_OF = {path.name: set(parse_signatures(path.read_text())) for path in OPS.glob("*.cu")}
-ONLY_ON_A_GPU = {*KERNELS_OF["conv_tensor_core.cu"], "winograd_output", "bias_add"}
+ONLY_ON_A_GPU = {*KERNELS_OF["conv_tensor_core.cu"], "im2col", "winograd_output", "bias_add"}
 SMALL = ["simplenet-5m", "wrn-10-1", "resnext29-2x8d", "res2next29-2c8w4s", works.OTHERS]
 KEYS = ["network", "device", "precision", "batch", "threads", "images_per_second", "peer", "peer_images_per_second", "ratio",
         "peak_bytes", "peer_peak_bytes"]

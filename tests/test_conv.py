@@ -30,7 +30,7 @@ CASES = [
     ((5, 3, 3, 16), (10, 3, 3), 1, 1, 1),   # more channels than a tile of sums has; a batch of whole vectors
 ]
 WITH_PLUS = [CASES[i][0] for i in (0, 1, 2, 5)]  # all methods, with strides, whole vectors and their rests
-CHUNKS = {"one pixel at a time": 1, "two rows": None, "all at once": 1 << 30}
+CHUNKS = {"one pixel at a time": 1, "all at once": 1 << 30, "by BLAS, one pixel at a time": 1, "by BLAS, two rows": None}
 
 
 def ways(outputs, stride, padding, groups):
@@ -54,22 +54,24 @@ def in_precisions(cases, precisions):
 
 def choose(monkeypatch, way, shape=None, outputs=None, stride=1, padding=0, itemsize=8):
     """way "directly": every grouped convolution is computed by group_conv.py, in small tiles. "by Winograd": all that can
-    are by winograd.py, 4x4 results at a time. Any other: none is; as many output pixels at a time are unfolded as a name of CHUNKS says, for
-    products by BLAS, or packed where arrays of this kind have that."""
+    are by winograd.py, 4x4 results at a time. Any other: none is; as many output pixels at a time are unfolded as a name of CHUNKS
+    says, or as few as can be, for products by BLAS, or packed where arrays of this kind have that."""
     everywhere = dict.fromkeys(("numpy", "cupy"))
     monkeypatch.setattr(conv, "DIRECT_GROUP_CHANNELS", dict.fromkeys(everywhere, 1 << 30 if way == "directly" else 0))
     for limit in ("WINOGRAD_CHANNELS", "WINOGRAD_GROUP_CHANNELS"):
         monkeypatch.setattr(conv, limit, dict.fromkeys(everywhere, 0 if "Winograd" in way else 1 << 30))
-    for number_of_columns in (conv, winograd):
+    for number_of_columns in (packed_gemm, winograd):
         monkeypatch.setattr(number_of_columns, "DW_COLUMNS", 1)
     monkeypatch.setattr(group_conv, "TILE_PIXELS", 6)
-    if "BLAS" in way:  # as on a GPU
-        for module in (conv, winograd):
-            monkeypatch.setattr(module, "product_for", lambda like: packed_gemm.Blas())
+    for module in (conv, winograd):
+        monkeypatch.setattr(module, "product_for", (lambda like: packed_gemm.Blas()) if "BLAS" in way else packed_gemm.product_for)
     for tiles in ("OUTPUTS_OF_Y", "OUTPUTS_OF_GRADIENTS"):
         monkeypatch.setattr(winograd, tiles, (2,) if "2x2" in way else (4,))
-    monkeypatch.setattr(winograd, "STRIP_BYTES", 1 if "parts" in way else 1 << 30)
     limit = CHUNKS.get(way, 1 if "parts" in way else 1 << 30)
+    for strips in (packed_gemm, winograd):
+        monkeypatch.setattr(strips, "STRIP_BYTES", limit or 1)
+    monkeypatch.setattr(packed_gemm, "SHARES", 3 if limit == 1 else 6)
+    monkeypatch.setattr(packed_gemm, "DW_SEGMENTS", 1)
     if limit is None:
         _, kernel_h, kernel_w = outputs
         out_width = (shape[2] + 2 * padding - kernel_w) // stride + 1
@@ -97,7 +99,7 @@ def test_forward(target, rng, compute, shape, outputs, stride, padding, groups, 
     y = conv.forward(device_x, target.array(weight, dtype), target.acc(bias, dtype), stride=stride, padding=padding, groups=groups)
     expected = reference.conv2d(x, weight, bias, stride, padding, groups)
     # By BLAS, 16-bit results are rounded twice: after the product and after the bias.
-    roundings = 1 + (way == "by BLAS" and dtype in ("bfloat16", "float16"))
+    roundings = 1 + ("by BLAS" in way and dtype in ("bfloat16", "float16"))
     assert_close(target.host(y), expected, roundings * tolerance(dtype, weight[0].size), "y")
 
 
@@ -178,6 +180,22 @@ def test_col2im_is_the_adjoint_of_im2col(target, rng, shape, outputs, stride, pa
     conv.KERNELS.im2col[(len(c), 3), 32](array(x), cols, *sizes, 0, out_h * out_w, -(-out_h * out_w // 3), c.shape[1])
     conv.KERNELS.col2im[channels * height, 32](array(c), dx, channels, *sizes, 0, out_h, 0, 0)
     assert np.vdot(target.host(cols), c) == pytest.approx(np.vdot(x, target.host(dx)), rel=1e-12)
+
+
+@pytest.mark.parametrize("parts", [2, 6])
+@pytest.mark.parametrize("kernel, stride, padding, groups", [(1, 1, 0, 1), (1, 1, 0, 2), (3, 2, 1, 2)])
+def test_sums_over_many_pixels(target, rng, compute, monkeypatch, kernel, stride, padding, groups, parts):
+    """More than a segment of a packed product has, and more than one for each of several parts."""
+    monkeypatch.setattr(packed_gemm, "PART_COST", 1)
+    x, weight = rng.normal(size=(2, 4 * stride, 12 * stride, 33)), rng.normal(size=(8, 2 // groups, kernel, kernel))
+    settings = dict(stride=stride, padding=padding, groups=groups)
+    dy = rng.normal(size=(8, 4, 12, 33))
+    compute("by BLAS")
+    expected = backward(target, x, weight, dy, "float64", settings)
+    compute("all at once")
+    monkeypatch.setattr(packed_gemm, "SHARES", parts)
+    for got, by_blas, what in zip(backward(target, x, weight, dy, "float64", settings), expected, ("dx", "dweight", "dbias")):
+        assert_close(got, by_blas, 1e-12, what)
 
 
 @pytest.mark.parametrize("way", ["all at once", "by Winograd", "directly"])

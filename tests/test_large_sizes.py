@@ -231,10 +231,13 @@ def test_winograd_in_one_pass(on_host, rng, outputs):
 
 def test_packed_products(on_host, rng):
     product = packed_gemm.product_for(np.zeros(1, np.float32))
-    w = product.pack(values(rng, 2, 10, 7))
-    for far in ({"y": (2, 10, FAR)}, {"cols": (2, 7, 2 * FAR)}):
-        assert_same_when_spread(lambda cols, y: product.multiply(w, cols, y, 0, 16),
-                                {"cols": values(rng, 2, 7, product.step(16))}, {"y": (2, 10, 16)}, far)
+    weight = values(rng, 10, 3, 3, 3)
+
+    def launch(x, y):
+        windows = conv._Geometry(x, weight, stride=1, padding=1, groups=2)
+        product.convolve(product.pack(windows.weight_matrix(weight)), x, windows, y, pixels=(0, 5))
+
+    assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, 16)}, {"y": (2, 5, 5 * 16)}, {"x": (6, 4, FAR, 16)})
 
 
 def test_packed_products_of_rows(on_host, rng):

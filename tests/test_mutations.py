@@ -31,7 +31,7 @@ from conftest import MACHINES, Target, active
 from minidl import host_build, layers, optim
 from minidl.host_build import OPS
 from minidl.kernels import KernelFault, Kernels, launch_settings
-from minidl.ops import batchnorm, conv, conv_tensor_core, linear, winograd
+from minidl.ops import batchnorm, conv, conv_tensor_core, linear, packed_gemm, winograd
 from models import res2net, wideresnet
 from reference import assert_close
 
@@ -128,6 +128,14 @@ def convolution(number, way="all at once"):
     def check(target, rng):
         with pytest.MonkeyPatch.context() as patch:
             test_conv.test_gradients(target, rng, partial(test_conv.choose, patch), *test_conv.CASES[number], way)
+
+    return check
+
+
+def many_pixels():
+    def check(target, rng):
+        with pytest.MonkeyPatch.context() as patch:
+            test_conv.test_sums_over_many_pixels(target, rng, partial(test_conv.choose, patch), patch, 1, 1, 0, 2, parts=6)
 
     return check
 
@@ -320,18 +328,22 @@ BUGS = [
         convolution(1)),
     Bug("col2im: overwrites the sums of the chunk before", "conv.cu",
         "adds ? load_images<WHOLE>(pixel + n, batch - n) : Images<WHOLE>{}", "Images<WHOLE>{}",
-        convolution(1, "one pixel at a time")),
+        convolution(1, "by BLAS, one pixel at a time")),
     Bug("conv: window of the adjoint not turned", conv._adjoint_weight, "[..., ::-1, ::-1]", "", convolution(0)),
     Bug("conv: height and width of the adjoint swapped", conv._adjoint_weight, "[..., ::-1, ::-1]",
         "[..., ::-1, ::-1].swapaxes(3, 4)", convolution(0)),
     Bug("conv: groups of the adjoint mixed up", conv._adjoint_weight, "weight.reshape(groups, outputs // groups,",
         "weight.reshape(outputs // groups, groups,", convolution(0)),
-    Bug("conv: dweight of the last chunk only", conv._weight_gradient, "columns, begin > 0)", "columns, False)",
-        convolution(0, "one pixel at a time")),
-    Bug("packed products: the sum of the last chunk only", "packed_gemm.cu", "(accumulate ? *element : acc(0))", "acc(0)",
+    Bug("conv: dweight of the last chunk only", packed_gemm.Blas.weight_gradient, "columns, begin > 0)", "columns, False)",
+        convolution(0, "by BLAS, one pixel at a time")),
+    Bug("packed products: the sum of the last segment only", "packed_gemm.cu", "(adds ? *element : acc(0))", "acc(0)",
+        many_pixels(), on_cpu=True),
+    Bug("packed products: all strips in the first columns", "packed_gemm.cu", "columns + first + n", "columns + n",
         convolution(0, "one pixel at a time"), on_cpu=True),
-    Bug("packed products: all chunks in the first columns", "packed_gemm.cu", "y_step + y_begin + panel", "y_step + panel",
-        convolution(0, "one pixel at a time"), on_cpu=True),
+    Bug("packed products: all parts of the columns sum the first", "packed_gemm.cu", "first = segments * column_part / column_parts",
+        "first = 0", many_pixels(), on_cpu=True),
+    Bug("unfolding: a strip begins with the first image of a pixel", "packed_gemm.cu", "column_begin + first, count",
+        "(column_begin + first) / batch * batch, count", convolution(5, "one pixel at a time"), on_cpu=True),
     Bug("Winograd: window of the adjoint not turned", "winograd.cu", "g[adjoint ? 8 - k : k]", "g[k]", by_winograd(0)),
     Bug("Winograd: padding of the adjoint", winograd.backward_x, "2 - padding", "padding", by_winograd(5)),
     Bug("Winograd: sign in B^T", "winograd.cu", "v[0] = p2 * q2 * d[0] - (p2 + q2) * d[2]", "v[0] = p2 * q2 * d[0] + (p2 + q2) * d[2]",

@@ -9,37 +9,18 @@
 //
 // A chunk is a range of output pixels (oy, ox), with all their images: `cols` then has pixel_count * N columns.
 // Chellapilla, Puri, Simard, "High performance convolutional neural networks for document processing", 2006.
-#include "pixels.cuh"
+#include "unfold.cuh"
 #include "window.cuh"
 
 // cols (groups * K, step). Grid: groups * K x stretches of `stretch` pixels, of which the threads share the runs.
 extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__ cols, int height, int width, int out_width,
                                   int batch, int kernel_h, int kernel_w, int stride, int padding, int pixel_begin,
                                   int pixel_count, int stretch, long long step) {
-    const int kx = blockIdx.x % kernel_w, ky = blockIdx.x / kernel_w % kernel_h, c = blockIdx.x / kernel_w / kernel_h;
-    const real* image = x + (long long)c * height * width * batch;
-    const int begin = blockIdx.y * stretch, end = pixel_count - begin < stretch ? pixel_count : begin + stretch;
-    real* out = cols + blockIdx.x * step + (long long)begin * batch;
-    int oy = (pixel_begin + begin) / out_width, ox = (pixel_begin + begin) % out_width;
-    const Share share = share_of<true>(stride > 1 ? batch : (end - begin < out_width ? end - begin : out_width) * batch);
-    int runs_before = share.pixel;  // before this thread's next
-    for (int i = begin; i < end; --runs_before) {
-        const int iy = oy * stride - padding + ky, ix = ox * stride - padding + kx;
-        const bool inside = iy >= 0 && iy < height && ix >= 0 && ix < width;
-        // Neighbours that are copied in one run: without strides, all up to the edge of the image or of the padding.
-        int run = end - i < out_width - ox ? end - i : out_width - ox;
-        if (inside) run = stride > 1 ? 1 : run < width - ix ? run : width - ix;
-        else if (ix < 0) run = stride > 1 ? 1 : run < -ix ? run : -ix;
-        const int count = run * batch;
-        if (runs_before == 0) {
-            copy_over(out, inside ? image + ((long long)iy * width + ix) * batch : 0, of_share(count, share));
-            runs_before = share.pixels;
-        }
-        out += count;
-        i += run;
-        ox += run;
-        if (ox == out_width) ox = 0, ++oy;
-    }
+    const Windows windows{height, width, out_width, batch, kernel_h, kernel_w, stride, padding};
+    const int begin = blockIdx.y * stretch, count = pixel_count - begin < stretch ? pixel_count - begin : stretch;
+    const int run = (stride > 1 ? 1 : count < out_width ? count : out_width) * batch;
+    unfold_row(x, cols + blockIdx.x * step + (long long)begin * batch, windows, blockIdx.x, pixel_begin + begin, 0, count * batch,
+               share_of<true>(run));
 }
 
 template <bool WHOLE>

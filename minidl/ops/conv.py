@@ -1,4 +1,4 @@
-"""Convolution: im2col and matrix products, in chunks of output pixels. Formulas: conv.cu.
+"""Convolution: matrix products with unfolded windows (packed_gemm.py), and col2im. Formulas: conv.cu.
 
 Where they are faster, 3x3 windows go to conv_tensor_core.py or winograd.py, narrow groups to group_conv.py.
 """
@@ -14,25 +14,27 @@ from minidl.device import Array, array_module, empty
 from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
 from minidl.ops import chunks, conv_tensor_core, group_conv, winograd
-from minidl.ops.packed_gemm import Blas, Packed, product_for
+from minidl.ops.packed_gemm import product_for
 from minidl.ops.window import check_batch, output_size, threads_of_row
 
 KERNELS = Kernels("conv.cu")
 
 # Who computes, per array module; cupy's limits are guesses. Measured on two cores of Zen 5 with AVX-512, 3x3, 32x32 pixels,
 # batch 32, GFLOP/s of the definition (forward, dweight, dx):
-#   channels             winograd.py      im2col           group_conv.py
-#   4 -> 4               74, 75, 87       53, 53, 61
-#   8 -> 8               234, 200, 238    162, 111, 160
-#   16 -> 16             516, 444, 435    257, 189, 240
-#   8 of 4 groups        203, 232, 131                     248, 265, 213
-#   12 of 2 groups       334, 362, 226                     260, 279, 237
-#   24 of 2 groups       432, 466, 380                     268, 273, 224
-WINOGRAD_CHANNELS = {"numpy": 4, "cupy": 16}         # at least so many, in and out, without groups
+#   channels                 winograd.py      packed_gemm.py   group_conv.py
+#   4 -> 4                   51, 71, 82       70, 73, 68
+#   8 -> 8                   203, 195, 224    172, 149, 168
+#   16 -> 16                 385, 416, 371    276, 243, 259
+#   8 of 4 groups            208, 195, 171    215, 163, 191    234, 241, 197
+#   12 of 2 groups           268, 324, 197    215, 238, 183    242, 249, 206
+#   24 of 2 groups           386, 464, 318    311, 289, 306    289, 265, 196
+#   12 of 8 groups, strides                   141, 180, 76     149, 219, 74
+#   16 of 8 groups, strides                   174, 168, 103    165, 146, 81
+#   48 of 8 groups, strides                   300, 276, 204    155, 177, 132
+WINOGRAD_CHANNELS = {"numpy": 8, "cupy": 16}         # at least so many, in and out, without groups
 WINOGRAD_GROUP_CHANNELS = {"numpy": 12, "cupy": 32}  # and of each group
-DIRECT_GROUP_CHANNELS = {"numpy": 50, "cupy": 16}    # of a group at most so many, in and out, for group_conv.py
-STRETCH = {"numpy": 512, "cupy": 32}  # pixels of a row of cols that one block of im2col copies: long runs are read fastest
-DW_COLUMNS = 512  # of cols, at least, that one sum for dweight takes: each sum costs a pass over dweight
+DIRECT_GROUP_CHANNELS = {"numpy": 12, "cupy": 16}    # of a group at most so many, in and out, for group_conv.py
+STRETCH = 32  # pixels of a row of cols that one block of im2col copies
 
 
 def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0,
@@ -49,7 +51,7 @@ def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int =
     if g.method:
         g.method.forward(x, weight, y, bias, plus, **g.settings)
     else:
-        _multiply(x, weight, y, bias, plus, g)
+        _multiply(x, product_for(x).pack(g.weight_matrix(weight)), y, bias, plus, g)
     return y
 
 
@@ -73,11 +75,12 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     if g.method:
         g.method.backward_weight(dy, x, dweight, **g.settings)
     else:
-        _weight_gradient(dy, x, weight, dweight, dx if g.pointwise else None, plus, g)
+        # (G, O/G, K) = (G, O/G, P) @ (G, P, K)
+        product_for(x).weight_gradient(g.out_matrix(dy), x, g, g.weight_matrix(dweight))
     if dx is not None:
         if g.method_for_dx:
             g.method_for_dx.backward_x(dy, weight, dx, plus, **g.settings)
-        elif not g.pointwise:  # of which it is there already
+        else:
             _input_gradient(dy, weight, dx, plus, g)
     if dbias is not None:
         bias_op.gradient(dy, dbias)
@@ -91,11 +94,7 @@ def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, group
     if g.method is winograd:
         y = array_module(x).broadcast_to(x[:1, :1, :1, :1], g.out_shape)
         return winograd.workspace_bytes(x, y, padding=padding, groups=groups)
-    product = product_for(x)
-    if g.method or g.pointwise and not product.packs:
-        return 0
-    largest = max(end - begin for begin, end in chunks.split(g.pixels, g.pixel_bytes, x)) * g.batch
-    return g.groups * g.depth * x.itemsize * product.step(largest)
+    return 0 if g.method else product_for(x).cols_bytes(x, g)
 
 
 def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
@@ -117,57 +116,25 @@ def _addend(plus: Array | None, result: Array, matrix: Array) -> Array | None:
     return matrix if plus is result else plus if plus is None else plus.reshape(matrix.shape)
 
 
-def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, g: _Geometry) -> None:
-    """y = weight @ cols of x + bias + plus, chunk by chunk."""
-    product = product_for(x)
-    w, y_matrix = product.pack(g.weight_matrix(weight)), g.out_matrix(y)
-    plus_matrix = _addend(plus, y, y_matrix)
-    for begin, end in chunks.split(g.pixels, g.pixel_bytes, x):
-        columns = (end - begin) * g.batch
-        # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
-        product.multiply(w, _unfold(x, g, begin, end, product), y_matrix, begin * g.batch, columns, bias, plus_matrix)
-
-
-def _unfold(x: Array, g: _Geometry, begin: int, end: int, product: Blas | Packed) -> Array:
-    """The columns of the output pixels begin .. end-1: cols (G, K, step)."""
-    columns = (end - begin) * g.batch
-    if g.pointwise and not product.packs:
-        return x.reshape(g.groups, g.depth, g.positions)[..., begin * g.batch:end * g.batch]
-    cols = empty((g.groups, g.depth, product.step(columns)), x.dtype, like=x)
-    stretch = STRETCH[array_module(x).__name__]
-    threads = threads_of_row(min(stretch, end - begin), g.batch, x.itemsize)
-    KERNELS.im2col[(g.groups * g.depth, -(-(end - begin) // stretch)), threads](
-        x, cols, g.height, g.width, g.out_width, g.batch, *g.kernel, g.stride, g.padding, begin, end - begin, stretch,
-        cols.shape[2])
-    return cols
-
-
-def _weight_gradient(dy: Array, x: Array, weight: Array, dweight: Array, dx: Array | None, plus: Array | None,
-                     g: _Geometry) -> None:
-    """dx: where the input gradient of a pointwise convolution + plus goes, as the unfolded dY serves for that, too; or None."""
-    product, of_dy = product_for(x), _of_pixels(dy, g.groups)
-    if dx is not None:
-        adjoint, dx_matrix = product.pack(g.weight_matrix(weight), transposed=True), g.in_matrix(dx)
-        plus_matrix = _addend(plus, dx, dx_matrix)
-    pixel_bytes = g.pixel_bytes + of_dy.pixel_bytes * product.packs
-    for begin, end in chunks.split(g.pixels, pixel_bytes, x, fewest=-(-DW_COLUMNS // g.batch)):
-        columns = (end - begin) * g.batch
-        dy_rows, cols = _unfold(dy, of_dy, begin, end, product), _unfold(x, g, begin, end, product)
-        # (G, O/G, K) += (G, O/G, P) @ (G, P, K)
-        product.multiply_rows(dy_rows, cols, g.weight_matrix(dweight), cols.shape[-1], columns, begin > 0)
-        if dx is not None:
-            # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
-            product.multiply(adjoint, dy_rows, dx_matrix, begin * g.batch, columns, None, plus_matrix)
-        del dy_rows, cols  # their memory, in the cache still, is that of the next
+def _multiply(x: Array, w: Array, y: Array, bias: Array | None, plus: Array | None, g: _Geometry) -> None:
+    """y = weight @ cols of x + bias + plus. w: the weight's matrix, packed."""
+    y_matrix = g.out_matrix(y)
+    # (G, O/G, P) = (G, O/G, K) @ (G, K, P)
+    product_for(x).convolve(w, x, g, y_matrix, bias, _addend(plus, y, y_matrix))
 
 
 def _input_gradient(dy: Array, weight: Array, dx: Array, plus: Array | None, g: _Geometry) -> None:
-    if g.adjoint_padding is None:
+    product = product_for(dy)
+    if g.pointwise:
+        # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
+        _multiply(dy, product.pack(g.weight_matrix(weight), transposed=True), dx, None, plus, _of_pixels(dy, g.groups))
+    elif g.adjoint_padding is not None:
+        # Without strides the adjoint of a convolution is one: what col2im would add up is summed by the product.
+        adjoint = _adjoint_weight(weight, g.groups)
+        of_dy = _Geometry(dy, adjoint, 1, g.adjoint_padding, g.groups)
+        _multiply(dy, product.pack(of_dy.weight_matrix(adjoint)), dx, None, plus, of_dy)
+    else:
         _input_gradient_by_col2im(dy, weight, dx, plus, g)
-        return
-    # Without strides the adjoint of a convolution is one: what col2im would add up is summed by the product.
-    adjoint = _adjoint_weight(weight, g.groups)
-    _multiply(dy, adjoint, dx, None, plus, _Geometry(dy, adjoint, 1, g.adjoint_padding, g.groups))
 
 
 def _adjoint_weight(weight: Array, groups: int) -> Array:
@@ -188,10 +155,9 @@ def _input_gradient_by_col2im(dy: Array, weight: Array, dx: Array, plus: Array |
     row_bytes = (g.depth + outputs) * g.groups * g.out_width * g.batch * dx.itemsize
     for row_begin, row_end in chunks.split(g.out_height, row_bytes, dx):
         begin, end = row_begin * g.out_width, row_end * g.out_width
-        columns = (end - begin) * g.batch
         # (G, K, P) = (G, K, O/G) @ (G, O/G, P)
-        dcols = empty((g.groups, g.depth, columns), dx.dtype, like=dx)
-        product.multiply(adjoint, _unfold(dy, of_dy, begin, end, product), dcols, 0, columns)
+        dcols = empty((g.groups, g.depth, (end - begin) * g.batch), dx.dtype, like=dx)
+        product.convolve(adjoint, dy, of_dy, dcols, pixels=(begin, end))
         iy_begin = max(0, min(row_begin * g.stride - g.padding, covered))
         iy_end = g.height if row_end == g.out_height else min((row_end - 1) * g.stride - g.padding + g.kernel[0], g.height)
         if iy_end > iy_begin:
@@ -230,6 +196,7 @@ class _Geometry:
         self.pointwise = self.kernel == (1, 1) and stride == 1 and padding == 0
         if self.pointwise:  # its rows follow each other without a gap: they are copied as one
             self.height, self.width, self.out_height, self.out_width = 1, self.pixels, 1, self.pixels
+        self.sizes = self.height, self.width, self.out_width, self.batch, *self.kernel, stride, padding
         # The padding with which a convolution of dy covers x again; None where there is no such convolution.
         adjoint_is_convolution = stride == 1 and kernel[0] == kernel[1] and padding < kernel[0]
         self.adjoint_padding = kernel[0] - 1 - padding if adjoint_is_convolution else None
@@ -251,12 +218,19 @@ class _Geometry:
             return group_conv, {"stride": self.stride, **settings}
         return None, {}
 
+    def unfold(self, x: Array, begin: int, end: int) -> Array:
+        """The columns of the output pixels begin .. end-1: cols (G, K, P)."""
+        columns = (end - begin) * self.batch
+        if self.pointwise:
+            return x.reshape(self.groups, self.depth, self.positions)[..., begin * self.batch:end * self.batch]
+        cols = empty((self.groups, self.depth, columns), x.dtype, like=x)
+        threads = threads_of_row(min(STRETCH, end - begin), self.batch, x.itemsize)
+        KERNELS.im2col[(self.groups * self.depth, -(-(end - begin) // STRETCH)), threads](
+            x, cols, *self.sizes, begin, end - begin, STRETCH, columns)
+        return cols
+
     def weight_matrix(self, weight: Array) -> Array:
         return weight.reshape(self.groups, -1, self.depth)
 
     def out_matrix(self, y: Array) -> Array:
         return y.reshape(self.groups, -1, self.positions)
-
-    def in_matrix(self, dx: Array) -> Array:
-        """Of a pointwise convolution."""
-        return dx.reshape(self.groups, -1, self.positions)

@@ -74,7 +74,7 @@ def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array
         columns = (end - begin) * g.padded
         m = empty((g.elements * groups, len(y) // groups, columns), y.dtype, like=y)
         v, step = g.transform_input(x, begin, end)
-        g.product.multiply(u.reshape(len(v), 1, -1, len(y) // groups), v.reshape(len(v), -1, step), m, 0, columns)
+        g.product.multiply(u.reshape(len(v), 1, -1, len(y) // groups), v.reshape(len(v), -1, step), m, 0)
         KERNELS.winograd_output[(end - begin, len(y)), threads_along(g.batch)](
             m, y, bias, plus, g.outputs, *y.shape[1:], g.padded, g.tiles_x, begin)
 
