@@ -70,8 +70,9 @@ __device__ __forceinline__ void multiply_tile(const acc* __restrict__ w, const r
     }
 }
 
-// x (B * channels, height, width, batch); y (B, M, columns), of the columns of cols from column_begin on. bias (B, M), plus like y. A step is a group, a strip of up to `strip` columns, whole panels, and one
-// of `parts` of the tiles of w; blocks share the steps, each with its own part of cols (blocks, K, step).
+// x (B * channels, height, width, batch); y (B, M, columns), of the columns of cols from column_begin on. bias (B, M), plus like
+// y. A step is a group, a strip of up to `strip` columns, whole panels, and one of `parts` of the tiles of w; blocks share the
+// steps, each with its own part of cols (blocks, K, step).
 extern "C" __global__ void conv_panels(const acc* __restrict__ packed, const real* __restrict__ x, real* __restrict__ cols,
                                        real* y, OPTIONAL const acc* __restrict__ bias, OPTIONAL const real* plus, int matrices,
                                        int m, int channels, int height, int width, int out_width, int batch, int kernel_h,

@@ -1,4 +1,4 @@
-"""Matrix products of a convolution, in stacks of B: by BLAS, of matrices, or on the CPU by kernels that unfold windows themselves.
+"""Matrix products of a convolution, in stacks of B: by BLAS, or on the CPU by kernels that unfold windows themselves.
 
     product = product_for(x)
     w = product.pack(weight)                        # (B, M, K) -> (B, tiles, K, rows)
@@ -27,18 +27,18 @@ from minidl.ops.sum_parts import parts_of, sum_parts
 
 KERNELS = Kernels("packed_gemm.cu")
 THREADS = 32  # of a block, where these kernels run on threads at all
-STRIP = 16  # tiles of a row of dw, at most, that are summed beside the same rows of dy
-STRIP_BYTES = 512 << 10  # of cols that a block unfolds at a time, which has one panel at least
 SHARES = 6  # of a product for each core, at least, where it has so many steps: they are dealt out evenly
-DW_SEGMENTS = 2  # at least, in a part of the columns that are summed for dw
+STRIP_BYTES = 512 << 10  # of cols that a block unfolds at a time for y, which has one panel at least
+STRIP = 16  # tiles of a row of dw, at most, that are summed beside the same rows of dy
+DW_COLUMNS = 512  # of cols, at least, that BLAS sums at a time for dw: each sum costs a pass over dw
+DW_SEGMENTS = 2  # at least, in a part of the columns that a block sums for dw
 PART_COST = 8  # bytes of x and dy, at least, for each byte of a part of dw
 LINE = 16  # numbers, of a cache line
-DW_COLUMNS = 512  # of cols, at least, that one sum of BLAS for dw takes: each sum costs a pass over dw
 CACHE_WAY = 4096  # bytes: addresses a multiple of this apart meet in the same set of the first cache; `step` avoids that
 
 
 class Windows(Protocol):
-    """What unfolds x (B * channels, H, W, N) to cols (B, K, P): the pixels of the output, `batch` columns each."""
+    """What unfolds x (B * channels, H, W, N) to cols (B, K, P), P = pixels of the output * batch. Written by ops/conv.py."""
 
     pixels: int
     pixel_bytes: int  # of cols
@@ -123,7 +123,8 @@ class Packed:
 
     def __init__(self, sizes: list[int], acc_bytes: int) -> None:
         """sizes: as gemm_sizes gives them."""
-        self._rows, self._panel, self._vector, self._dw_rows, self._dw_columns, self._segment, self._segment_step, self.unit = sizes
+        self._rows, self._panel, self._vector, self._dw_rows, self._dw_columns, self._segment, self._segment_step, self.unit = (
+            sizes)
         self._acc_bytes = acc_bytes
 
     def images(self, batch: int) -> int:
