@@ -17,8 +17,8 @@ the start only decides what bounds a row. "alike" is the time of a copy of as ma
 against it is the kernel's, the rest of what is lost against the ceiling belongs to any launch of this size.
 
 The bytes are those that any implementation must move, each tensor once per pass; the FLOPs of a convolution are those of its
-definition, so that a faster algorithm (Winograd's) may exceed 100 %. What multiplies runs twice in its turn, and the second run
-is timed. All else finds its tensors in no cache: before each run another tensor is read, and then the same is done with other
+definition, so that a faster algorithm (Winograd's) may exceed 100 %. What multiplies runs once in its turn, on a CPU for 10 ms,
+and then once more, which is timed. All else finds its tensors in no cache: before each run another tensor is read, and then the same is done with other
 arrays.
 """
 
@@ -40,6 +40,7 @@ from minidl.kernels import storage_dtype
 from minidl.ops import conv, optimizer
 
 ROW_SECONDS, FEWEST = 1.0, 5  # a row takes no longer, unless so many runs do
+AWAKE = 0.01  # seconds after which threads that have slept are on cores of their own: at first, one core may have two of them
 BEYOND_CACHES = 128 << 20  # bytes
 SPIN = 'extern "C" __global__ void spin(long long cycles) { const long long end = clock64() + cycles; while (clock64() < end); }'
 SPIN_CYCLES = 2_000_000  # about a millisecond
@@ -96,7 +97,13 @@ class Bench:
         def run_twin():
             optimizer.norm(self.other_tensor, self.state)  # reads it by all threads, each of which may have a cache of its own
             self.kept = twin()  # so that its result does not lend its memory
-        return function if twin is None else run_twin
+
+        def run():
+            begin = time.perf_counter()
+            function()
+            while self.place.name == "cpu" and time.perf_counter() - begin < AWAKE:
+                function()
+        return run if twin is None else run_twin
 
     def check(self, case):
         """Ends the program where the results of the first call of each peer differ."""
