@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 import os
 import re
@@ -194,7 +195,8 @@ class HostPool:
     SMALLEST = 1 << 18  # bytes; malloc keeps smaller blocks by itself
 
     def __init__(self) -> None:
-        self._free: list[Array] = []  # blocks, in the order in which they came back
+        self._free: dict[int, list[tuple[int, Array]]] = {}  # by size: when each block came back, and the block, in that order
+        self._count = itertools.count()
         self._free_bytes = self._used_bytes = self._peak_bytes = 0
         self._lock = threading.Lock()
         self._lent: dict[int, tuple[weakref.ref[Array], Array]] = {}  # by the reference's id: whose array lives, and its block
@@ -237,22 +239,26 @@ class HostPool:
             block = self._returned.popleft()
             self._used_bytes -= block.nbytes
             self._free_bytes += block.nbytes
-            self._free.append(block)
+            self._free.setdefault(block.nbytes, []).append((next(self._count), block))
         while self._free_bytes > self._peak_bytes:
-            self._free_bytes -= self._free.pop(0).nbytes
+            self._pop(min(self._free, key=lambda size: self._free[size][0][0]), 0)
 
     def _take(self, size: int) -> Array:
-        fitting = [index for index, block in enumerate(self._free) if size <= block.nbytes <= 2 * size]
-        if not fitting:
+        fitting = size if size in self._free else min((free for free in self._free if size < free <= 2 * size), default=None)
+        if fitting is None:
             try:
                 return _fresh(size)
             except MemoryError:  # what is kept for later is needed now
                 self._free.clear()
                 self._free_bytes = 0
                 return _fresh(size)
-        # Of equal blocks the one that came back last: it is the likeliest to be in the cache still.
-        block = self._free.pop(min(reversed(fitting), key=lambda index: self._free[index].nbytes))
-        self._free_bytes -= block.nbytes
+        return self._pop(fitting, -1)  # the one that came back last: it is the likeliest to be in the cache still
+
+    def _pop(self, size: int, index: int) -> Array:
+        _, block = self._free[size].pop(index)
+        if not self._free[size]:
+            del self._free[size]
+        self._free_bytes -= size
         return block
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ PRECISIONS = {
     "bfloat16": ("__nv_bfloat16", "float", "float32"),
 }
 MAX_THREADS = 1024  # of a block
+SLOT_BYTES = 8  # of an argument of a launch on the CPU, as cuda_on_host.h has it
+_NULL = np.uint64(0)  # CuPy passes it by value, as it does an array's address
 # What a BLOCK_LOOP counts to, in int: the thread that takes the last element steps on by the size of the block.
 LARGEST_COUNT = 2**31 - 1 - MAX_THREADS
 
@@ -74,7 +77,13 @@ def launch_mode() -> str:
 
 def acc_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     """The type in which values stored as `dtype` are computed with and accumulated: float32, or float64."""
-    return np.dtype(PRECISIONS[np.dtype(dtype).name][2])
+    return np.dtype(PRECISIONS[_name(np.dtype(dtype))][2])
+
+
+@functools.cache
+def _name(dtype: np.dtype[Any]) -> str:
+    """dtype.name, which NumPy makes anew at each access: that takes as long as all other checks of a launch."""
+    return dtype.name
 
 
 def storage_dtype(name: str | np.dtype[Any]) -> np.dtype[Any]:
@@ -174,12 +183,6 @@ def parse_signatures(source: str) -> dict[str, list[Parameter]]:
     return {name: [Parameter(text) for text in parameters.split(",")] for name, parameters in found}
 
 
-@functools.cache
-def _name(dtype: np.dtype[Any]) -> str:
-    """dtype.name, which NumPy makes anew at each access: that takes as long as all other checks of a launch."""
-    return dtype.name
-
-
 class Kernel:
     """One kernel. `kernel[blocks, threads](*arguments)` checks the arguments and launches it."""
 
@@ -200,8 +203,9 @@ class Kernel:
             raise TypeError(f"{self.name}: {len(arguments)} arguments, the kernel has {len(self.parameters)}: "
                             + ", ".join(parameter.name for parameter in self.parameters))
         xp, precision = self._target(arguments)
-        scalar = self._host_scalar if xp is np else self._convert_scalar
-        values = [self._check_array(parameter, argument, xp, dtype) if parameter.is_array else scalar(parameter, argument, dtype)
+        values = [self._check_array(parameter, argument, xp, dtype) if parameter.is_array
+                  else self._convert_known(parameter, argument, dtype) if type(argument) is int
+                  else self._convert(parameter, argument, dtype)
                   for parameter, argument, dtype in zip(self.parameters, arguments, self._dtypes(precision))]
         if _Settings.threads_per_block and not self.kernels.fixed_threads:
             threads = _Settings.threads_per_block
@@ -235,7 +239,7 @@ class Kernel:
 
     def _check_array(self, parameter: Parameter, argument: Any, xp: ModuleType, dtype: np.dtype[Any]) -> Any:
         if argument is None and parameter.is_optional:
-            return _POINTER() if xp is np else np.uint64(0)  # CuPy passes it by value, as it does an array's address
+            return _NULL
         if not isinstance(argument, xp.ndarray):
             raise TypeError(f"{self.name}: {parameter.name} must be a {xp.__name__} array, got "
                             f"{type(argument).__module__}.{type(argument).__name__}")
@@ -248,7 +252,7 @@ class Kernel:
             raise TypeError(f"{self.name}: {parameter.name} is written, but the array is read-only")
         return argument
 
-    def _convert_scalar(self, parameter: Parameter, argument: Any, dtype: np.dtype[Any]) -> np.generic:
+    def _convert(self, parameter: Parameter, argument: Any, dtype: np.dtype[Any]) -> np.generic:
         """A number -> a NumPy scalar of the declared type, which CuPy passes as it is."""
         whole = dtype.kind in "iu"
         if not isinstance(argument, (int, np.integer) if whole else (int, float, np.integer, np.floating)) \
@@ -264,32 +268,30 @@ class Kernel:
             less = f", less the {MAX_THREADS} by which a loop may step past its end" if counts else ""
             raise TypeError(f"{self.name}: {parameter.name} = {argument} does not fit {dtype}{less}") from None
 
-    def _host_scalar(self, parameter: Parameter, argument: Any, dtype: np.dtype[Any]) -> Any:
-        """A number -> an object of ctypes that holds it, for reading only."""
-        if type(argument) is int:
-            return self._known_scalar(parameter, argument, dtype)
-        return _HOST_SCALARS[dtype](self._convert_scalar(parameter, argument, dtype))
+    _convert_known = functools.lru_cache(maxsize=1 << 14)(_convert)  # most are sizes, which come again in each step
 
-    @functools.lru_cache(maxsize=1 << 14)  # most are sizes, which come again in each step
-    def _known_scalar(self, parameter: Parameter, argument: int, dtype: np.dtype[Any]) -> Any:
-        return _HOST_SCALARS[dtype](self._convert_scalar(parameter, argument, dtype))
-
-    def _launch_on_host(self, precision: str, grid: tuple[int, int], threads: int, values: list[Any]) -> None:
+    def _launch_on_host(self, precision: str, grid: tuple[int, int], threads: int, values: Sequence[Any]) -> None:
         function = self._host_function(_Settings.mode, precision)
-        cells = [_POINTER(_address(value)) if isinstance(value, np.ndarray) else value for value in values]
-        pointers = (_POINTER * len(cells))(*map(ctypes.addressof, cells))
-        message = ctypes.create_string_buffer(300)
-        launch = _Launch(*grid, threads, ctypes.addressof(message), len(message))
-        if function(ctypes.byref(launch), pointers):
-            raise KernelFault(f"{self.name}: {message.value.decode()}")
+        slots = self._slots(precision).pack(*[_address(value) if isinstance(value, np.ndarray) else value for value in values])
+        fault = function(*grid, threads, slots)
+        if fault is not None:
+            raise KernelFault(f"{self.name}: {fault.decode()}")
+
+    @functools.cache
+    def _slots(self, precision: str) -> struct.Struct:
+        """The arguments of a launch, as cuda_on_host.h takes them."""
+        return struct.Struct("".join("P" if parameter.is_array else f"{dtype.char}{SLOT_BYTES - dtype.itemsize}x"
+                                     for parameter, dtype in zip(self.parameters, self._dtypes(precision))))
 
     @functools.cache
     def _gpu_function(self, precision: str) -> Callable[..., None]:
         return self.kernels.gpu_module(precision).get_function(self.name)
 
     @functools.cache
-    def _host_function(self, mode: str, precision: str) -> Callable[..., int]:
-        return self.kernels.host_library(mode, precision)["launch_" + self.name]
+    def _host_function(self, mode: str, precision: str) -> Callable[..., bytes | None]:
+        function = self.kernels.host_library(mode, precision)["launch_" + self.name]
+        function.restype = ctypes.c_char_p
+        return function
 
 
 def _address(array: Any) -> int:
@@ -300,12 +302,3 @@ def _address(array: Any) -> int:
         return array.__array_interface__["data"][0]
 
 
-_POINTER = ctypes.c_void_p
-_HOST_SCALARS: dict[np.dtype[Any], Any] = {np.dtype(c_type): c_type for c_type in (
-    ctypes.c_float, ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint8,
-    ctypes.c_uint16)}
-
-
-class _Launch(ctypes.Structure):  # cuda_on_host.h: struct Launch
-    _fields_ = [("grid_x", ctypes.c_uint), ("grid_y", ctypes.c_uint), ("threads", ctypes.c_uint),
-                ("message", ctypes.c_void_p), ("message_size", ctypes.c_int)]

@@ -7,7 +7,6 @@ they are waited for. What it cannot show is the time, and a race between warps o
 which there is the emulator.
 """
 
-import ctypes
 import functools
 import re
 from typing import NamedTuple
@@ -578,8 +577,7 @@ def launch_in_mode(kernel, precision, grid, threads, values):
 def launch(kernel, precision, grid, threads, values):
     module = functions(kernel.kernels.path, precision, architecture)
     arrays = [value for value in values if isinstance(value, np.ndarray)]
-    given = [np.array(address_of(value), np.uint64) if isinstance(value, np.ndarray) else np.array(value.value or 0, np.uint64)
-             if isinstance(value, ctypes.c_void_p) else np.array(value) for value in values]
+    given = [np.array(address_of(value), np.uint64) if isinstance(value, np.ndarray) else np.array(value) for value in values]
     parameters = dict(zip(module[kernel.name].parameters, given))
     blocks, at_a_time = np.arange(grid[0] * grid[1]), max(1, THREADS_AT_A_TIME // threads)
     memory = Memory(arrays)

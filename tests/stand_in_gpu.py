@@ -269,12 +269,9 @@ def install(monkeypatch):
     def array_module_of_all(array):
         return module if isinstance(array, GpuArray) else array_module(array)
 
-    def on_host(value):  # numbers come as NumPy's scalars, as CuPy takes them
-        return value if isinstance(value, np.ndarray) else np.ctypeslib.as_ctypes_type(value.dtype)(value.item())
-
     def gpu_function(kernel, precision):
         def launch(grid, block, values):
-            do(lambda *values: kernel._launch_on_host(precision, grid, *block, [*map(on_host, values)]), *values)
+            do(lambda *values: kernel._launch_on_host(precision, grid, *block, values), *values)
 
         return launch
 

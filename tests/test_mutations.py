@@ -441,7 +441,7 @@ BUGS = [
     Bug("mixup: share of the partner lost", "augment.cu", "of_self * one + of_partner * other", "of_self * one", mixup),
     Bug("mixup: the second of a pair gets the share of the first", "augment.cu", "of_self * other + of_partner * one",
         "of_partner * other + of_self * one", mixup),
-    Bug("mixup: only the first pixel of a row", "augment.cu", "pixel = x_row + (long long)i * batch", "pixel = x_row", mixup),
+    Bug("mixup: only the first pixel of a row", "augment.cu", "first = x_row + (long long)i * batch", "first = x_row", mixup),
 
     Bug("dropout: kept values not scaled", "dropout.cu", "(random >= threshold ? x : decltype(x){}) * scale",
         "random >= threshold ? x : decltype(x){}", dropout_values),

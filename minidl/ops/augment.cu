@@ -98,12 +98,12 @@ extern "C" __global__ void augment_apply(const unsigned char* __restrict__ image
 extern "C" __global__ void augment_mix(real* __restrict__ x, const acc* __restrict__ share, int width, int batch) {
     const acc of_self = *share, of_partner = 1 - of_self;
     real* x_row = x + (long long)blockIdx.x * width * batch;
-    BLOCK_LOOP(n, 0, batch / 2) {
-        for (int i = 0; i < width; ++i) {
-            real* pixel = x_row + (long long)i * batch;
-            const acc one = acc(pixel[n]), other = acc(pixel[batch - 1 - n]);
-            pixel[n] = real(of_self * one + of_partner * other);
-            pixel[batch - 1 - n] = real(of_self * other + of_partner * one);
+    for (int i = 0; i < width; ++i) {
+        real *first = x_row + (long long)i * batch, *last = first + batch - 1;
+        BLOCK_LOOP(n, 0, batch / 2) {
+            const acc one = acc(first[n]), other = acc(last[-n]);
+            first[n] = real(of_self * one + of_partner * other);
+            last[-n] = real(of_self * other + of_partner * one);
         }
     }
 }

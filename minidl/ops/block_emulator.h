@@ -60,8 +60,8 @@ static size_t scheduler_bytes;
 static int current;                        // the running fiber
 static unsigned long long block_number;    // counts all blocks of all launches
 static unsigned long long phase;           // what lies between two barriers is one phase; counts on from block to block
-static const Launch* launch;
 static bool faulted;
+static char message[300];                  // what describes the fault
 static void (*block_body)(const void*);
 static const void* block_context;
 
@@ -99,7 +99,7 @@ inline void fiber_main() {
 
 template <class... Values>
 inline void describe_fault(const char* format, Values... values) {
-    if (!faulted) snprintf(launch->message, launch->message_size, format, values...);
+    if (!faulted) snprintf(message, sizeof message, format, values...);
     faulted = true;
 }
 
@@ -294,9 +294,8 @@ inline void wait_for_copies(int under_way) {
 #define __syncthreads() emulator::barrier(__FILE__, __LINE__)
 
 template <class Block>
-int run_grid(const Launch& launch, const Block& block) {
+const char* run_grid(const Launch& launch, const Block& block) {
     using namespace emulator;
-    emulator::launch = &launch;
     faulted = false;
     block_body = [](const void* context) { (*(const Block*)context)(); };
     block_context = &block;
@@ -307,5 +306,5 @@ int run_grid(const Launch& launch, const Block& block) {
         blockIdx = {(unsigned)(b % launch.grid_x), (unsigned)(b / launch.grid_x)};
         run_block();
     }
-    return faulted;
+    return faulted ? message : nullptr;
 }

@@ -32,7 +32,7 @@ def applies(x: Array, weight: Array, padding: int, groups: int) -> bool:
     channels do.
     """
     xp = array_module(x)
-    return (fits(x, weight, padding, groups) and xp.__name__ == "cupy"
+    return (xp.__name__ == "cupy" and fits(x, weight, padding, groups)
             and _has_tensor_cores(xp.cuda.runtime.getDevice()))
 
 

@@ -63,24 +63,32 @@ struct __half {
 
 struct Launch {
     unsigned grid_x, grid_y, threads;
-    char* message;  // where a fault is described
-    int message_size;
 };
 
+#define SLOT_BYTES 8  // of an argument, whatever its type
+
+template <class Parameter>
+inline Parameter in_slot(const char* slot) {
+    static_assert(sizeof(Parameter) <= SLOT_BYTES, "an argument has one slot");
+    Parameter value;
+    memcpy(&value, slot, sizeof value);
+    return value;
+}
+
 template <class... Parameters, size_t... I>
-inline void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I...>) {
-    kernel(*static_cast<Parameters*>(arguments[I])...);
+inline void call(void (*kernel)(Parameters...), const char* slots, std::index_sequence<I...>) {
+    kernel(in_slot<Parameters>(slots + SLOT_BYTES * I)...);
 }
 
 template <class... Parameters>
-inline void call(void (*kernel)(Parameters...), void** arguments) {
-    call(kernel, arguments, std::index_sequence_for<Parameters...>());
+inline void call(void (*kernel)(Parameters...), const char* slots) {
+    call(kernel, slots, std::index_sequence_for<Parameters...>());
 }
 
-// The loader appends EXPORT(name) for each kernel of a file. The return value is 0, or 1 for a fault.
-#define EXPORT(kernel)                                                              \
-    extern "C" int launch_##kernel(const Launch* launch, void** arguments) {        \
-        return run_grid(*launch, [=] { call(kernel, arguments); });                 \
+// The loader appends EXPORT(name) for each kernel of a file. The return value is null, or what describes a fault.
+#define EXPORT(kernel)                                                                                                \
+    extern "C" const char* launch_##kernel(unsigned grid_x, unsigned grid_y, unsigned threads, const char* slots) {  \
+        return run_grid({grid_x, grid_y, threads}, [=] { call(kernel, slots); });                                    \
     }
 
 #ifdef MINIDL_FAST  // ---- one thread a block, blocks in parallel ----------------------------------------------------
@@ -100,7 +108,7 @@ static Team team;
 extern "C" void set_team(Team of_process) { team = of_process; }
 
 template <class Block>
-int run_grid(const Launch& launch, const Block& block) {
+const char* run_grid(const Launch& launch, const Block& block) {
     const auto run_blocks = [&](long long begin, long long end) {
         gridDim = {launch.grid_x, launch.grid_y};
         for (long long b = begin; b < end; ++b) {
@@ -114,11 +122,11 @@ int run_grid(const Launch& launch, const Block& block) {
     const long long blocks = (long long)launch.grid_x * launch.grid_y;
     if (blocks == 1) {  // waking a team costs more than most single blocks
         run_blocks(0, 1);
-        return 0;
+        return nullptr;
     }
     team([](void* context, long long begin, long long end) { (*(decltype(&run_blocks))context)(begin, end); },
          (void*)&run_blocks, blocks);
-    return 0;
+    return nullptr;
 }
 
 #else
