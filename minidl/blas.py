@@ -6,16 +6,28 @@ is captured into a CUDA graph. No other file knows of this.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from minidl.device import Array, array_module
 
-# Whether float32 products may round their factors to TF32, 10 bits of mantissa. Set by `--precision tf32`.
-allow_tf32 = False
+allow_tf32 = False  # see `tf32`
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within the `with` block, float32 products may round their factors to TF32, 10 bits of mantissa, or may not."""
+    global allow_tf32
+    before, allow_tf32 = allow_tf32, allowed
+    try:
+        yield
+    finally:
+        allow_tf32 = before
 
 
 def gemm(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float = 0.0) -> None:

@@ -22,32 +22,32 @@ Around: TypeAlias = Callable[..., Any]
 _watched: weakref.WeakSet[Layer] = weakref.WeakSet()
 
 
-def watched(model: Layer) -> bool:
+def watched(network: Layer) -> bool:
     """Whether somebody watches the layers of this network now."""
-    return model in _watched
+    return network in _watched
 
 
 @contextlib.contextmanager
-def watch(model: Layer, around: Around) -> Iterator[None]:
+def watch(network: Layer, around: Around) -> Iterator[None]:
     """Call `around` in place of forward and backward of each layer that has no parts.
 
     On a GPU the next step of training writes over the arrays of one: copy what is to be kept.
     """
-    leaves = [(name, layer) for name, layer in model.named_layers() if not layer.children()]
+    leaves = [(name, layer) for name, layer in network.named_layers() if not layer.children()]
     try:
-        _watched.add(model)
+        _watched.add(network)
         for name, layer in leaves:
             for kind in ("forward", "backward"):
                 setattr(layer, kind, partial(around, name, layer, kind, getattr(layer, kind)))  # hides the method
         yield
     finally:
-        _watched.discard(model)
+        _watched.discard(network)
         for _, layer in leaves:
             for kind in ("forward", "backward"):
                 vars(layer).pop(kind, None)
 
 
-def first_nonfinite(model: Layer, step: Callable[[], object]) -> str | None:
+def first_nonfinite(network: Layer, step: Callable[[], object]) -> str | None:
     """Run step() -> the first tensor in it that holds a NaN or Inf, in words; None where all are finite."""
     found: list[str] = []
 
@@ -57,10 +57,10 @@ def first_nonfinite(model: Layer, step: Callable[[], object]) -> str | None:
             tensors = {"its output": result} if kind == "forward" else {
                 **{f"the gradient of its {key}": parameter.grad for key, parameter in layer.own_parameters().items()},
                 "the gradient of its input": result}
-            found.extend(f"layer {name}, {what}" for what, tensor in tensors.items() if not _finite(model.device, tensor))
+            found.extend(f"layer {name}, {what}" for what, tensor in tensors.items() if not _finite(network.device, tensor))
         return result
 
-    with watch(model, around):
+    with watch(network, around):
         step()
     return found[0] if found else None
 
@@ -79,31 +79,32 @@ def _float64(device: Device, array: Array) -> Array:
 STATISTICS = ("output_mean", "output_std", "output_zeros", "gradient_rms", "weight_rms", "weight_gradient_rms", "update_ratio")
 
 
-def statistics(model: Layer, step: Callable[[], object]) -> dict[str, dict[str, float]]:
+def statistics(network: Layer, step: Callable[[], object]) -> dict[str, dict[str, float]]:
     """Run step(), a training step, -> {layer: {one of STATISTICS: value}}, layers in the order of their forward.
 
     output_zeros: share of zeros; gradient_rms: root mean square of the gradient of the output; of layers with a weight also
     its root mean square, that of its gradient, and update_ratio, the length of its change over its own unless that is 0.
     """
     rows: dict[str, dict[str, float]] = {}
-    weights = {name: layer.own_parameters()["weight"] for name, layer in model.named_layers() if "weight" in layer.own_parameters()}
-    before = {name: _float64(model.device, weight.master) for name, weight in weights.items()}
+    weights = {name: layer.own_parameters()["weight"] for name, layer in network.named_layers()
+               if "weight" in layer.own_parameters()}
+    before = {name: _float64(network.device, weight.master) for name, weight in weights.items()}
 
     def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any, **out: Any) -> Any:
         if kind == "backward":
-            rows[name]["gradient_rms"] = _rms(_float64(model.device, args[0]))
+            rows[name]["gradient_rms"] = _rms(_float64(network.device, args[0]))
         result = call(*args, **out)
         if kind == "forward":
-            y = _float64(model.device, result)
+            y = _float64(network.device, result)
             rows[name] = {"output_mean": float(y.mean()), "output_std": float(y.std()), "output_zeros": float((y == 0).mean())}
         return result
 
-    with watch(model, around):
+    with watch(network, around):
         step()
     for name, weight in weights.items():
         size = _rms(before[name])
-        change = _rms(_float64(model.device, weight.master) - before[name])
-        rows[name] |= {"weight_rms": size, "weight_gradient_rms": _rms(_float64(model.device, weight.grad))}
+        change = _rms(_float64(network.device, weight.master) - before[name])
+        rows[name] |= {"weight_rms": size, "weight_gradient_rms": _rms(_float64(network.device, weight.grad))}
         if size:
             rows[name]["update_ratio"] = change / size
     return rows
@@ -116,14 +117,14 @@ def _rms(values: Array) -> float:
 # ---- times -------------------------------------------------------------------------------------------------------
 
 
-def profile(model: Layer, step: Callable[[], object], repeats: int) -> dict[str, dict[str, float]]:
+def profile(network: Layer, step: Callable[[], object], repeats: int) -> dict[str, dict[str, float]]:
     """Run step() `repeats` times -> {layer: {"forward", "backward": median seconds}}, and of the whole step as "step".
 
     The device is synchronized around each layer, so the layers add up to more than "step", which is measured without that.
     On a GPU each layer is an NVTX range.
     """
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    device = model.device
+    device = network.device
 
     def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any, **out: Any) -> Any:
         with _range(device, f"{name}.{kind}"):
@@ -142,7 +143,7 @@ def profile(model: Layer, step: Callable[[], object], repeats: int) -> dict[str,
         step()
         device.synchronize()
         times["step"]["step"].append(time.perf_counter() - begin)
-    with watch(model, around):
+    with watch(network, around):
         for _ in range(repeats):
             signals.obey()
             step()

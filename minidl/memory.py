@@ -34,7 +34,8 @@ def needed_bytes(run: Run, batch_size: int) -> int:
     """What training takes at its peak, within a third: parameters with what the optimizer keeps, data, activations,
     workspaces."""
     precision = run.settings.precision
-    costs = summarize(run.network, run.train_set.images.shape[1:], batch_size, STORAGE[precision], run.place)
+    with blas.tf32(run.trainer.tf32):
+        costs = summarize(run.network, run.train_set.images.shape[1:], batch_size, STORAGE[precision], run.place)
     widest = max(row.activation_bytes for row in costs.rows)  # the gradients on the way back: an input's and an output's
     # On the CPU, factors are rounded to TF32 before BLAS gets them.
     workspaces = 3 if precision == "tf32" and run.place.name == "cpu" else 1

@@ -19,7 +19,7 @@ from minidl.kernels import acc_dtype, storage_dtype
 from minidl.layers import Layer
 from minidl.parallel import ALONE, Team
 from minidl.settings import NORMALIZATIONS, STORAGE, Settings
-from minidl.training import Batch, Metrics, Trainer, evaluate
+from minidl.training import Batch, Metrics, Trainer
 
 LONGEST_WARMUP = 0.2   # of all steps
 ONECYCLE_WARMUP = 0.35  # of all steps; architectures differ in it by 0.3 to 0.4
@@ -55,8 +55,8 @@ class Run:
             raise UsageError(f"the network has {outputs} outputs, {train_set.name} {len(train_set.classes)} classes")
         self.train_set = train_set
         dtype = storage_dtype(STORAGE[settings.precision])
-        blas.allow_tf32 = settings.precision == "tf32"
-        if blas.allow_tf32 and place.name == "cpu":
+        tf32 = settings.precision == "tf32"
+        if tf32 and place.name == "cpu":
             blas.start_on_host()
         network.initialize(place, dtype, settings.seed)
 
@@ -69,7 +69,8 @@ class Run:
                                                          **settings.hyperparameters())
         self.average = optim.Average(optimizer, settings.ema) if settings.ema else None
         augmentation = Augmentation(settings.padding, settings.reflect, settings.flip, settings.cutout)
-        self.trainer = Trainer(network, optimizer, self.train_batches, augmentation, settings.label_smoothing, self.average, team)
+        self.trainer = Trainer(network, optimizer, self.train_batches, augmentation, settings.label_smoothing, self.average,
+                               team, tf32)
 
     # ---- the plan
 
@@ -125,8 +126,8 @@ class Run:
         return None if self.val_batches is None else self._evaluate(self.val_batches)
 
     def _evaluate(self, batches: Batches) -> Metrics:
-        with self.evaluated() as network, self.trainer.memory.lent():
-            return evaluate(network, batches, self.evaluation_limit, self.team)
+        with self.evaluated():
+            return self.trainer.evaluate(batches, self.evaluation_limit)
 
     # ---- where it stands
 

@@ -8,7 +8,6 @@ from minidl import signals
 from minidl.errors import UsageError
 from minidl.progress import brief
 from minidl.run import Run
-from minidl.training import evaluate
 
 WARMUP_STEPS, STEPS, FEWEST_STEPS = 20, 100, 2
 # Steps are measured for a SHARE of the budget, but for LEAST_SECONDS unless that is more than LARGEST_SHARE of it; evaluation
@@ -48,11 +47,10 @@ def measure(run: Run, budget: float) -> tuple[float, float]:
             if held_out:
                 count = len(held_out.all())
                 limit = max(1, min(count, int(share / step)))  # a batch costs less than half of a training step
-                with run.trainer.memory.lent():
-                    evaluate(run.network, held_out, 1, run.team)
-                    begin = time.perf_counter()
-                    evaluate(run.network, held_out, limit, run.team)
-                    evaluation += (time.perf_counter() - begin) * count / limit
+                run.trainer.evaluate(held_out, 1)
+                begin = time.perf_counter()
+                run.trainer.evaluate(held_out, limit)
+                evaluation += (time.perf_counter() - begin) * count / limit
     return step, evaluation
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from minidl import inspection, signals
+from minidl import blas, inspection, signals
 from minidl.data.batches import NO_AUGMENTATION, Augmentation, Batches
 from minidl.device import Array
 from minidl.errors import DivergedError
@@ -49,7 +49,8 @@ class Batch:
 class Trainer:
     """Trains a network: its step is  batch -> forward -> loss -> backward -> optimizer,  all on the device.
 
-    average: of the weights, or None; team: those with whom it shares each batch. inspects: whether the last step of each
+    average: of the weights, or None; team: those with whom it shares each batch; tf32: whether products of float32 may round to
+    TF32, here and in `evaluate`. inspects: whether the last step of each
     epoch leaves `statistics`, of the layers. memory: of what steps make; evaluations between them may take it, too. On a GPU,
     steps are replayed (StepGraph): all settings, of the optimizer too, are then those of the second step.
     """
@@ -57,20 +58,20 @@ class Trainer:
     inspects = False
     statistics: dict[str, dict[str, float]] | None = None
 
-    def __init__(self, model: Layer, optimizer: Optimizer, batches: Batches, augmentation: Augmentation = NO_AUGMENTATION,
-                 label_smoothing: float = 0.0, average: Average | None = None, team: Team = ALONE) -> None:
-        self.model, self.optimizer, self.batches, self.average = model, optimizer, batches, average
-        self.augmentation, self.label_smoothing, self.team = augmentation, label_smoothing, team
-        xp, acc = model.device.xp, model.parameters.master.dtype
+    def __init__(self, network: Layer, optimizer: Optimizer, batches: Batches, augmentation: Augmentation = NO_AUGMENTATION,
+                 label_smoothing: float = 0.0, average: Average | None = None, team: Team = ALONE, tf32: bool = False) -> None:
+        self.network, self.optimizer, self.batches, self.average = network, optimizer, batches, average
+        self.augmentation, self.label_smoothing, self.team, self.tf32 = augmentation, label_smoothing, team, tf32
+        xp, acc = network.device.xp, network.parameters.master.dtype
         self._totals: Array = xp.zeros(4)  # of loss.cu, over the epoch
         self._totals_of_part: Array = xp.zeros(5)  # of this rank in one step; and the exit code it was asked for
         self._stop = 0
         # The present batch, where each step finds it.
         self._indices: Array = xp.zeros(batches.batch_size, np.int32)
         self._share: Array = xp.ones(1, acc)
-        self.memory = StepMemory(model.device)
+        self.memory = StepMemory(network.device)
         self._graphs: dict[bool, StepGraph] = defaultdict(partial(StepGraph, self.memory))  # with mixup or without
-        model.skip_input_gradient()
+        network.skip_input_gradient()
 
     def step(self, batch: Batch) -> None:
         """One step of training. Raises ValueError for a batch of another size than `batches` have."""
@@ -82,11 +83,13 @@ class Trainer:
             self._share[...] = batch.share
         self.optimizer.set_rate(batch.lr)
         # Ranks wait for each other in the middle of a step; and who watches the layers wants them to be called.
-        if self.model.device.name == "cpu" or self.team.size > 1 or inspection.watched(self.model):
-            with self.memory.lent():
-                self._step_on_device(mixed)
-        else:
-            self._graphs[mixed].run(partial(self._step_on_device, mixed))
+        one_by_one = self.network.device.name == "cpu" or self.team.size > 1 or inspection.watched(self.network)
+        with blas.tf32(self.tf32):
+            if one_by_one:
+                with self.memory.lent():
+                    self._step_on_device(mixed)
+            else:
+                self._graphs[mixed].run(partial(self._step_on_device, mixed))
 
     def _step_on_device(self, mixed: bool) -> None:
         """The step after what it needs has been put into its place: the host gives and takes no more numbers, so that it can be
@@ -99,22 +102,22 @@ class Trainer:
         self.optimizer.update()
         if self.average:
             self.average.update()
-        self.model.step += 1
+        self.network.step += 1
 
     def _gradients(self, indices: Array, share: Array | None, totals: Array) -> None:
         """Forward and backward on this rank's part of the batch, mixed with the share if there is one; adds to totals (4)."""
-        x, labels = self.batches.load(indices, self.model.step, self.augmentation, self.team.part(len(indices)))
+        x, labels = self.batches.load(indices, self.network.step, self.augmentation, self.team.part(len(indices)))
         others = None
         if share is not None:
             augment.mix(x, share)
-            others = self.model.device.array(labels[::-1])
-        dlogits = loss.forward_backward(self.model.forward(x), labels, totals, self.optimizer.scale,
+            others = self.network.device.array(labels[::-1])
+        dlogits = loss.forward_backward(self.network.forward(x), labels, totals, self.optimizer.scale,
                                         smoothing=self.label_smoothing, other_labels=others, share=share)
-        self.model.backward(dlogits)
+        self.network.backward(dlogits)
 
     def _gradients_of_all(self, indices: Array, share: Array | None) -> None:
         """The same, and then the gradient, running statistics and totals are those of the whole batch, on all ranks."""
-        team, place, parameters = self.team, self.model.device, self.model.parameters
+        team, place, parameters = self.team, self.network.device, self.network.parameters
         self._totals_of_part[...] = 0
         self._gradients(indices, share, self._totals_of_part[:4])
         self._totals_of_part[4] = signals.asked() if team.rank == 0 else 0
@@ -133,7 +136,7 @@ class Trainer:
         on_step(steps done, Metrics when last read) is called after each; the metrics are None before they were first
         read. A signal ends it between two steps. Raises DivergedError when a number is not finite any more.
         """
-        self.model.train()
+        self.network.train()
         if not first:
             self._totals[...] = 0
         metrics = None
@@ -150,13 +153,13 @@ class Trainer:
 
     def _step_of_epoch(self, batches: Sequence[Batch], done: int) -> None:
         if self.inspects and done == len(batches):
-            self.statistics = inspection.statistics(self.model, lambda: self.step(batches[-1]))
+            self.statistics = inspection.statistics(self.network, lambda: self.step(batches[-1]))
         else:
             self.step(batches[done - 1])
 
     def read(self, batches: Sequence[Batch], done: int) -> Metrics:
         """The Metrics of the epoch so far, after `done` of its batches. Raises DivergedError where a number is not finite."""
-        to_host = self.model.device.to_host
+        to_host = self.network.device.to_host
         state = to_host(self.optimizer.state)
         if failed := int(state[optimizer_op.FAILED]):
             ago = int(state[optimizer_op.CALLS]) - failed
@@ -172,37 +175,42 @@ class Trainer:
     def _failure(self, batch: Batch, ago: int) -> str:
         """What went wrong in a step, `ago` steps before the last. Nothing has changed the weights since, so that its forward
         and backward can be looked at again."""
-        self.model.step -= ago + 1
-        totals = self.model.device.xp.zeros(4)
-        with self.memory.lent():
-            what = inspection.first_nonfinite(self.model, lambda: self._gradients(batch.indices, batch.share, totals))
+        self.network.step -= ago + 1
+        totals = self.network.device.xp.zeros(4)
+        with self.memory.lent(), blas.tf32(self.tf32):
+            what = inspection.first_nonfinite(self.network, lambda: self._gradients(batch.indices, batch.share, totals))
         if what:
             return f"{what} is not finite: try a lower --lr"
         if self.team.size > 1:
             return "the gradient of another rank is not finite: try a lower --lr"
         return "a gradient was not finite, but all are where the step is repeated: is the hardware sound?"
 
+    def evaluate(self, batches: Batches, limit: int | None = None) -> Metrics:
+        """As the function of that name, between steps and as they compute."""
+        with self.memory.lent(), blas.tf32(self.tf32):
+            return evaluate(self.network, batches, limit, self.team)
+
     def arrays(self) -> dict[str, Array]:
         """{name: array}, all besides weights and running statistics that training goes on from: write into them to load it."""
         average = {f"average/{name}": array for name, array in self.average.arrays().items()} if self.average else {}
-        return {"step": self.model.step, "totals": self._totals, **self.optimizer.arrays(), **average}
+        return {"step": self.network.step, "totals": self._totals, **self.optimizer.arrays(), **average}
 
 
-def evaluate(model: Layer, batches: Batches, limit: int | None = None, team: Team = ALONE) -> Metrics:
+def evaluate(network: Layer, batches: Batches, limit: int | None = None, team: Team = ALONE) -> Metrics:
     """The network in evaluation mode on all images of `batches`, or those of the first `limit` batches -> Metrics.
 
     team: who share the batches.
     """
-    model.eval()
-    totals = model.device.xp.zeros(4)
-    one = model.device.xp.ones(1, model.parameters.master.dtype)
+    network.eval()
+    totals = network.device.xp.zeros(4)
+    one = network.device.xp.ones(1, network.parameters.master.dtype)
     for indices, valid in batches.all()[:limit][team.rank::team.size]:
-        x, labels = batches.load(indices, model.step)
-        loss.forward_backward(model.forward(x), labels, totals, one, valid=valid)
+        x, labels = batches.load(indices, network.step)
+        loss.forward_backward(network.forward(x), labels, totals, one, valid=valid)
         if team.size == 1:  # of several, all end after the same step of training
             signals.obey()
-    team.add(totals, 1.0, model.device)
-    return _metrics(model.device.to_host(totals))
+    team.add(totals, 1.0, network.device)
+    return _metrics(network.device.to_host(totals))
 
 
 def _metrics(totals: Array) -> Metrics:

@@ -106,7 +106,7 @@ def at_step(number, call):
 
         def observed(self, batch):
             step(self, batch)
-            if int(self.model.step[0]) == number:
+            if int(self.network.step[0]) == number:
                 call(self)
 
         Trainer.step = observed

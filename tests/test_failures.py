@@ -65,8 +65,8 @@ def test_a_learning_rate_that_is_much_too_high(few_digits, tmp_path, precision):
 def set_weight(layer, name, value):
     """What puts a value into a parameter of a layer."""
     def plant(trainer):
-        getattr(getattr(trainer.model, layer), name).master.reshape(-1)[:1] = value
-        trainer.model.parameters.cast()
+        getattr(getattr(trainer.network, layer), name).master.reshape(-1)[:1] = value
+        trainer.network.parameters.cast()
 
     return plant
 
@@ -99,7 +99,7 @@ def spoil_backward(kind, layer, tensor, step, times=2):
 
         def spoiled(self, dy, *args, **out):
             dx = backward(self, dy, *args, **out)
-            if self is getattr(spoiled.model, layer) and spoiled.model.step[0] == step - 1 and len(done) < times:
+            if self is getattr(spoiled.network, layer) and spoiled.network.step[0] == step - 1 and len(done) < times:
                 done.append(step)
                 (dx if tensor == "input" else getattr(self, tensor).grad)[...] = np.inf
             return dx
@@ -107,7 +107,7 @@ def spoil_backward(kind, layer, tensor, step, times=2):
         initialize = Run.__init__
 
         def remember(self, settings, network, *more):
-            spoiled.model = network
+            spoiled.network = network
             initialize(self, settings, network, *more)
 
         kind.backward, Run.__init__ = spoiled, remember
@@ -153,7 +153,7 @@ def test_an_image_that_is_no_number(few_digits, tmp_path):
 def test_a_loss_that_is_no_number_though_its_gradient_is_one(few_digits, tmp_path):
     """Logits whose difference float32 does not hold."""
     def plant(trainer):
-        trainer.model.classifier.bias.master[:] = [3e38, -3e38] * 5
+        trainer.network.classifier.bias.master[:] = [3e38, -3e38] * 5
 
     result = train(tmp_path, *ARGUMENTS, "--lr", "0", "-o", "it", before=at_step(7, plant))
     assert_diverged(tmp_path / "it", result, "the loss became nan by step 5 of this epoch: try a lower --lr")

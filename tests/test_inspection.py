@@ -14,7 +14,7 @@ from minidl.optim import SGD
 from small_runs import ARGUMENTS, digests, few_digits, rows, train  # noqa: F401
 
 
-def network(place, dtype="float32"):
+def small_network(place, dtype="float32"):
     """All in a row, so that it can be computed layer by layer; no bias of the convolution, which batch norm takes away."""
     return Sequential(conv=Conv2d(3, 6, 3, bias=False), bn=BatchNorm2d(6), relu=ReLU(), pool=MaxPool2d(2), average=AvgPool2d(2),
                       classifier=Linear(24, 5)).initialize(place, dtype, seed=3)
@@ -32,31 +32,31 @@ def arrays(place, rng, batch=7, side=10):
     return place.array(x), place.array(rng.normal(size=(5, batch)).astype(np.float32))
 
 
-def a_step(model, x, dlogits):
+def a_step(network, x, dlogits):
     """A forward and a backward."""
-    model.forward(x)
-    model.backward(dlogits)
+    network.forward(x)
+    network.backward(dlogits)
 
 
-def methods(model):
-    return [name for _, layer in model.named_layers() for name in vars(layer) if name in ("forward", "backward")]
+def methods(network):
+    return [name for _, layer in network.named_layers() for name in vars(layer) if name in ("forward", "backward")]
 
 
 # ---- the first tensor that is not finite -------------------------------------------------------------------------
 
 
 def test_all_are_finite(place, rng):
-    model = residual(place).train()
-    assert inspection.first_nonfinite(model, lambda: a_step(model, *arrays(place, rng))) is None
-    assert methods(model) == []
+    network = residual(place).train()
+    assert inspection.first_nonfinite(network, lambda: a_step(network, *arrays(place, rng))) is None
+    assert methods(network) == []
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["stem", "block.body", "block.norm", "classifier"])
 def test_the_first_output_is_named(place, rng, name, value):
-    model = residual(place).train()
-    dict(model.named_layers())[name].bias.master[1] = value
-    assert inspection.first_nonfinite(model, lambda: a_step(model, *arrays(place, rng))) == f"layer {name}, its output"
+    network = residual(place).train()
+    dict(network.named_layers())[name].bias.master[1] = value
+    assert inspection.first_nonfinite(network, lambda: a_step(network, *arrays(place, rng))) == f"layer {name}, its output"
 
 
 class Spoiled(Conv2d):
@@ -73,39 +73,39 @@ class Spoiled(Conv2d):
 @pytest.mark.parametrize("spoil", ["weight", "bias", "input"])
 def test_the_first_gradient_is_named(place, rng, spoil):
     """The first in the order of the backward: all that come before in the network are not finite either."""
-    model = Sequential(first=Conv2d(3, 4, 1), second=Spoiled(4, 4, 1), third=Conv2d(4, 5, 1), mean=GlobalAvgPool2d(),
+    network = Sequential(first=Conv2d(3, 4, 1), second=Spoiled(4, 4, 1), third=Conv2d(4, 5, 1), mean=GlobalAvgPool2d(),
                        last=Linear(5, 5)).initialize(place, seed=3).train()
-    model.second.spoil = spoil
-    said = inspection.first_nonfinite(model, lambda: a_step(model, *arrays(place, rng)))
+    network.second.spoil = spoil
+    said = inspection.first_nonfinite(network, lambda: a_step(network, *arrays(place, rng)))
     assert said == f"layer second, the gradient of its {spoil}"
 
 
 def test_what_is_told_where_to_write_is_seen(place, rng):
     """In a Res2Net, layers write into parts of an array that others share."""
-    model = models.create("res2next29-1c4w4s", 5).initialize(place, seed=1).train()
-    name = next(name for name, layer in model.named_layers() if isinstance(layer, BatchNorm2d) and ".1." in name)
-    dict(model.named_layers())[name].bias.master[0] = np.nan
-    assert inspection.first_nonfinite(model, lambda: a_step(model, *arrays(place, rng, 2, 32))) == f"layer {name}, its output"
+    network = models.create("res2next29-1c4w4s", 5).initialize(place, seed=1).train()
+    name = next(name for name, layer in network.named_layers() if isinstance(layer, BatchNorm2d) and ".1." in name)
+    dict(network.named_layers())[name].bias.master[0] = np.nan
+    assert inspection.first_nonfinite(network, lambda: a_step(network, *arrays(place, rng, 2, 32))) == f"layer {name}, its output"
 
 
 def test_methods_are_put_back_after_an_error(place, rng):
-    model = residual(place).train()
+    network = residual(place).train()
     with pytest.raises(ZeroDivisionError):
-        inspection.first_nonfinite(model, lambda: 1 / 0)
-    assert methods(model) == []
+        inspection.first_nonfinite(network, lambda: 1 / 0)
+    assert methods(network) == []
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------
 
 
-def by_hand(model, x, dlogits, lr):
+def by_hand(network, x, dlogits, lr):
     """The same layer by layer, in float64 where it is not the network that computes."""
     host = {}
 
     def number(array):
-        return np.asarray(model.device.to_host(array)).astype(np.float64)
+        return np.asarray(network.device.to_host(array)).astype(np.float64)
 
-    layers = model.children()
+    layers = network.children()
     for name, layer in layers.items():
         x = layer.forward(x)
         y = number(x)
@@ -124,15 +124,15 @@ def by_hand(model, x, dlogits, lr):
 
 def test_statistics_are_those_of_a_computation_by_hand(place, rng):
     x, dlogits = arrays(place, rng)
-    model, lr = network(place).train(), 0.25
-    optimizer = SGD(model.parameters, momentum=0.0, nesterov=False)
+    network, lr = small_network(place).train(), 0.25
+    optimizer = SGD(network.parameters, momentum=0.0, nesterov=False)
 
     def step():
-        a_step(model, x, dlogits)
+        a_step(network, x, dlogits)
         optimizer.step(lr)
 
-    expected = by_hand(network(place).train(), x, dlogits, lr)
-    found = inspection.statistics(model, step)
+    expected = by_hand(small_network(place).train(), x, dlogits, lr)
+    found = inspection.statistics(network, step)
     assert list(found) == list(expected) == ["conv", "bn", "relu", "pool", "average", "classifier"]
     for name, row in expected.items():
         assert found[name] == pytest.approx(row, rel=1e-4, abs=1e-6), name
@@ -140,13 +140,13 @@ def test_statistics_are_those_of_a_computation_by_hand(place, rng):
     assert {name: set(row) for name, row in found.items()} == {
         name: set(inspection.STATISTICS) if name in ("conv", "bn", "classifier") else set(inspection.STATISTICS[:4])
         for name in found}
-    assert methods(model) == []
+    assert methods(network) == []
 
 
 def test_a_weight_of_zeros_has_no_ratio(place, rng):
-    model = network(place).train()
-    model.classifier.weight.master[...] = 0
-    row = inspection.statistics(model, lambda: a_step(model, *arrays(place, rng)))["classifier"]
+    network = small_network(place).train()
+    network.classifier.weight.master[...] = 0
+    row = inspection.statistics(network, lambda: a_step(network, *arrays(place, rng)))["classifier"]
     assert "update_ratio" not in row and row["weight_rms"] == 0 < row["weight_gradient_rms"]
 
 
@@ -190,18 +190,18 @@ class Slow(Layer):
 
 def test_times(place, rng):
     x, dlogits = arrays(place, rng)
-    model = Sequential(conv=Conv2d(3, 4, 3), slow=Slow(), mean=GlobalAvgPool2d(), classifier=Linear(4, 5))
-    model.initialize(place).train()
+    network = Sequential(conv=Conv2d(3, 4, 3), slow=Slow(), mean=GlobalAvgPool2d(), classifier=Linear(4, 5))
+    network.initialize(place).train()
     calls = []
 
     def step():
         calls.append(1)
-        a_step(model, x, dlogits)
+        a_step(network, x, dlogits)
 
-    times = inspection.profile(model, step, repeats=3)
+    times = inspection.profile(network, step, repeats=3)
     assert len(calls) == 1 + 3 + 3, "to warm up, as a whole, layer by layer"
     assert list(times) == ["step", "conv", "slow", "mean", "classifier"]
     assert 0.03 <= times["slow"]["forward"] < 0.3 and 0.01 <= times["slow"]["backward"] < 0.3
     assert 0.04 <= times["step"]["step"] and times["conv"]["forward"] < times["step"]["step"]
     assert all(set(row) == {"forward", "backward"} and min(row.values()) > 0 for name, row in times.items() if name != "step")
-    assert methods(model) == []
+    assert methods(network) == []

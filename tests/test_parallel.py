@@ -45,9 +45,9 @@ def train_steps(folder, team, norm, steps=4):
     """Train, and write what the rank has at the end."""
     trainer = trainer_of(team, norm)
     metrics = trainer.epoch([Batch(indices, 0.05) for indices in trainer.batches.epoch(0)[:steps]])
-    test = evaluate(trainer.model, trainer.batches, 20, team)
+    test = evaluate(trainer.network, trainer.batches, 20, team)
     np.savez(Path(folder) / f"{norm}-{team.size}-{team.rank}.npz", metrics=[metrics.loss, metrics.top1, metrics.top5],
-             test=[test.loss, test.top1, test.top5], gradient=trainer.model.parameters.grad, **trainer.model.state_dict())
+             test=[test.loss, test.top1, test.top5], gradient=trainer.network.parameters.grad, **trainer.network.state_dict())
 
 
 def train_without_norm(folder, team):
@@ -113,9 +113,9 @@ def test_batch_norm_takes_the_statistics_of_the_part_and_keeps_the_average(tmp_p
     parts = []
     for rank in range(2):
         trainer = trainer_of(Part(rank, 2), norm=True)
-        trainer.model.train()
+        trainer.network.train()
         trainer.step(Batch(trainer.batches.epoch(0)[0], 0.0))
-        parts.append((trainer.model.parameters.grad, trainer.model.state_dict()["norm.running_var"]))
+        parts.append((trainer.network.parameters.grad, trainer.network.state_dict()["norm.running_var"]))
     shares = (4 / 7, 3 / 7)
     for index, name in enumerate(("gradient", "norm.running_var")):
         np.testing.assert_allclose(first[name], sum(s * part[index] for s, part in zip(shares, parts)), rtol=1e-12)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import reference
-from minidl import optim
+from minidl import blas, optim
 from minidl.data.batches import Augmentation, Batches
 from minidl.data.dataset import Dataset
 from minidl.device import select
@@ -29,14 +29,14 @@ def batches(size=23, batch_size=5, seed=0, dtype="float64"):
     return Batches(dataset(size), CPU, np.dtype(dtype), batch_size, seed)
 
 
-def network(dtype="float64"):
+def small_network(dtype="float64"):
     return Sequential(conv=Conv2d(3, 8, 3), norm=BatchNorm2d(8, relu=True), drop=Dropout(0.2), mean=GlobalAvgPool2d(),
                       classifier=Linear(8, CLASSES)).initialize(CPU, dtype, seed=2)
 
 
 def trainer(dtype="float64", **settings):
-    model = network(dtype)
-    return Trainer(model, optim.SGD(model.parameters), batches(dtype=dtype), **settings)
+    network = small_network(dtype)
+    return Trainer(network, optim.SGD(network.parameters), batches(dtype=dtype), **settings)
 
 
 def epoch(it, lr, number=0):
@@ -125,7 +125,7 @@ def test_an_epoch_in_two_parts_is_the_same():
     metrics = whole.epoch(epoch(whole, 0.1))
     parts.epoch(epoch(parts, 0.1)[:3])
     assert parts.epoch(epoch(parts, 0.1), first=3) == metrics
-    assert np.array_equal(whole.model.parameters.master, parts.model.parameters.master)
+    assert np.array_equal(whole.network.parameters.master, parts.network.parameters.master)
 
 
 def test_training_learns_labels_by_heart():
@@ -141,18 +141,40 @@ def test_each_step_counts_and_uses_its_own_learning_rate():
     it.optimizer.settings["momentum"] = 0.0
     moved = []
     for lr in (0.1, 0.0, 0.2):
-        before = it.model.parameters.master.copy()
+        before = it.network.parameters.master.copy()
         it.epoch(epoch(it, lr)[:1])
-        moved.append(np.abs(it.model.parameters.master - before - -lr * it.model.parameters.grad).max())
+        moved.append(np.abs(it.network.parameters.master - before - -lr * it.network.parameters.grad).max())
     assert max(moved) < 1e-15
-    assert it.model.step[0] == 3, "dropout and augmentation change with it"
+    assert it.network.step[0] == 3, "dropout and augmentation change with it"
+
+
+def test_trainers_in_turn_have_each_its_own_precision():
+    """Steps and evaluations of one that may round to TF32, and of one that may not, are what they are without the other."""
+    alone, taking_turns = ([trainer("float32", tf32=tf32) for tf32 in (False, True)] for _ in range(2))
+
+    def results(group):
+        for it in group:
+            it.network.train()
+        for number in range(3):
+            for it in group:
+                it.step(epoch(it, 0.1)[number])
+        return [(it.evaluate(it.batches), it.network.parameters.master) for it in group]
+
+    (exact, exact_weights), (rounded, rounded_weights) = results(taking_turns)
+    for it, metrics, weights in zip(alone, (exact, rounded), (exact_weights, rounded_weights), strict=True):
+        (expected, expected_weights), = results([it])
+        assert metrics == expected
+        assert np.array_equal(weights, expected_weights)
+    assert exact != rounded and not np.array_equal(exact_weights, rounded_weights)
+    assert not blas.allow_tf32
 
 
 @pytest.mark.parametrize("shares", [(None, None, None), (0.9, 0.6, 1.0), (0.7, None, 0.8)])
 def test_each_step_takes_its_own_images_rate_and_share(shares):
-    it, model, augmentation = trainer(augmentation=Augmentation(2, flips=True)), network().train(), Augmentation(2, flips=True)
-    optimizer, totals, one = optim.SGD(model.parameters), np.zeros(4), np.ones(1)
-    it.model.train()
+    augmentation = Augmentation(2, flips=True)
+    it, network = trainer(augmentation=augmentation), small_network().train()
+    optimizer, totals, one = optim.SGD(network.parameters), np.zeros(4), np.ones(1)
+    it.network.train()
     for number, (indices, lr, share) in enumerate(zip(it.batches.epoch(0), (0.1, 0.3, 0.2), shares)):
         share = None if share is None else np.array([share])
         it.step(Batch(indices, lr, share))
@@ -161,10 +183,10 @@ def test_each_step_takes_its_own_images_rate_and_share(shares):
         if share is not None:
             augment.mix(x, share)
             mixed = {"other_labels": np.ascontiguousarray(labels[::-1]), "share": share}
-        model.backward(loss.forward_backward(model.forward(x), labels, totals, one, **mixed))
+        network.backward(loss.forward_backward(network.forward(x), labels, totals, one, **mixed))
         optimizer.step(lr)
-        model.step += 1
-    assert np.array_equal(it.model.parameters.master, model.parameters.master)
+        network.step += 1
+    assert np.array_equal(it.network.parameters.master, network.parameters.master)
 
 
 def test_a_batch_of_another_size_is_refused():
@@ -180,7 +202,7 @@ def test_label_smoothing_reaches_the_loss():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_loss_that_is_no_number_ends_the_run(value):
     it = trainer()
-    it.model.classifier.bias.master[...] = value
+    it.network.classifier.bias.master[...] = value
     with pytest.raises(DivergedError, match="^step 1: layer classifier, its output is not finite: try a lower --lr$") as caught:
         it.epoch(epoch(it, 0.1))
     assert caught.value.exit_code == 6
@@ -189,7 +211,7 @@ def test_a_loss_that_is_no_number_ends_the_run(value):
 def test_a_loss_that_is_no_number_is_found_before_the_epoch_ends(monkeypatch):
     monkeypatch.setattr("minidl.training.READ_EVERY", 2)
     it, done = trainer(), []
-    it.model.classifier.bias.master[...] = np.nan
+    it.network.classifier.bias.master[...] = np.nan
     with pytest.raises(DivergedError, match="^step 1: layer classifier, its output is not finite"):
         it.epoch(epoch(it, 0.1), lambda steps, metrics: done.append(steps))
     assert done == [1], "of four, the second was the last"
@@ -209,15 +231,15 @@ def test_float16_gives_up_after_too_many_skipped_steps():
 @pytest.mark.parametrize("batch_size", [1, 5, 22, 23])
 def test_evaluation_is_that_of_image_by_image(batch_size):
     """The last batch is ragged, and its padding must not count."""
-    model, data = network(), dataset()
-    for array in model.named_buffers().values():
+    network, data = small_network(), dataset()
+    for array in network.named_buffers().values():
         array += np.random.default_rng(3).uniform(0, 1, array.shape)
-    metrics = evaluate(model, batches(batch_size=batch_size))
+    metrics = evaluate(network, batches(batch_size=batch_size))
 
     losses, ranks = [], []
     for image, label in zip(data.images, data.labels):
         x = (image / 255 - np.reshape(data.mean, (3, 1, 1))) / np.reshape(data.std, (3, 1, 1))
-        logits = model.eval().forward(np.ascontiguousarray(x[..., None]))
+        logits = network.eval().forward(np.ascontiguousarray(x[..., None]))
         losses.append(reference.cross_entropies(logits, [label], 0.0)[0])
         ranks.append(reference.ranks(logits, [label])[0])
     ranks = np.array(ranks)
@@ -226,15 +248,15 @@ def test_evaluation_is_that_of_image_by_image(batch_size):
 
 
 def test_evaluation_changes_nothing():
-    model = network()
-    before = model.state_dict()
-    assert evaluate(model, batches()) == evaluate(model, batches())
-    assert all(np.array_equal(array, before[name]) for name, array in model.state_dict().items())
-    assert model.step[0] == 0
+    network = small_network()
+    before = network.state_dict()
+    assert evaluate(network, batches()) == evaluate(network, batches())
+    assert all(np.array_equal(array, before[name]) for name, array in network.state_dict().items())
+    assert network.step[0] == 0
 
 
 def test_training_goes_on_after_an_evaluation():
     it = trainer()
-    evaluate(it.model, batches())
+    evaluate(it.network, batches())
     it.epoch(epoch(it, 0.1))
-    assert it.model.training and it.model.norm.running_mean.any()
+    assert it.network.training and it.network.norm.running_mean.any()
