@@ -685,13 +685,13 @@ class Sequential(Composition):
     def output_again(self) -> Again | None:
         return list(self)[-1].output_again()
 
-    def backward(self, dy: Array, plus: Array | None = None) -> Any:
-        """As Layer.backward; adds `plus`, like dx, if given, which may be overwritten."""
+    def backward(self, dy: Array, plus: Array | None = None, dx: Array | None = None) -> Any:
+        """As Layer.backward; adds `plus`, like dx, if given. See `backward_plus` for `dx`."""
         first, *others = self
         after = None
         for layer in reversed(others):
             dy, after = backward_from(after, layer, dy), layer
-        return backward_from(after, first, dy) if plus is None else backward_plus(first, dy, plus)
+        return backward_from(after, first, dy) if plus is None else backward_plus(first, dy, plus, dx)
 
 
 def forward_plus(layer: Layer, x: Array, plus: Array) -> Array:
@@ -710,16 +710,16 @@ def backward_from(after: Layer | None, layer: Layer, dy: Array) -> Any:
     return layer.backward(dy)
 
 
-def backward_plus(layer: Layer, dy: Array, plus: Array) -> Array:
-    """layer.backward(dy) + plus, in one pass where the layer can. Unless it is dy, plus may be overwritten."""
-    dx: Array
-    if isinstance(layer, Conv2d) and plus is not dy:
-        dx = layer.backward(dy, dx=plus, plus=plus)
-    elif isinstance(layer, (Conv2d, BatchNorm2d, Sequential)):
-        dx = layer.backward(dy, plus=plus)
-    else:
-        dx = add.forward(layer.backward(dy), plus)
-    return dx
+def backward_plus(layer: Layer, dy: Array, plus: Array, dx: Array | None = None) -> Any:
+    """layer.backward(dy) + plus, in one pass where the layer can.
+
+    dx: an array in no place of which dy is, which the result may be written to: it may be plus. Or None.
+    """
+    if isinstance(layer, (Conv2d, Sequential)):
+        return layer.backward(dy, plus=plus, dx=dx)
+    if isinstance(layer, BatchNorm2d):
+        return layer.backward(dy, plus=plus)
+    return add.forward(layer.backward(dy), plus)
 
 
 class Residual(Composition):
@@ -749,4 +749,6 @@ class Residual(Composition):
         dz = dy
         if self.norm:
             dy, dz = self.norm.backward(dy)
-        return backward_plus(self.body, dy, self.shortcut.backward(dz) if self.shortcut else dz)
+        plus = self.shortcut.backward(dz) if self.shortcut else dz
+        # Without norm, plus is, or may be a part of, what the caller goes on reading.
+        return backward_plus(self.body, dy, plus, dx=plus if self.norm else None)

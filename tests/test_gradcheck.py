@@ -259,6 +259,21 @@ linear.backward = backward
     assert count == "1 ok, 1 wrong"
 
 
+@pytest.mark.parametrize("way", ["winograd", "group_conv"])
+def test_a_fault_in_one_of_the_ways_of_convolutions_is_seen(way):
+    result = gradcheck("Conv2d", before=f"""
+from minidl.ops import {way}
+right = {way}.backward_weight
+
+def backward_weight(dy, x, dweight, **settings):
+    right(dy, x, dweight, **settings)
+    dweight[-1] = 0
+
+{way}.backward_weight = backward_weight
+""")
+    assert result.returncode == 1 and "wrong: weight" in result.stdout
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["Conv3d"], "error: unknown layer 'Conv3d': did you mean Conv2d?\n"),
     (["relu"], "error: unknown layer 'relu': did you mean ReLU?\n"),

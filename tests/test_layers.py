@@ -200,6 +200,22 @@ def test_nothing_is_computed_before_it_is_initialized():
             use(Conv2d(3, 4, 1, bias=False))
 
 
+@pytest.mark.parametrize("make", [
+    lambda: Residual(Conv2d(4, 4, 3, padding=1)), lambda: Residual(Sequential(Conv2d(4, 4, 1), ReLU(), Conv2d(4, 4, 1))),
+    lambda: Residual(Sequential(Conv2d(4, 4, 3, padding=1), Dropout(0.0))), lambda: Residual(Conv2d(4, 5, 1), ZeroPadChannels(5)),
+    lambda: Residual(Residual(Sequential(Conv2d(4, 4, 1), Conv2d(4, 4, 1)))),
+    lambda: Residual(Conv2d(4, 4, 1), norm=BatchNorm2d(4)), lambda: Sequential(Dropout(0.0), Residual(Conv2d(4, 4, 1))),
+    lambda: Residual(Sequential(Conv2d(4, 4, 1), BatchNorm2d(4))), lambda: Residual(Sequential(ReLU(), Conv2d(4, 4, 1)))])
+def test_backward_leaves_dy_to_its_caller(rng, make):
+    """Who goes on reading it: another branch, or a user. Nor is it the result."""
+    layer = make().initialize().train()
+    y = layer.forward(rng.normal(size=(4, 3, 3, 5)).astype(np.float32))
+    dy = rng.normal(size=y.shape).astype(np.float32)
+    before = dy.copy()
+    dx = layer.backward(dy)
+    assert np.array_equal(dy, before) and not np.shares_memory(dx, dy)
+
+
 @pytest.mark.parametrize("layer", [
     Conv2d(4, 4, 1), Conv2d(4, 8, 3, padding=1), Conv2d(4, 4, 3, stride=2), Conv2d(8, 8, 3, padding=1), Conv2d(4, 4, 3, groups=2),
     BatchNorm2d(4), BatchNorm2d(4, relu=True), ReLU(), MaxPool2d(2), AvgPool2d(2), GlobalMaxPool2d(), GlobalAvgPool2d(), Linear(4, 3)],

@@ -454,8 +454,9 @@ BUGS = [
     Bug("dropout: dx with the next step's mask", layers.Dropout.forward, "self._step.copy()", "self._step", dropout_layer),
 
     Bug("residual: gradient of the shortcut not added", layers.Residual.backward,
-        "backward_plus(self.body, dy, self.shortcut.backward(dz) if self.shortcut else dz)", "self.body.backward(dy)", network),
-    Bug("residual: gradients of both branches added in the place of one that is read", layers.backward_plus, "and plus is not dy", "",
+        "backward_plus(self.body, dy, plus, dx=plus if self.norm else None)", "self.body.backward(dy)", network),
+    Bug("residual: gradients of both branches added in the place of one that is read", layers.Residual.backward,
+        "dx=plus if self.norm else None", "dx=plus",
         lambda target, rng: test_layers.test_network_gradient_in_random_directions(
             target, rng, test_layers.residual_blocks, (2, 4, 5, 3))),
     Bug("residual: gradient of the shortcut not masked", layers.Residual.backward, "dy, dz = self.norm.backward(dy)",

@@ -44,7 +44,8 @@ CASES = {
         Case("1x1, stride 2", lambda: Conv2d(3, 4, 1, stride=2, bias=False), (3, 5, 3, 1)),
         Case("groups", lambda: Conv2d(4, 6, 3, padding=1, groups=2), (4, 3, 4, 2)),
         Case("groups, stride 2, batch 1", lambda: Conv2d(6, 3, 3, stride=2, padding=1, groups=3), (6, 5, 3, 1)),
-        Case("groups too wide for direct kernels", lambda: Conv2d(102, 2, 1, groups=2, bias=False), (102, 1, 2, 1)),
+        Case("groups too wide for direct kernels", lambda: Conv2d(34, 2, 1, groups=2, bias=False), (34, 1, 2, 1)),
+        Case("3x3 with many channels, by Winograd", lambda: Conv2d(16, 16, 3, padding=1, bias=False), (16, 3, 5, 1)),
     ],
     "BatchNorm2d": [
         Case("odd sizes", lambda: BatchNorm2d(3), (3, 3, 5, 2)),
@@ -81,6 +82,8 @@ CASES = {
         Case("shortcut", lambda: Residual(Conv2d(2, 3, 3, stride=2, padding=1), Conv2d(2, 3, 1, stride=2)), (2, 5, 3, 2)),
         Case("sum and ReLU in the norm", lambda: Residual(Conv2d(2, 2, 3, padding=1, bias=False), norm=BatchNorm2d(2)),
              (2, 3, 3, 2)),
+        Case("in a residual block", lambda: Residual(Residual(Sequential(Conv2d(2, 2, 3, padding=1), Dropout(0.0)))), (2, 3, 3, 2)),
+        Case("shortcut that adds no array", lambda: Residual(Conv2d(2, 3, 3, padding=1), ZeroPadChannels(3)), (2, 3, 3, 2)),
     ],
 }
 
