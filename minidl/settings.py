@@ -45,13 +45,13 @@ OF_MULTISTEP = ("milestones", "factor", "restart_at_milestones")
 
 
 def setting(default: Any, kind: type, help: str, *, low: float = -math.inf, high: float = math.inf,
-            choices: Sequence[str] = (), flags: Sequence[str] = (), word: str = "", free: bool = False,
+            excluded: float | None = None, choices: Sequence[str] = (), flags: Sequence[str] = (), word: str = "", free: bool = False,
             begins: str = "") -> Any:
     """A field. kind: int, float, str, bool, list (of whole numbers) or dict; word: what stands for its value in help; free: a
-    resumed run may have another value; begins: the title of a group of settings, of which it is the first."""
+    resumed run may have another value; excluded: a bound that the value may not be; begins: the title of a group of settings, of which it is the first."""
     word = word or {int: "N", float: "X", list: "N", dict: "NAME=VALUE"}.get(kind, "")
-    metadata = dict(kind=kind, help=help, low=low, high=high, choices=tuple(choices), flags=tuple(flags), word=word, free=free,
-                    begins=begins)
+    metadata = dict(kind=kind, help=help, low=low, high=high, excluded=excluded, choices=tuple(choices), flags=tuple(flags),
+                    word=word, free=free, begins=begins)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -59,7 +59,8 @@ def setting(default: Any, kind: type, help: str, *, low: float = -math.inf, high
 
 @dataclass(frozen=True)
 class Settings:
-    """Raises UsageError for a value of the wrong type or out of range. None: not set, or not known to the optimizer."""
+    """Raises UsageError for a value of the wrong type or out of range, and for settings that do not go together. None: not set,
+    or not known to the optimizer."""
 
     arch: str = setting(None, str, "simplenet, resnext, res2net, wideresnet, or a name that `--arch list` prints", flags=["-a"],
                         word="NAME", begins="what is trained, and on what")
@@ -86,12 +87,12 @@ class Settings:
 
     optimizer: str = setting("sgd", str, "its own settings are below", choices=tuple(optim.OPTIMIZERS), begins="optimizer")
     lr: float = setting(0.1, float, "peak learning rate; of sgd in proportion to the batch size, if not given", low=0)
-    momentum: float | None = setting(None, float, "of sgd", low=0, high=1)
+    momentum: float | None = setting(None, float, "of sgd", low=0, high=1, excluded=1)
     nesterov: bool | None = setting(None, bool, "momentum of sgd in Nesterov's form")
-    beta1: float | None = setting(None, float, "of adam and adamw", low=0, high=1)
-    beta2: float | None = setting(None, float, "of adam and adamw", low=0, high=1)
-    rho: float | None = setting(None, float, "of adadelta", low=0, high=1)
-    eps: float | None = setting(None, float, "of adam, adamw and adadelta", low=0)
+    beta1: float | None = setting(None, float, "of adam and adamw", low=0, high=1, excluded=1)
+    beta2: float | None = setting(None, float, "of adam and adamw", low=0, high=1, excluded=1)
+    rho: float | None = setting(None, float, "of adadelta", low=0, high=1, excluded=1)
+    eps: float | None = setting(None, float, "of adam, adamw and adadelta", low=0, excluded=0)
     weight_decay: float | None = setting(None, float, "on every parameter", low=0)
     clip_norm: float = setting(0.0, float, "longest gradient, all parameters taken together; 0: any", low=0)
 
@@ -104,7 +105,8 @@ class Settings:
 
     label_smoothing: float = setting(0.0, float, "share of the target that is spread over all classes", low=0, high=1,
                                      begins="regularization and augmentation")
-    ema: float = setting(0.0, float, "decay of the averaged weights, which are evaluated; 0: no average", low=0, high=1)
+    ema: float = setting(0.0, float, "decay of the averaged weights, which are evaluated; 0: no average", low=0, high=1,
+                         excluded=1)
     padding: int = setting(0, int, "pixels by which training images are shifted at most", low=0, high=SIDE - 1)
     reflect: bool = setting(False, bool, "shifted images are continued by their mirror image, not by the mean colour")
     flip: bool = setting(False, bool, "half of the training images are mirrored")
@@ -123,6 +125,10 @@ class Settings:
                 object.__setattr__(self, name, _checked(name, value, spec))
         if not self.arch or not self.dataset:
             raise UsageError("arch and dataset must be set")
+        own = known_to(self.optimizer)
+        for name in HYPERPARAMETERS[1:]:
+            if getattr(self, name) is not None and name not in own:
+                raise UsageError(f"{name} is not a setting of the optimizer {self.optimizer}, which has {', '.join(own)}")
         if self.ranks > self.batch_size:
             raise UsageError(f"ranks {self.ranks} cannot share a batch of {self.batch_size}")
         if self.patience and not self.val_split:
@@ -173,6 +179,7 @@ class Spec:
     help: str
     low: float
     high: float
+    excluded: float | None
     choices: tuple[str, ...]
     flags: tuple[str, ...]
     word: str
@@ -201,7 +208,7 @@ def resolve(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
 
     A recipe's hyperparameters are those of its own optimizer: another one has its own. Its learning rate is that of its
     batch size, and of SGD in proportion to it (Goyal et al., arXiv 1706.02677). Its milestones are those of its epochs.
-    Raises UsageError for a hyperparameter that the optimizer does not have, and what Settings refuses.
+    Raises UsageError for what Settings refuses.
     """
     given = checked(given)
     recipe = dict(recipe)
@@ -215,14 +222,10 @@ def resolve(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
     if optimizer == "sgd":
         rate = rate * batch_size / (recipe["batch_size"] if "lr" in recipe else 128)
     recipe["lr"] = rate
-    own = known_to(optimizer)
-    for name in HYPERPARAMETERS[1:]:
-        if name in given and name not in own:
-            raise UsageError(f"{name} is not a setting of the optimizer {optimizer}, which has {', '.join(own)}")
     if "epochs" in given and "milestones" in recipe:
         recipe["milestones"] = scaled(recipe["milestones"], given["epochs"] / recipe["epochs"])
     options = {**recipe.get("model_kwargs", {}), **given.get("model_kwargs", {})}
-    return Settings(**{**own, **recipe, **given, "optimizer": optimizer, "model_kwargs": options})
+    return Settings(**{**known_to(optimizer), **recipe, **given, "optimizer": optimizer, "model_kwargs": options})
 
 
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,8 +286,9 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
             raise refuse("a number" if kind is float else "a whole number")
         if not abs(value) <= LARGEST[kind]:  # nor is NaN
             raise refuse("a number below 3.4e38" if kind is float else "below 2**63")
-        if not spec.low <= value <= spec.high:
-            raise refuse(f"at least {spec.low}" if spec.high == math.inf else f"from {spec.low} to {spec.high}")
+        if not spec.low <= value <= spec.high or value == spec.excluded:
+            raise refuse((f"at least {spec.low}" if spec.high == math.inf else f"from {spec.low} to {spec.high}")
+                         + ("" if spec.excluded is None else f", but not {spec.excluded}"))
         return kind(value)
 
     if spec.kind in (int, float):

@@ -39,7 +39,7 @@ PAPER_OF: dict[str, Recipe] = {
     # of github.com/prlz77/ResNeXt.pytorch, on which the author's code seems to rest: issue 14 has its names of layers.
     "res2net": dict(RESNEXT, batch_size=64, lr=0.05, milestones=[150, 225], normalize="imagenet"),
     # github.com/szagoruyko/wide-residual-networks: train.lua and scripts/train_cifar.sh.
-    "wideresnet": dict(SGD, **CROP_AND_FLIP, reflect=True, normalize="cifar10", epochs=200, batch_size=128, lr=0.1,
+    "wideresnet": dict(SGD, **CROP_AND_FLIP, model_kwargs=dict(gamma="uniform"), reflect=True, normalize="cifar10", epochs=200, batch_size=128, lr=0.1,
                        sched="multistep", milestones=[59, 119, 159], factor=0.2, restart_at_milestones=True),
 }
 # The small SimpleNets were trained in Caffe only: 310k for 120,800 iterations of 64 images, drops after 50,000 and 95,000.
@@ -69,8 +69,8 @@ def recipe(name: str, arch: str, dataset: str) -> Recipe:
         chosen = dict(PAPER_OF_MEMBER.get(arch) or PAPER_OF[family.removeprefix("report-")])
     else:
         chosen = dict(REPORT, **REPORT_OF.get(family, {}))
-        chosen["model_kwargs"] = {option: value for option, value in chosen.get("model_kwargs", {}).items()
-                                  if option not in architecture.settings}  # which its name has settled
+    chosen["model_kwargs"] = {option: value for option, value in chosen.get("model_kwargs", {}).items()
+                              if option not in architecture.settings}  # which its name has settled
     if dataset == "digits":
         chosen.update(DIGITS, **FAST_DIGITS if name == "fast" else {})
         if "val_split" in chosen:

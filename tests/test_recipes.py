@@ -111,7 +111,7 @@ def test_paper_schedule(arch):
 def test_paper_wide_resnet(arch):
     assert_has(settings("paper", arch), **UNUSED, **NESTEROV, batch_size=128,
                padding=4, reflect=True, flip=True, normalize="cifar10", restart_at_milestones=True, warmup_epochs=0.0,
-               val_split=0, patience=0, model_kwargs={})
+               val_split=0, patience=0, model_kwargs=dict(gamma="uniform"))
 
 
 @pytest.mark.parametrize("arch", ["resnext29-8x64d", "resnext29-16x64d", "report-resnext1"])

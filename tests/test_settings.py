@@ -151,7 +151,9 @@ VALUES = [  # name, value, what is said
     ("lr", 10**309, f"lr is {10**99}...: it must be a number below 3.4e38"),
     ("lr", -0.1, "lr is -0.1: it must be at least 0"),
     ("lr", "fast", "lr is 'fast': it must be a number"),
-    ("momentum", 1.1, "momentum is 1.1: it must be from 0 to 1"),
+    ("momentum", 1.1, "momentum is 1.1: it must be from 0 to 1, but not 1"),
+    ("momentum", 1, "momentum is 1: it must be from 0 to 1, but not 1"),
+    ("eps", 0, "eps is 0: it must be at least 0, but not 0"),
     ("padding", 32, "padding is 32: it must be from 0 to 31"),
     ("cutout", 33, "cutout is 33: it must be from 0 to 32"),
     ("milestones", 3, "milestones is 3: it must be a list of whole numbers"),
@@ -299,9 +301,22 @@ def test_printed_settings_are_a_file_of_settings(tmp_path):
                             capture_output=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, b"") and not list(tmp_path.iterdir())
     expected = chosen(*arguments)
-    assert (expected.data_dir, expected.milestones, expected.model_kwargs) == ("Läufe 𝔸\n", [9, 18, 24], {"dropout": 0.3})
+    assert (expected.data_dir, expected.milestones, expected.model_kwargs) == ("Läufe 𝔸\n", [9, 18, 24],
+                                                                                  {"gamma": "uniform", "dropout": 0.3})
     assert result.stdout.decode("utf-8") == expected.as_toml()
     assert chosen("--config", toml(tmp_path, result.stdout)) == expected
+
+
+def test_another_optimizer_or_schedule_than_that_of_the_file(tmp_path):
+    """What the file says of its own is not that of the other."""
+    of_paper = chosen("--arch", "wrn-10-1", "--dataset", "digits", "--recipe", "paper", "-b", "64")
+    file = toml(tmp_path, of_paper.as_toml().encode())
+    adam = chosen("--config", file, "--optimizer", "adam", "--beta1", "0.8")
+    assert (adam.lr, adam.momentum, adam.beta1, adam.beta2, adam.weight_decay) == (1e-3, None, 0.8, 0.999, 0.0)
+    assert (adam.batch_size, adam.sched, adam.milestones) == (64, "multistep", [59, 119, 159])
+    cosine = chosen("--config", file, "--sched", "cosine")
+    assert (cosine.milestones, cosine.restart_at_milestones, cosine.momentum, cosine.lr) == ([], False, 0.9, 0.05)
+    assert chosen("--config", file, "--optimizer", "sgd", "--sched", "multistep") == chosen("--config", file)
 
 
 # ---- times, flags --------------------------------------------------------------------------------------------------

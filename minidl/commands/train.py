@@ -172,6 +172,9 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     for given in (from_file, flags):
         if "epochs" in given and "time_budget" in given:
             raise UsageError("epochs and time_budget exclude each other: the budget decides how many epochs there are")
+    for choice, belong in (("optimizer", settings.HYPERPARAMETERS), ("sched", settings.OF_MULTISTEP)):
+        if choice in from_file and flags.get(choice, from_file[choice]) != from_file[choice]:
+            from_file = {name: value for name, value in from_file.items() if name not in belong}  # they are of the file's own
     if "epochs" in flags:
         from_file.pop("time_budget", None)
         if "epochs" in from_file and "milestones" in from_file:
@@ -428,7 +431,8 @@ def saved_run(path: Path, given: dict[str, Any], remedy: str) -> tuple[Checkpoin
     except (TypeError, UsageError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this version: {error}") from None
     changed = differences(before, given)
-    now = dataclasses.replace(before, **given)
+    of_the_old = settings.HYPERPARAMETERS[1:] if "optimizer" in changed else ()
+    now = dataclasses.replace(before, **{**dict.fromkeys(of_the_old), **given})
     if not changed.keys().isdisjoint({"arch", "model_kwargs", "dataset"}):  # that weights do not fit is no matter of choice
         new_run(dataclasses.replace(now, ranks=1)).network.load_state_dict(saved.state)
     if changed and remedy:
