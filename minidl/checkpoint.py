@@ -14,7 +14,7 @@ from typing import Any
 from minidl import weights
 from minidl.errors import CheckpointError
 
-LAST, PREVIOUS, BEST = weights.LAST, "last.previous.npz", "best.npz"
+LAST, PREVIOUS, BEST = weights.LAST, weights.PREVIOUS, "best.npz"
 
 
 @dataclass

@@ -14,6 +14,7 @@ the price of one pass, the output of a batch norm, is not kept: see `Layer.forge
 from __future__ import annotations
 
 import math
+import numbers
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar, final
@@ -340,14 +341,19 @@ class _Shapes:
 class Conv2d(Layer):
     """Convolution: x (C, H, W, N) -> y (O, H', W', N), H' = floor((H + 2 * padding - kh) / stride) + 1.
 
-    weight (O, C/groups, kh, kw), bias (O). Raises ValueError for groups that do not divide the channels.
+    weight (O, C/groups, kh, kw), bias (O). Raises ValueError for groups that do not divide the channels, and sizes below 1.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...] | list[int], stride: int = 1,
                  padding: int = 0, groups: int = 1, bias: bool = True,
                  initializer: Initializer = initializers.he_normal()) -> None:
+        sizes = dict(in_channels=in_channels, out_channels=out_channels, kernel_height=pair(kernel_size)[0],
+                     kernel_width=pair(kernel_size)[1], stride=stride, groups=groups)
+        for what, size in sizes.items():
+            if not isinstance(size, numbers.Integral) or size < 1:
+                raise ValueError(f"Conv2d: {what} is {size}, which must be a whole number of at least 1")
         for what, channels in (("input", in_channels), ("output", out_channels)):
-            if groups < 1 or channels % groups:
+            if channels % groups:
                 raise ValueError(f"Conv2d: {channels} {what} channels do not divide into {groups} groups")
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, pair(kernel_size)
         self.stride, self.padding, self.groups = stride, padding, groups

@@ -46,7 +46,7 @@ class Optimizer:
         xp = array_module(parameters.master)
         self.moments = {name: xp.zeros_like(parameters.master) for name in self.moment_names}
         self.state = xp.zeros(optimizer.STATE_SIZE, parameters.master.dtype)
-        self.state[optimizer.SCALE] = self.INITIAL_SCALE if self.scales_loss else 1.0
+        self.restart_scaling()
         self.scale = self.state[optimizer.SCALE:optimizer.SCALE + 1]
 
     def step(self, lr: float) -> None:
@@ -64,6 +64,11 @@ class Optimizer:
         optimizer.norm(at.grad, self.state, self.clip_norm)
         self._update(at.master, at.grad, *self.moments.values(), at.data, self.state, **self.settings)
         optimizer.advance(self.state, self.GROWTH_INTERVAL if self.scales_loss else 0)
+
+    def restart_scaling(self) -> None:
+        """The loss scale is what it is before the first step."""
+        self.state[optimizer.SCALE] = self.INITIAL_SCALE if self.scales_loss else 1.0
+        self.state[optimizer.GOOD_STEPS] = self.state[optimizer.SKIPPED_IN_ROW] = 0
 
     def restart(self) -> None:
         """Forget the moments, as the authors of Wide ResNet do at each drop of the rate. Loss scale and counts go on."""

@@ -105,7 +105,7 @@ def curves(runs: Sequence[History], path: FilePath) -> Figure:
         _frame(rate, "learning rate")
         _name_last(top1, runs, colours)
         line = library("matplotlib.lines", "plot").Line2D
-        parts = [part for part in PARTS if any(f"{part}_top1" in run.history[0] for run in runs)]
+        parts = [part for part in PARTS if any(f"{part}_top1" in row for run in runs for row in run.history)]
         top1.legend([line([], [], color=GRAY, **PARTS[part]) for part in parts], parts, loc="lower right")
         figure.legend([line([], [], color=colour, linewidth=2.5) for colour in colours], [run.name for run in runs],
                       loc="outside lower center", ncols=legend_columns, borderaxespad=0)

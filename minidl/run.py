@@ -162,6 +162,8 @@ class Run:
         for name, array in own.items():
             array[...] = self.place.array(saved[name], array.dtype)
         progress = checkpoint.progress
+        if (progress["settings"]["precision"] == "fp16") != (self.settings.precision == "fp16"):
+            self.trainer.optimizer.restart_scaling()
         self.epoch, self.step = progress["epoch"], min(progress["step"], self.steps_per_epoch)  # larger batches are fewer
         self.history = list(progress["history"])
         self.best = tuple(progress["best"]) if progress.get("best") else None  # JSON has no tuples

@@ -56,17 +56,19 @@ class RunFolder:
     def write_settings(self, settings: str, environment: Mapping[str, Any]) -> None:
         """settings: the text of config.toml; environment: to env.json."""
         with self._survives("config.toml"):
-            (self.path / "config.toml").write_text(settings, encoding="utf-8")
+            weights.write_whole(self.path / "config.toml", lambda file: file.write(settings.encode()))
         with self._survives("env.json"):
-            (self.path / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(environment, indent=2) + "\n"
+            weights.write_whole(self.path / "env.json", lambda file: file.write(text.encode()))
 
     def add_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
-        """Append the last of `history`, {column: text} per epoch, to metrics.csv; where that failed before, write all."""
-        if len(history) == 1 or "metrics.csv" in self.troubles:
+        """Append the last of `history`, {column: text} per epoch, to metrics.csv; where that failed before, or it has other
+        columns than the one before, write all."""
+        if "metrics.csv" in self.troubles or len(history) == 1 or history[-1].keys() != history[-2].keys():
             self.write_metrics(history)
         else:
             with self._survives("metrics.csv"), (self.path / "metrics.csv").open("a", newline="", encoding="utf-8") as file:
-                file.write(_csv(history[-1:], header=False))
+                file.write(_csv(history, header=False, first=len(history) - 1))
         if self._tensorboard:
             with self._survives("tensorboard"):
                 row = history[-1]
@@ -154,12 +156,14 @@ def tensorboard_writer() -> Any:
     return library("tensorboardX", "tensorboard").SummaryWriter
 
 
-def _csv(rows: Sequence[Mapping[str, str]], header: bool) -> str:
+def _csv(rows: Sequence[Mapping[str, str]], header: bool, first: int = 0) -> str:
+    """The rows from `first` on, with the columns of all: of a resumed run, some may have a validation."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else COLUMNS, lineterminator="\n")
+    columns = dict.fromkeys(column for row in rows for column in row) if rows else COLUMNS
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     if header:
         writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(rows[first:])
     return text.getvalue()
 
 

@@ -41,7 +41,7 @@ FilePath: TypeAlias = str | os.PathLike[str]
 
 FORMAT = "minidl weights 1"
 METADATA = ("format", "arch", "options", "classes", "dataset", "mean", "std", "class_names")  # see `describe`
-LAST = "last.npz"  # of the files in the folder of a run: its newest checkpoint
+LAST, PREVIOUS = "last.npz", "last.previous.npz"  # of the files in the folder of a run: its newest checkpoints
 TRAINING = "training/"  # how the names of arrays begin that are not weights, in a checkpoint
 # Compression takes a tenth off trained weights. A file that promises to grow a hundredfold is made to fill the memory.
 MOST_EXPANSION = 100
@@ -192,7 +192,9 @@ def load(path: FilePath) -> tuple[State, Metadata | None]:
 
 def load_all(path: FilePath) -> tuple[State, Metadata | None]:
     """As `load`, with all arrays and metadata of a checkpoint: see minidl/checkpoint.py."""
-    path = file_of(path)
+    folder, path = Path(path), Path(path)
+    if folder.is_dir():
+        path = folder / LAST
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for whoever writes to it
             raise ValueError("it is not a file")
@@ -201,15 +203,10 @@ def load_all(path: FilePath) -> tuple[State, Metadata | None]:
         if not state:
             raise ValueError("it holds no arrays")
         return state, None if text is None else _parse(text)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-def file_of(path: FilePath) -> Path:
-    """The last checkpoint of a run, if `path` is its folder, or else the path itself."""
-    return Path(path) / LAST if os.path.isdir(path) else Path(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        other = f"; the one before it is {folder / PREVIOUS}" if os.path.exists(folder / PREVIOUS) else ""
+        raise CheckpointError(f"{path} cannot be read: {reason}{other}") from None
 
 
 def _read(file: BinaryIO, path: Path) -> tuple[State, str | None]:
@@ -379,8 +376,9 @@ def _read_torch(file: BinaryIO, path: Path, size: int) -> State:
         if tensor.is_floating_point() and tensor.dtype != torch.float64:
             tensor = tensor.float()  # NumPy has no bfloat16
         state[name] = _plain(tensor.detach().resolve_neg().numpy())
-    if all(name.startswith("module.") for name in state):  # of DataParallel
-        state = {name.removeprefix("module."): array for name, array in state.items()}
+    for wrapper in ("_orig_mod.", "module."):  # of torch.compile, of DataParallel
+        if all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): array for name, array in state.items()}
     return state
 
 

@@ -38,7 +38,7 @@ def find(name: str) -> tuple[str, Architecture]:
     known = [*ALIASES, *REGISTRY]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     raise UsageError(f"unknown architecture {name!r}: " + (f"did you mean {' or '.join(near)}?" if near else
-                                                           "`--arch list` prints those that are known"))
+                                                           "`minidl train --arch list` prints those that are known"))
 
 
 def create(name: str, classes: int = 100, /, **options: Any) -> Layer:

@@ -322,6 +322,7 @@ def test_default_folders(monkeypatch):
     monkeypatch.setenv("MINIDL_DATA", "")
     assert data.folders() == [Path("/cache/minidl/data")]
     assert data.folders("/asked/for") == [Path("/asked/for")]
+    assert data.folders("~/asked/for") == [Path("/somebody/asked/for")]
 
 
 def test_official_sizes():

@@ -272,7 +272,9 @@ def test_splits_that_do_not_fit(shape, message):
 @pytest.mark.parametrize("make, message", [
     (lambda: Conv2d(6, 8, 3, groups=4), "Conv2d: 6 input channels do not divide into 4 groups"),
     (lambda: Conv2d(8, 6, 3, groups=4), "Conv2d: 6 output channels do not divide into 4 groups"),
-    (lambda: Conv2d(8, 8, 3, groups=0), "do not divide into 0 groups"),
+    (lambda: Conv2d(8, 8, 3, groups=0), "groups is 0, which must be a whole number of at least 1"),
+    (lambda: Conv2d(0, 4, 3), "in_channels is 0"), (lambda: Conv2d(3, 4, (3, 0)), "kernel_width is 0"),
+    (lambda: Conv2d(3, 4, 3, stride=(2, 2)), r"stride is \(2, 2\), which must be a whole number"),
     (lambda: Dropout(1.0), "Dropout: rate 1.0 is not in 0 <= rate < 1"),
     (lambda: ChannelDropout(-1), "ChannelDropout: rate -1 is not in"),
     (lambda: MaxPool2d((2, 3)), r"MaxPool2d: window \(2, 3\) is not square and needs a stride"),

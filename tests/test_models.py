@@ -300,8 +300,8 @@ def test_families_take_any_numbers(name, parameters):
     ("resnxt", "unknown architecture 'resnxt': did you mean resnext"),
     ("resnext29-0x64d", "did you mean resnext29-"),
     ("wrn-10-99999999999999999999", "unknown architecture 'wrn-10-99999999999999999999'"),
-    ("%", "unknown architecture '%': `--arch list` prints those that are known"),
-    ("", "unknown architecture '': `--arch list`"),
+    ("%", "unknown architecture '%': `minidl train --arch list` prints those that are known"),
+    ("", "unknown architecture '': `minidl train --arch list`"),
 ])
 def test_unknown_names(name, message):
     with pytest.raises(UsageError, match=re.escape(message)) as caught:

@@ -11,7 +11,6 @@ import ptx_machine
 import reference
 import stand_in_gpu
 from conftest import active
-from minidl import blas
 from minidl.device import select
 from minidl.host_build import OPS
 from minidl.kernels import KernelFault, Kernels, launch_settings
@@ -66,9 +65,7 @@ def test_training_steps(monkeypatch, precision, settings):
     metrics = train(run, 1)
     assert replayed(run)
     with launch_settings("fast"):
-        other = new_run(select("cpu"), network(), precision="fp32" if precision == "tf32" else precision,
-                        limit_train_batches=STEPS, **settings)
-        monkeypatch.setattr(blas, "allow_tf32", precision == "tf32")  # the CPU's products round as well
+        other = new_run(select("cpu"), network(), precision=precision, limit_train_batches=STEPS, **settings)
         for got, expected in zip(metrics, train(other, 1), strict=True):
             assert got.loss == pytest.approx(expected.loss, rel=1e-3)
     expected = other.network.state_dict()

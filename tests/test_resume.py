@@ -1,6 +1,7 @@
 """Resuming: a run that was stopped, however, and goes on ends as if it had not been: the same bits, the same metrics."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -9,7 +10,8 @@ import time
 
 import pytest
 
-from minidl import checkpoint, data, weights
+from minidl import checkpoint, data, optim, weights
+from minidl.ops import optimizer
 from minidl.run import Run
 from minidl.settings import Settings
 from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, rows, send, small, train  # noqa: F401
@@ -109,7 +111,7 @@ def test_a_signal_in_a_save(few_digits, uninterrupted, tmp_path, times, saved):
 
         def interrupted(descriptor):
             calls.append(descriptor)
-            if len(calls) == 3:  # each checkpoint makes two, of the file and of the folder
+            if len(calls) == 7:  # each file makes two, of itself and of its folder: config.toml, env.json, the first checkpoint
                 for _ in range(times):
                     send(signal.SIGINT)()
             sync(descriptor)
@@ -246,7 +248,7 @@ def test_other_settings_need_a_word(stopped, arguments, said):
 
 @pytest.mark.parametrize("arguments, recorded", {
     "--lr 0.5": "lr = 0.5", "-b 16": "batch_size = 16", "--epochs 5": "epochs = 5", "--dataset cifar10": 'dataset = "cifar10"',
-    "--arch small-twin": 'arch = "small-twin"'}.items())
+    "--arch small-twin": 'arch = "small-twin"', "--val-split 8": "val_split = 8"}.items())
 def test_other_settings_with_that_word(stopped, arguments, recorded):
     """Batches of 16 make three steps an epoch, of which there are four already."""
     result = train(stopped.parent, "--resume", "it", *arguments.split(), "--override", "--quiet")
@@ -258,6 +260,55 @@ def test_other_settings_with_that_word(stopped, arguments, recorded):
         assert all(float(row["images_per_second"]) >= 0 for row in csv.DictReader(file))
     again = train(stopped.parent, "--resume", "it")
     assert again.returncode == 0 and "it is finished" in again.stdout, "what was given once holds from then on"
+
+
+def test_epochs_with_and_without_a_validation(stopped):
+    """The table of all has the columns of both, whichever way a run is gone on with."""
+    assert train(stopped.parent, "--resume", "it", "--val-split", "8", "--override", "--epochs", "4").returncode == 0
+    assert train(stopped.parent, "--resume", "it", "--val-split", "0", "--override", "--epochs", "5").returncode == 0
+    with (stopped / "metrics.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [bool(row["val_top1"]) for row in table] == [False, True, True, True, False]
+    assert all(row["test_top1"] and None not in row for row in table)
+
+
+def test_float16_begins_with_its_loss_scale(stopped):
+    """A run in float32 has none."""
+    result = train(stopped.parent, "--resume", "it", "--precision", "fp16", "--override", "--epochs", "4")
+    assert result.returncode == 0, result.stderr
+    state = checkpoint.load(stopped)[0].arrays["state"]
+    assert state[optimizer.SCALE] == optim.Optimizer.INITIAL_SCALE
+    steps_since = 1 + 2 * STEPS  # the last of the second epoch, and two more
+    assert state[optimizer.GOOD_STEPS] == steps_since
+
+
+def test_settings_stay_whole_where_new_ones_cannot_be_written(stopped):
+    before = content(stopped)
+    def full_disk():
+        def fsync(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        os.fsync = fsync
+
+    result = train(stopped.parent, "--resume", "it", "--save-every", "3", before=full_disk)
+    assert "config.toml cannot be written: No space left on device; the run goes on" in result.stderr
+    after = content(stopped)
+    assert all(after[name] == before[name] for name in ("config.toml", "env.json", "last.npz"))
+
+
+def test_a_time_budget_in_a_file_has_decided_long_ago(stopped):
+    file = stopped.parent / "settings.toml"
+    file.write_text('arch = "small"\ntime_budget = "20s"\n')
+    assert train(stopped.parent, "--resume", "it", "--config", file).returncode == 0
+    lines = (stopped / "config.toml").read_text().splitlines()
+    assert "epochs = 3" in lines and not any(line.startswith("time_budget") for line in lines)
+
+
+def test_hyperparameters_of_another_optimizer(stopped):
+    before = content(stopped)
+    assert_refused(train(stopped.parent, "--resume", "it", "--beta1", "0.5", "--override"), 2,
+                   "beta1 is not a setting of the optimizer sgd")
+    assert content(stopped) == before
 
 
 def test_the_same_settings_and_those_of_no_consequence_need_no_word(stopped):

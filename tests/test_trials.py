@@ -98,6 +98,7 @@ def test_the_same_command_finishes_seeds_that_were_interrupted(tmp_path, step):
 
     result = train(tmp_path, *arguments, before=interrupt)
     assert result.returncode == 130 and "interrupted, and saved after" in result.stderr
+    assert "with all seeds: the same command with -o it" in result.stderr
     finished = {path.name: path.read_bytes() for path in (tmp_path / "it" / "seed-0").iterdir()}
     told = (tmp_path / "it" / "seed-1" / "events.jsonl").read_bytes()
     assert left_by(tmp_path / "it") == ["seed-0", "seed-1"]
@@ -132,6 +133,13 @@ def test_seeds_of_other_settings_are_not_mixed(tmp_path):
     assert result.returncode == 2 and "lr: the run has 0.00625, given is 0.5\nname another folder" in result.stderr
 
 
+def test_seeds_without_a_setting_that_they_had_are_not_mixed(tmp_path):
+    at = RUN.index("--limit-train-batches")
+    assert_ended_well(train(tmp_path, *RUN, "--runs", "2", "-o", "it"))
+    result = train(tmp_path, *RUN[:at], *RUN[at + 2:], "--runs", "2", "-o", "it")
+    assert result.returncode == 2 and "limit_train_batches: the run has 5, given is None\nname another folder" in result.stderr
+
+
 def test_seeds_do_not_go_into_the_folder_of_a_run(tmp_path):
     assert_ended_well(train(tmp_path, *RUN, "-o", "it"))
     before = left_by(tmp_path / "it")
@@ -164,6 +172,11 @@ def test_a_trial_leaves_nothing_behind(tmp_path):
     assert left_by(tmp_path) == ["tmp"] and not list(temporary.iterdir())
     assert said[3].split()[0] == "1/1"
     assert said[-1] == "trial: 2 steps, evaluation, checkpoint and resume work; nothing was kept"
+
+
+def test_a_trial_that_is_interrupted_leaves_nothing_to_go_on_with(tmp_path):
+    result = train(tmp_path, *RUN, "--fast-dev-run", before=at_step(1, send(signal.SIGINT)))
+    assert (result.returncode, result.stderr) == (130, "error: interrupted\n") and not left_by(tmp_path)
 
 
 def test_a_trial_takes_two_steps_and_a_batch_of_each_evaluation(tmp_path):

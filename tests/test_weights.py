@@ -442,7 +442,8 @@ def test_safetensors_that_say_nothing_about_themselves(tmp_path):
 
 @pytest.mark.parametrize("wrap", [
     lambda state: state, lambda state: {"state_dict": state, "epoch": 3}, lambda state: {"model": state, "args": {"lr": 0.1}},
-    lambda state: {"state_dict": {f"module.{name}": array for name, array in state.items()}}])
+    lambda state: {"state_dict": {f"module.{name}": array for name, array in state.items()}},
+    lambda state: {"model": {f"_orig_mod.module.{name}": array for name, array in state.items()}}])
 def test_ways_to_keep_a_state_dict(tmp_path, wrap):
     state = {"conv.weight": GRID, "bn.num_batches_tracked": np.array(3)}
     write_torch(tmp_path / "it.pth", wrap(state))
@@ -541,9 +542,31 @@ def test_what_an_imported_file_was_trained_on(run_folder, state, tmp_path):
         weights.save(tmp_path / name, arrays)
     arguments = ("--arch", "report-resnext3", "--dataset", "digits", "-o", "new.npz")
     assert_refused(minidl(tmp_path, "import", "other.npz", *arguments), 2, "other.npz knows 7 classes, digits has 10")
+    weights.save(tmp_path / "no network.npz", {f"renamed.{name}": array for name, array in fitting.items()})
+    assert_refused(minidl(tmp_path, "import", "no network.npz", *arguments), 5, "conv.weight: missing in the file")
     assert minidl(tmp_path, "import", "fits.npz", *arguments).returncode == 0
     metadata = weights.load(tmp_path / "new.npz")[1]
     assert (metadata["dataset"], metadata["mean"], metadata["class_names"]) == ("digits", list(digits.mean), list("0123456789"))
+
+
+def test_options_that_the_file_knows(tmp_path):
+    """Whoever names the network again does not lose them: extra_pool has no weights that would tell."""
+    pytest.importorskip("onnx", reason="its files need it: pip install 'minidl[interchange]'")
+    network = models.create("simplenet-310k", 10, extra_pool=True).initialize(seed=1)
+    weights.save(tmp_path / "it.npz", network.state_dict(), weights.describe("simplenet-310k", 10, {"extra_pool": True}))
+    for name, more in (("a", ()), ("b", ("--arch", "simplenet-310k"))):
+        assert minidl(tmp_path, "export", "it.npz", "--to", "onnx", "-o", f"{name}.onnx", *more).returncode == 0
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    other = ("--arch", "simplenet-310k", "--model-kwargs", "extra_pool=false", "-o", "c.onnx")
+    assert minidl(tmp_path, "export", "it.npz", "--to", "onnx", *other).returncode == 0
+    assert (tmp_path / "c.onnx").read_bytes() != (tmp_path / "a.onnx").read_bytes()
+
+
+def test_a_damaged_checkpoint_names_the_one_before_it(run_folder):
+    (run_folder / "last.npz").rename(run_folder / "last.previous.npz")
+    with pytest.raises(CheckpointError, match=r"last\.npz cannot be read: No such file or directory; "
+                                              r"the one before it is .*last\.previous\.npz$"):
+        weights.load(run_folder)
 
 
 def test_the_plain_npz(run_folder, state):

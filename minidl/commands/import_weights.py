@@ -25,12 +25,12 @@ def main(args: argparse.Namespace) -> None:
     output = new_file(args.output or Path(beside(args.file, ".npz").name))
     state, metadata = weights.load(args.file)
     metadata = described(args, state, metadata)
+    state = network_with(state, metadata).state_dict()
     if args.dataset:
         dataset = data.load(args.dataset, args.data_dir)[0]
         if len(dataset.classes) != metadata["classes"]:
             raise UsageError(f"{args.file} knows {metadata['classes']} classes, {args.dataset} has {len(dataset.classes)}")
         metadata = weights.describe(metadata["arch"], metadata["classes"], metadata["options"], dataset)
-    state = network_with(state, metadata).state_dict()
     weights.save(output, state, metadata)
     report(output, state, metadata)
 
@@ -41,11 +41,14 @@ def beside(source: str, suffix: str) -> Path:
 
 
 def described(args: argparse.Namespace, state: weights.State, metadata: weights.Metadata | None) -> weights.Metadata:
-    """The metadata of a state: its network as the command line names it, its data as the file that it comes from does."""
+    """The metadata of a state: its network as the command line names it, with the options that the file knows of if it names the
+    same one; its data as the file says."""
     classifier = state.get("classifier.weight", np.empty(0))
     # Without a classifier the state fits no network, however many classes it has.
     classes = classifier.shape[0] if classifier.size and classifier.ndim else 1
-    given = weights.describe(models.find(args.arch)[0], classes, models.parse_options(args.model_kwargs))
+    arch = models.find(args.arch)[0]
+    of_file = metadata["options"] if metadata and metadata["arch"] == arch else {}
+    given = weights.describe(arch, classes, {**of_file, **models.parse_options(args.model_kwargs)})
     return {**given, **{key: (metadata or given)[key] for key in ("dataset", "mean", "std", "class_names")}}
 
 

@@ -377,22 +377,11 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     parent = Path(args.output) if args.output else RunFolder.new(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
     last = []
     for seed in range(chosen.seed, chosen.seed + args.runs):
-        begin, path = time.perf_counter(), parent / f"seed-{seed}"
         print(f"seed {seed}")
-        if any((path / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
-            given = {**chosen.as_dict(), "seed": seed}
-            if chosen.time_budget:  # has decided long ago
-                given = {name: value for name, value in given.items() if name not in ("epochs", "milestones", "time_budget")}
-            run, folder = reopened(path, *saved_run(path, given, "name another folder with -o"))
-            announce(run)
-            go_on(run, folder, args.quiet)
-        else:
-            run = new_run(dataclasses.replace(chosen, seed=seed))
-            announce(run)
-            budget = plan(run, begin)
-            # A run that was killed before its first checkpoint begins anew.
-            folder = RunFolder(path) if (path / "config.toml").exists() else RunFolder.new("", path)
-            train_in(run, folder, args.quiet, budget, begin)
+        try:
+            run = train_seed(parent / f"seed-{seed}", dataclasses.replace(chosen, seed=seed), args.quiet)
+        except signals.Stop as stop:
+            raise signals.Stop(stop.exit_code, f"{stop}, or with all seeds: the same command with -o {parent}") from None
         chosen = dataclasses.replace(run.settings, seed=chosen.seed)  # what a time budget came to holds for all
         last.append(run.history[-1])
     results = {name: [float(row[name]) for row in last] for name in ("test_top1", "test_top5", "test_loss")}
@@ -405,12 +394,32 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     print(f"folder: {parent}")
 
 
+def train_seed(path: Path, chosen: Settings, quiet: bool) -> Run:
+    """Train to the end a run of which there may be a part in the folder `path`, or all."""
+    begin = time.perf_counter()
+    if any((path / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
+        decided = ("epochs", "milestones", "time_budget") if chosen.time_budget else ()  # long ago
+        given = {name: getattr(chosen, name) for name in settings.fields() if name not in decided}
+        run, folder = reopened(path, *saved_run(path, given, "name another folder with -o"))
+        announce(run)
+        go_on(run, folder, quiet)
+    else:
+        run = new_run(chosen)
+        announce(run)
+        budget = plan(run, begin)
+        # A run that was killed before its first checkpoint begins anew.
+        folder = RunFolder(path) if (path / "config.toml").exists() else RunFolder.new("", path)
+        train_in(run, folder, quiet, budget, begin)
+    return run
+
+
 def to_resume(args: argparse.Namespace) -> tuple[Path, Checkpoint, Settings]:
     """The run that --resume names: its path, where it stands, and the settings that it goes on with."""
     for flag in ("output", "time_budget", "runs", "fast_dev_run", "overfit_batch", "profile", "print_config"):
         if getattr(args, flag):
             raise UsageError(f"--{flag.replace('_', '-')} does not go with --resume")
     given = given_settings(args)
+    given.pop("time_budget", None)  # of a file: it decided when the run began
     if "arch" in given:
         given["arch"] = models.find(given["arch"])[0]
     path = Path(args.resume) if args.resume else run_folder.newest(given.get("arch"))
@@ -486,7 +495,10 @@ def try_everything(run: Run, folder: RunFolder, quiet: bool) -> None:
     run.settings = dataclasses.replace(run.settings.with_epochs(1), limit_train_batches=TRIAL_STEPS, time_budget=None)
     run.evaluation_limit = 1
     folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
-    finish(run, folder, quiet)
+    try:
+        finish(run, folder, quiet)
+    except signals.Stop as stop:
+        raise signals.Stop(stop.exit_code) from None  # without what there is to go on with
     run.load(checkpoint.load(folder.path)[0])
     print(f"trial: {TRIAL_STEPS} steps, evaluation, checkpoint and resume work; nothing was kept")
 

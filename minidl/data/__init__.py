@@ -32,10 +32,10 @@ def folders(data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """Where data is looked for: in data_dir; without one, in the folder that the environment variable MINIDL_DATA names, then
     in $XDG_CACHE_HOME/minidl/data (XDG_CACHE_HOME is ~/.cache unless set)."""
     if data_dir is not None:
-        return [Path(data_dir)]
+        return [Path(os.path.expanduser(data_dir))]
     places = []
     if named := os.environ.get("MINIDL_DATA"):
-        places.append(Path(named))
+        places.append(Path(os.path.expanduser(named)))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not cache.startswith("~"):  # as expanduser leaves it without a home: that would be a folder called ~
         places.append(Path(cache, "minidl", "data"))

@@ -5,6 +5,7 @@ Repository, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0, as redistributed b
 holds the 64 pixels of an 8x8 image, 0 (paper) to 16 (ink), and the label.
 """
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ STD = (0.3762, 0.3762, 0.3762)
 
 def load() -> tuple[Dataset, Dataset]:
     """The training Dataset of 1,437 and the test Dataset of 360 images, uint8 (M, 3, 32, 32), gray in all channels."""
-    table = np.loadtxt(PATH, np.uint8, delimiter=",")
+    with gzip.open(PATH, "rt", encoding="ascii") as file:  # given its name, NumPy looks at the present folder, which may be gone
+        table = np.loadtxt(file, np.uint8, delimiter=",")
     levels, labels = table[:, :64].reshape(-1, 1, 8, 8), table[:, 64].astype(np.int32)
     gray = np.rint(levels * (255 / 16)).astype(np.uint8)
     images = gray.repeat(3, axis=1).repeat(ENLARGE, axis=2).repeat(ENLARGE, axis=3)
