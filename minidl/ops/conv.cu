@@ -12,15 +12,15 @@
 #include "unfold.cuh"
 #include "window.cuh"
 
-// cols (groups * K, step). Grid: groups * K x stretches of `stretch` pixels, of which the threads share the runs.
+// cols (groups * K, pitch). Grid: groups * K x stretches of `stretch` pixels, of which the threads share the runs.
 extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__ cols, int height, int width, int out_width,
                                   int batch, int kernel_h, int kernel_w, int stride, int padding, int pixel_begin,
-                                  int pixel_count, int stretch, long long step) {
+                                  int pixel_count, int stretch, long long pitch) {
     const Windows windows{height, width, out_width, batch, kernel_h, kernel_w, stride, padding};
     const int begin = blockIdx.y * stretch, count = pixel_count - begin < stretch ? pixel_count - begin : stretch;
     const int run = (stride > 1 ? 1 : count < out_width ? count : out_width) * batch;
-    unfold_row(x, cols + blockIdx.x * step + (long long)begin * batch, windows, blockIdx.x, pixel_begin + begin, 0, count * batch,
-               share_of<true>(run));
+    unfold_row(x, cols + blockIdx.x * pitch + (long long)begin * batch, windows, blockIdx.x, pixel_begin + begin, 0,
+               count * batch, share_of<true>(run));
 }
 
 template <bool WHOLE>
@@ -34,15 +34,15 @@ __device__ __forceinline__ void add_windows(const real* __restrict__ dcols, real
     const int ky = iy + padding - oy_begin * stride;
     const bool adds = iy < covered;
     // In dcols from one row to the next, and to what the next window, down or to the right, has for the same input.
-    const long long row_step = (long long)row_count * out_width * batch, x_step = batch - stride * row_step;
-    const long long y_step = (long long)out_width * batch - (long long)stride * kernel_w * row_step;
+    const long long pitch = (long long)row_count * out_width * batch, x_step = batch - stride * pitch;
+    const long long y_step = (long long)out_width * batch - (long long)stride * kernel_w * pitch;
     const Share share = share_of<WHOLE>(batch);
     for (int ix = share.pixel; ix < width; ix += share.pixels) {
         const int ox_begin = first_window(ix, kernel_w, stride, padding);
         const int x_count = end_of_windows(ix, stride, padding, out_width) - ox_begin;
         const int kx = ix + padding - ox_begin * stride;
         const long long row = ((long long)c * kernel_h + ky) * kernel_w + kx;
-        const long long first = row * row_step + ((oy_begin - row_begin) * (long long)out_width + ox_begin) * batch;
+        const long long first = row * pitch + ((oy_begin - row_begin) * (long long)out_width + ox_begin) * batch;
         real* pixel = dx + (((long long)c * height + iy) * width + ix) * batch;
         for (int n = share.image; n < batch; n += share.images) {
             Images<WHOLE> sum = adds ? load_images<WHOLE>(pixel + n, batch - n) : Images<WHOLE>{};

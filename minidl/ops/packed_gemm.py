@@ -6,7 +6,7 @@
     product.convolve(w, x, windows, y)              # y (B, M, P), of the unfolded x
     product.weight_gradient(dy, x, windows, dw)     # dw (B, M, K) = dy (B, M, P) @ cols^T
 
-    product.multiply_rows(dy, cols, dw, step, P, False)     # dw = dy (B, M, step) @ cols^T
+    product.multiply_rows(dy, cols, dw, pitch, P, False)    # dw = dy (B, M, pitch) @ cols^T
 
 To BLAS a matrix is one tile. Formulas, and what the packing is good for: packed_gemm.cu.
 """
@@ -34,7 +34,7 @@ DW_COLUMNS = 512  # of cols, at least, that BLAS sums at a time for dw: each sum
 DW_SEGMENTS = 2  # at least, in a part of the columns that a block sums for dw
 PART_COST = 8  # bytes of x and dy, at least, for each byte of a part of dw
 LINE = 16  # numbers, of a cache line
-CACHE_WAY = 4096  # bytes: addresses a multiple of this apart meet in the same set of the first cache; `step` avoids that
+CACHE_WAY = 4096  # bytes: addresses a multiple of this apart meet in the same set of the first cache; `pitch` avoids that
 
 
 class Windows(Protocol):
@@ -61,8 +61,8 @@ class Blas:
         """Rows of a tile of a matrix of m rows."""
         return m
 
-    def step(self, columns: int) -> int:
-        """From one row of so many columns to the next."""
+    def pitch(self, columns: int) -> int:
+        """From one row of so many columns to the next, in elements."""
         return columns
 
     def pack(self, w: Array, transposed: bool = False) -> Array:
@@ -111,11 +111,12 @@ class Blas:
         """How far apart arrays of so many numbers begin, to which a loop writes in turn."""
         return size
 
-    def multiply_rows(self, dy: Array, cols: Array, dw: Array, step: int, columns: int, accumulate: bool) -> None:
-        """dy (B, M * step), cols (B, K * step), or longer rows; of each step, `columns` count: overwrites dw (B, M, K), or adds
-        to it."""
+    def multiply_rows(self, dy: Array, cols: Array, dw: Array, pitch: int, columns: int, accumulate: bool) -> None:
+        """dy (B, M * pitch), cols (B, K * pitch), or longer rows; of each pitch, `columns` count: overwrites dw (B, M, K), or
+        adds to it."""
         matrices = len(dw)
-        blas.gemm(dy.reshape(matrices, -1, step), cols.reshape(matrices, -1, step).transpose(0, 2, 1), dw, beta=float(accumulate))
+        blas.gemm(dy.reshape(matrices, -1, pitch), cols.reshape(matrices, -1, pitch).transpose(0, 2, 1), dw,
+                  beta=float(accumulate))
 
 
 class Packed:
@@ -123,8 +124,8 @@ class Packed:
 
     def __init__(self, sizes: list[int], acc_bytes: int) -> None:
         """sizes: as gemm_sizes gives them."""
-        self._rows, self._panel, self._vector, self._dw_rows, self._dw_columns, self._segment, self._segment_step, self.unit = (
-            sizes)
+        (self._rows, self._panel, self._vector, self._dw_rows, self._dw_columns, self._segment, self._segment_pitch,
+         self.unit) = sizes
         self._acc_bytes = acc_bytes
 
     def images(self, batch: int) -> int:
@@ -135,7 +136,7 @@ class Packed:
     def tile_rows(self, m: int) -> int:
         return self._rows
 
-    def step(self, columns: int) -> int:
+    def pitch(self, columns: int) -> int:
         filled = -(-columns // self._panel) * self._panel
         return filled + self.unit if filled * self._acc_bytes % (CACHE_WAY // 2) == 0 else filled
 
@@ -147,19 +148,19 @@ class Packed:
         if transposed:
             m, k = k, m
         packed = empty((matrices, -(-m // self._rows), k, self._rows), acc_dtype(w.dtype), like=w)
-        steps = (1, m) if transposed else (k, 1)
-        KERNELS.gemm_pack[matrices * packed.shape[1], THREADS](w, packed, m, k, *steps, self._rows)
+        pitches = (1, m) if transposed else (k, 1)
+        KERNELS.gemm_pack[matrices * packed.shape[1], THREADS](w, packed, m, k, *pitches, self._rows)
         return packed
 
     def cols_bytes(self, x: Array, windows: Windows) -> int:
         strip, _, blocks = self._strips(x, windows, windows.pixels, tiles=1)
-        return blocks * windows.depth * self.step(strip) * x.itemsize
+        return blocks * windows.depth * self.pitch(strip) * x.itemsize
 
     def convolve(self, w: Array, x: Array, windows: Windows, y: Array, bias: Array | None = None, plus: Array | None = None,
                  pixels: tuple[int, int] | None = None) -> None:
         begin, end = pixels or (0, windows.pixels)
         strip, parts, blocks = self._strips(x, windows, end - begin, w.shape[1])
-        cols = empty((blocks, windows.depth, self.step(strip)), x.dtype, like=x)
+        cols = empty((blocks, windows.depth, self.pitch(strip)), x.dtype, like=x)
         matrices, m, columns = y.shape
         KERNELS.conv_panels[blocks, THREADS](
             w, x, cols, y, bias, plus, matrices, m, len(x) // matrices, *windows.sizes, begin * windows.batch, columns, strip,
@@ -173,17 +174,17 @@ class Packed:
         column_parts = max(1, min(wanted, columns // (DW_SEGMENTS * self._segment),
                                   (x.nbytes + dy.nbytes) // (PART_COST * dw.nbytes)))
         strip, row_parts, steps = self._shares_of_rows(dw, column_parts)
-        cols = empty((min(steps, shares), strip * self._dw_columns, self._segment_step), x.dtype, like=x)
+        cols = empty((min(steps, shares), strip * self._dw_columns, self._segment_pitch), x.dtype, like=x)
         parts = parts_of(dw, column_parts)
         KERNELS.conv_rows[len(cols), THREADS](
             dy, x, cols, parts, matrices, m, len(x) // matrices, *windows.sizes, columns, strip, row_parts, column_parts)
         sum_parts(parts, dw)
 
-    def multiply_rows(self, dy: Array, cols: Array, dw: Array, step: int, columns: int, accumulate: bool) -> None:
+    def multiply_rows(self, dy: Array, cols: Array, dw: Array, pitch: int, columns: int, accumulate: bool) -> None:
         matrices, m, k = dw.shape
         strip, parts, steps = self._shares_of_rows(dw, 1)
         KERNELS.gemm_rows[steps, THREADS](
-            dy, cols, dw, m, k, columns, step, dy.size // matrices, cols.size // matrices, int(accumulate), strip, parts)
+            dy, cols, dw, m, k, columns, pitch, dy.size // matrices, cols.size // matrices, int(accumulate), strip, parts)
 
     def _strips(self, x: Array, windows: Windows, pixels: int, tiles: int) -> tuple[int, int, int]:
         """How a convolution is dealt out: columns of a strip, parts of the tiles of w, and blocks."""

@@ -65,14 +65,15 @@ __device__ __forceinline__ void prefetch_windows(const real* channel, const Wind
         prefetch(channel + ((long long)iy * windows.width + left) * windows.batch, (long long)(right - left) * windows.batch);
 }
 
-// Rows begin .. end-1 of the channels `x`, `count` columns from `column` on, by the threads of a block: to `out`, `step` apart.
+// Rows begin .. end-1 of the channels `x`, `count` columns from `column` on, by the threads of a block: to `out`, rows of
+// which lie `pitch` elements apart.
 __device__ __forceinline__ void unfold(const real* __restrict__ x, real* __restrict__ out, const Windows& windows, int begin,
-                                       int end, long long column, int count, int step) {
+                                       int end, long long column, int count, int pitch) {
     const int pixel = column / windows.batch, n = column % windows.batch, last_pixel = (column + count - 1) / windows.batch;
     const long long channel_bytes = (long long)count * windows.stride * windows.stride * sizeof(real);
     const int window = windows.kernel_h * windows.kernel_w, ahead = 1 + AHEAD / channel_bytes;  // in channels
     const Share share = share_of<true>(count);
-    for (int row = begin; row < end; ++row, out += step) {
+    for (int row = begin; row < end; ++row, out += pitch) {
         if (row % window == 0 && end - row > ahead * window)
             prefetch_windows(x + (row / window + ahead) * windows.channel(), windows, pixel, last_pixel);
         unfold_row(x, out, windows, row, pixel, n, count, share);

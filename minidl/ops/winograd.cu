@@ -165,13 +165,13 @@ __device__ __forceinline__ void transform_input(const real* __restrict__ x, real
     }
 }
 
-// V and E: matrices of `rows` rows, of the channels of a group, which lie `step` apart; matrices lie `matrix` apart, those of all
-// groups after each other for each element.
+// V and E: matrices of `rows` rows, of the channels of a group, which lie `pitch` apart; matrices lie `matrix` apart, those of
+// all groups after each other for each element.
 struct Stack {
-    int rows, step;
+    int rows, pitch;
     long long matrix;
 
-    __device__ long long channel(int c) const { return c / rows * matrix + (long long)(c % rows) * step; }
+    __device__ long long channel(int c) const { return c / rows * matrix + (long long)(c % rows) * pitch; }
     __device__ long long element(int channels) const { return channels / rows * matrix; }
 };
 
@@ -187,13 +187,13 @@ __device__ __forceinline__ void transform_inputs(const real* __restrict__ x, rea
     else transform_input<OUTPUTS, false>(channel, out, element, of_x, batch, padded, top, left);
 }
 
-// v (elements, groups, matrix), of those tiles of x; step >= P. Grid: tiles x channels, so that rows of v are written in their
+// v (elements, groups, matrix), of those tiles of x; pitch >= P. Grid: tiles x channels, so that rows of v are written in their
 // order.
 extern "C" __global__ void winograd_input(const real* __restrict__ x, real* __restrict__ v, int outputs, int height, int width,
-                                          int batch, int padded, int padding, int tiles_x, int tile_begin, int rows, int step,
+                                          int batch, int padded, int padding, int tiles_x, int tile_begin, int rows, int pitch,
                                           long long matrix) {
     const Images of_x{height, width, batch};
-    const Stack of_v{rows, step, matrix};
+    const Stack of_v{rows, pitch, matrix};
     if (outputs == 4) transform_inputs<4>(x, v, of_x, padded, padding, tiles_x, tile_begin, of_v);
     else transform_inputs<2>(x, v, of_x, padded, padding, tiles_x, tile_begin, of_v);
 }
@@ -297,12 +297,12 @@ __device__ __forceinline__ void transform_gradients(const real* __restrict__ dy,
     else transform_gradient<OUTPUTS, false>(dy, out, tile, of_y, padded, element);
 }
 
-// e (elements, groups, matrix), of those tiles of dy; step >= P. Grid: tiles x outputs.
+// e (elements, groups, matrix), of those tiles of dy; pitch >= P. Grid: tiles x outputs.
 extern "C" __global__ void winograd_output_gradient(const real* __restrict__ dy, real* __restrict__ e, int outputs, int height,
                                                     int width, int batch, int padded, int tiles_x, int tile_begin, int rows,
-                                                    int step, long long matrix) {
+                                                    int pitch, long long matrix) {
     const Images of_y{height, width, batch};
-    const Stack of_e{rows, step, matrix};
+    const Stack of_e{rows, pitch, matrix};
     if (outputs == 4) transform_gradients<4>(dy, e, of_y, padded, tiles_x, tile_begin, of_e);
     else transform_gradients<2>(dy, e, of_y, padded, tiles_x, tile_begin, of_e);
 }

@@ -39,11 +39,11 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, padding: int, groups
     du = empty((g.elements * groups, len(dy) // groups, len(x) // groups), dweight.dtype, like=dweight)
     for begin, end in g.split(fewest=-(-DW_COLUMNS // g.padded)):
         columns = (end - begin) * g.padded
-        v, step = g.transform_input(x, begin, end)
-        e, rows = g.stack(len(dy), step)
+        v, pitch = g.transform_input(x, begin, end)
+        e, rows = g.stack(len(dy), pitch)
         KERNELS.winograd_output_gradient[(end - begin, len(dy)), threads_along(g.batch)](
-            dy, e, g.outputs, *dy.shape[1:], g.padded, g.tiles_x, begin, rows, step, e.shape[1])
-        g.product.multiply_rows(e, v, du, step, columns, begin > 0)
+            dy, e, g.outputs, *dy.shape[1:], g.padded, g.tiles_x, begin, rows, pitch, e.shape[1])
+        g.product.multiply_rows(e, v, du, pitch, columns, begin > 0)
         del e, v  # their memory, in the cache still, is that of the next
     windows = dweight.size // 9
     KERNELS.winograd_weight_gradient[blocks_for(windows, 512), 128](du, dweight, g.outputs, windows)
@@ -73,8 +73,8 @@ def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array
     for begin, end in g.split():
         columns = (end - begin) * g.padded
         m = empty((g.elements * groups, len(y) // groups, columns), y.dtype, like=y)
-        v, step = g.transform_input(x, begin, end)
-        g.product.multiply(u.reshape(len(v), 1, -1, len(y) // groups), v.reshape(len(v), -1, step), m, 0)
+        v, pitch = g.transform_input(x, begin, end)
+        g.product.multiply(u.reshape(len(v), 1, -1, len(y) // groups), v.reshape(len(v), -1, pitch), m, 0)
         KERNELS.winograd_output[(end - begin, len(y)), threads_along(g.batch)](
             m, y, bias, plus, g.outputs, *y.shape[1:], g.padded, g.tiles_x, begin)
 
@@ -111,19 +111,19 @@ class _Geometry:
         """Ranges of tiles, of at least `fewest`, that are computed one after another."""
         return chunks.split(self.tiles, self.tile_bytes, self._like, fewest)
 
-    def stack(self, channels: int, step: int) -> tuple[Array, int]:
-        """A new array (elements * groups, matrix) for V or E of so many channels, and the rows of a matrix, `step` apart."""
+    def stack(self, channels: int, pitch: int) -> tuple[Array, int]:
+        """A new array (elements * groups, matrix) for V or E of so many channels, and the rows of a matrix, `pitch` apart."""
         rows = channels // self.groups
-        return empty((self.elements * self.groups, self.product.apart(rows * step)), self._like.dtype, like=self._like), rows
+        return empty((self.elements * self.groups, self.product.apart(rows * pitch)), self._like.dtype, like=self._like), rows
 
     def transform_input(self, x: Array, begin: int, end: int) -> tuple[Array, int]:
         """V of the tiles begin .. end-1 of x, as in `stack`, and how far apart its rows begin."""
         channels, height, width, batch = x.shape
-        step = self.product.step((end - begin) * self.padded)
-        v, rows = self.stack(channels, step)
+        pitch = self.product.pitch((end - begin) * self.padded)
+        v, rows = self.stack(channels, pitch)
         KERNELS.winograd_input[(end - begin, channels), threads_along(batch)](
-            x, v, self.outputs, height, width, batch, self.padded, self.padding, self.tiles_x, begin, rows, step, v.shape[1])
-        return v, step
+            x, v, self.outputs, height, width, batch, self.padded, self.padding, self.tiles_x, begin, rows, pitch, v.shape[1])
+        return v, pitch
 
 
 def _transform_weight(weight: Array, g: _Geometry, adjoint: bool) -> tuple[Array, int]:
