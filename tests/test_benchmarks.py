@@ -16,7 +16,7 @@ from minidl import device
 from minidl.errors import UsageError
 from minidl.host_build import OPS
 from minidl.kernels import Kernel, parse_signatures
-from minidl.ops import batchnorm, bias, loss, packed_gemm
+from minidl.ops import batchnorm, bias, conv_product, loss
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -70,7 +70,7 @@ def test_cases_launch_what_they_name_and_peers_agree(launched, monkeypatch):
     def check(work):
         nonlocal compared
         for case in work.cases(bench.inputs):
-            packed_gemm._packed.cache_clear()  # gemm_sizes runs once in a process
+            conv_product._packed.cache_clear()  # gemm_sizes runs once in a process
             launched.clear()
             bench.check(case)
             assert launched and launched.keys() <= set(work.kernels), f"{case.name} {work}"

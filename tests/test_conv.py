@@ -10,7 +10,7 @@ import pytest
 import reference
 from minidl import blas, kernels
 from minidl.device import workers
-from minidl.ops import chunks, conv, group_conv, packed_gemm, winograd
+from minidl.ops import chunks, conv, conv_product, group_conv, winograd
 from reference import assert_close, numerical_vjp, tolerance
 
 # (C, H, W, N), (O, kh, kw), stride, padding, groups
@@ -60,18 +60,19 @@ def choose(monkeypatch, way, shape=None, outputs=None, stride=1, padding=0, item
     monkeypatch.setattr(conv, "DIRECT_GROUP_CHANNELS", dict.fromkeys(everywhere, 1 << 30 if way == "directly" else 0))
     for limit in ("WINOGRAD_CHANNELS", "WINOGRAD_GROUP_CHANNELS"):
         monkeypatch.setattr(conv, limit, dict.fromkeys(everywhere, 0 if "Winograd" in way else 1 << 30))
-    for number_of_columns in (packed_gemm, winograd):
+    for number_of_columns in (conv_product, winograd):
         monkeypatch.setattr(number_of_columns, "DW_COLUMNS", 1)
     monkeypatch.setattr(group_conv, "TILE_PIXELS", 6)
     for module in (conv, winograd):
-        monkeypatch.setattr(module, "product_for", (lambda like: packed_gemm.Blas()) if "BLAS" in way else packed_gemm.product_for)
+        monkeypatch.setattr(module, "product_for",
+                            (lambda like: conv_product.Blas()) if "BLAS" in way else conv_product.product_for)
     for tiles in ("OUTPUTS_OF_Y", "OUTPUTS_OF_GRADIENTS"):
         monkeypatch.setattr(winograd, tiles, (2,) if "2x2" in way else (4,))
     limit = CHUNKS.get(way, 1 if "parts" in way else 1 << 30)
-    for strips in (packed_gemm, winograd):
+    for strips in (conv_product, winograd):
         monkeypatch.setattr(strips, "STRIP_BYTES", limit or 1)
-    monkeypatch.setattr(packed_gemm, "SHARES", 3 if limit == 1 else 6)
-    monkeypatch.setattr(packed_gemm, "DW_SEGMENTS", 1)
+    monkeypatch.setattr(conv_product, "SHARES", 3 if limit == 1 else 6)
+    monkeypatch.setattr(conv_product, "DW_SEGMENTS", 1)
     if limit is None:
         _, kernel_h, kernel_w = outputs
         out_width = (shape[2] + 2 * padding - kernel_w) // stride + 1
@@ -186,14 +187,14 @@ def test_col2im_is_the_adjoint_of_im2col(target, rng, shape, outputs, stride, pa
 @pytest.mark.parametrize("kernel, stride, padding, groups", [(1, 1, 0, 1), (1, 1, 0, 2), (3, 2, 1, 2)])
 def test_sums_over_many_pixels(target, rng, compute, monkeypatch, kernel, stride, padding, groups, parts):
     """More than a segment of a packed product has, and more than one for each of several parts."""
-    monkeypatch.setattr(packed_gemm, "PART_COST", 1)
+    monkeypatch.setattr(conv_product, "PART_COST", 1)
     x, weight = rng.normal(size=(2, 4 * stride, 12 * stride, 33)), rng.normal(size=(8, 2 // groups, kernel, kernel))
     settings = dict(stride=stride, padding=padding, groups=groups)
     dy = rng.normal(size=(8, 4, 12, 33))
     compute("by BLAS")
     expected = backward(target, x, weight, dy, "float64", settings)
     compute("all at once")
-    monkeypatch.setattr(packed_gemm, "SHARES", parts)
+    monkeypatch.setattr(conv_product, "SHARES", parts)
     for got, by_blas, what in zip(backward(target, x, weight, dy, "float64", settings), expected, ("dx", "dweight", "dbias")):
         assert_close(got, by_blas, 1e-12, what)
 

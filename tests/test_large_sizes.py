@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minidl.kernels import LARGEST_COUNT, MAX_THREADS, Kernels, launch_settings
-from minidl.ops import augment, avgpool, batchnorm, bias, conv, group_conv, maxpool, packed_gemm, winograd
+from minidl.ops import augment, avgpool, batchnorm, bias, conv, conv_product, group_conv, maxpool, winograd
 from test_kernels import FOLDER
 
 LIMIT = 2**31
@@ -214,7 +214,7 @@ def test_winograd_output_gradient(on_host, rng, outputs):
 
 def test_winograd_in_one_pass(on_host, rng, outputs):
     """Where it writes y is what winograd_output asks, too."""
-    product = packed_gemm.product_for(np.zeros(1, np.float32))
+    product = conv_product.product_for(np.zeros(1, np.float32))
     rows = product.tile_rows(2)
     elements, element = (outputs + 2)**2, 2 * -(-2 // rows) * 3 * rows
     u = values(rng, elements * element)
@@ -230,7 +230,7 @@ def test_winograd_in_one_pass(on_host, rng, outputs):
 
 
 def test_packed_products(on_host, rng):
-    product = packed_gemm.product_for(np.zeros(1, np.float32))
+    product = conv_product.product_for(np.zeros(1, np.float32))
     weight = values(rng, 10, 3, 3, 3)
 
     def launch(x, y):
@@ -241,7 +241,7 @@ def test_packed_products(on_host, rng):
 
 
 def test_packed_products_of_rows(on_host, rng):
-    product = packed_gemm.product_for(np.zeros(1, np.float32))
+    product = conv_product.product_for(np.zeros(1, np.float32))
     assert_same_when_spread(
         lambda dy, cols, dw: product.multiply_rows(dy, cols, dw, dy.shape[2], 33, False),
         {"dy": values(rng, 2, 10, 33), "cols": values(rng, 2, 7, 33)}, {"dw": (2, 10, 7)},

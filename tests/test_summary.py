@@ -10,7 +10,7 @@ import pytest
 import models
 from minidl import device, summary
 from minidl.layers import Conv2d
-from minidl.ops import chunks, conv, packed_gemm, winograd
+from minidl.ops import chunks, conv, conv_product, winograd
 from models import listing
 
 NETWORKS = [
@@ -60,7 +60,7 @@ def test_workspace_is_the_memory_of_cols(monkeypatch):
             asked.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
         return device.empty(shape, dtype, like)
 
-    monkeypatch.setattr(packed_gemm, "empty", empty)
+    monkeypatch.setattr(conv_product, "empty", empty)
     network.forward(np.zeros((3, 32, 32, 64), np.float32))
     assert max(asked) == summary.summarize(network, batch_size=64).workspace_bytes
 

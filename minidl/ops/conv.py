@@ -1,4 +1,4 @@
-"""Convolution: matrix products with unfolded windows (packed_gemm.py), and col2im. Formulas: conv.cu.
+"""Convolution: matrix products with unfolded windows (conv_product.py), and col2im. Formulas: conv.cu.
 
 Where they are faster, 3x3 windows go to conv_tensor_core.py or winograd.py, narrow groups to group_conv.py.
 """
@@ -14,14 +14,14 @@ from minidl.device import Array, array_module, empty
 from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
 from minidl.ops import chunks, conv_tensor_core, group_conv, winograd
-from minidl.ops.packed_gemm import product_for
+from minidl.ops.conv_product import product_for
 from minidl.ops.window import check_batch, output_size, threads_of_row
 
 KERNELS = Kernels("conv.cu")
 
 # Who computes, per array module; cupy's limits are guesses. Measured on two cores of Zen 5 with AVX-512, 3x3, 32x32 pixels,
 # batch 32, GFLOP/s of the definition (forward, dweight, dx):
-#   channels                 winograd.py      packed_gemm.py   group_conv.py
+#   channels                 winograd.py      conv_product.py  group_conv.py
 #   4 -> 4                   51, 71, 82       70, 73, 68
 #   8 -> 8                   203, 195, 224    172, 149, 168
 #   16 -> 16                 385, 416, 371    276, 243, 259

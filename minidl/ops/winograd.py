@@ -11,7 +11,7 @@ from typing import Any
 from minidl.device import Array, empty
 from minidl.kernels import Kernels, acc_dtype, blocks_for
 from minidl.ops import chunks
-from minidl.ops.packed_gemm import THREADS, Blas, Packed, product_for
+from minidl.ops.conv_product import THREADS, Blas, Packed, product_for
 from minidl.ops.window import threads_along
 
 KERNELS = Kernels("winograd.cu")

@@ -38,7 +38,10 @@ CACHE_WAY = 4096  # bytes: addresses a multiple of this apart meet in the same s
 
 
 class Windows(Protocol):
-    """What unfolds x (B * channels, H, W, N) to cols (B, K, P), P = pixels of the output * batch. Written by ops/conv.py."""
+    """What unfolds x (B * channels, H, W, N) to cols (B, K, P), P = pixels of the output * batch.
+
+    One is _Geometry in ops/conv.py.
+    """
 
     pixels: int
     pixel_bytes: int  # of cols
