@@ -19,7 +19,7 @@ KERNELS = Kernels("winograd.cu")
 # much, and after some layers a network would be further than 1e-5 from the same one elsewhere.
 OUTPUTS_OF_Y, OUTPUTS_OF_GRADIENTS = (2,), (4, 2)
 DW_COLUMNS = 256        # of V, at least, that one sum for dU takes: each sum costs a pass over dU
-WEIGHT_PAIRS = 512      # of a source and a result, about as many windows of which a block transforms
+WEIGHT_PAIRS = 512      # windows (pairs of a source and a result) that a block transforms, about
 STRIP_BYTES = 512 << 10  # of V and M in a step of a block on the CPU, which has one tile at least
 
 
