@@ -30,6 +30,8 @@ def library():
     for folder in map(Path, package.submodule_search_locations if package else ()):
         for file, headers in _LAYOUTS:
             if (folder / file).exists() and (folder / headers / "cuda_fp16.h").exists():
+                for part in (folder / file).parent.glob("libnvrtc-builtins.so.*"):  # which that of 13.0 does not find by itself
+                    ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
                 return ctypes.CDLL(str(folder / file)), folder / headers
     raise FileNotFoundError("no NVRTC with its headers: `pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt`")
 
