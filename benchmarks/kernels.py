@@ -177,7 +177,7 @@ class Bench:
             "bytes": case.bytes, "flops": case.flops,
             "gigabytes_per_second": case.bytes / ours / 1e9, "teraflops_per_second": case.flops / ours / 1e12,
             "bound": self.bound(case), "copy_gigabytes_per_second": copy and copy / 1e9,
-            "share_of_ceiling": case.floor(copy or self.copy, self.gemm) / ours,
+            "share_of_ceiling": (case.floor(copy, np.inf) if copy else case.floor(self.copy, self.gemm)) / ours,
             "share_of_copy_alike": median["alike"] / ours if copy else None,
             **{f"{peer}_us": 1e6 * median[peer] if peer in median else None for peer in ("numpy", "torch")},
             **{f"speed_over_{peer}": median[peer] / ours if peer in median else None for peer in ("numpy", "torch")}}

@@ -46,8 +46,12 @@ class Device:
 
     def check_type(self, dtype: np.dtype[Any]) -> None:
         """Raise DeviceError where the device's library has no arrays of this type."""
-        if dtype.name == "bfloat16" and self.name != "cpu" and int(self.xp.__version__.split(".")[0]) < 14:
-            raise DeviceError(f"bfloat16 needs CuPy 14, and this is {self.xp.__version__}: upgrade it, or use another precision")
+        if dtype.name != "bfloat16" or self.name == "cpu":
+            return
+        for module, version in ((self.xp, "14"), (np, "2.1.2")):  # CuPy 14 has the type where NumPy is new enough
+            if _numbers(module.__version__) < _numbers(version):
+                raise DeviceError(f"bfloat16 needs CuPy 14 and NumPy 2.1.2, and this is {module.__name__} {module.__version__}: "
+                                  "upgrade it, or use another precision")
 
     def synchronize(self) -> None:
         """Wait until everything launched so far is done, so that a clock can be read."""
@@ -64,6 +68,10 @@ class Device:
     def to_host(self, array: Any) -> Array:  # Any: NumPy's arrays have no `get`
         """An array of this device as a NumPy array. Waits for the device."""
         return array if self.name == "cpu" else array.get()
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def select(name: str = "auto") -> Device:

@@ -60,6 +60,9 @@ warps = pytest.fixture(launching, name="warps")        # a Target whose blocks h
 emulator = pytest.fixture(launching, name="emulator")  # one that finds faults
 
 
+OF_THIS_GPU = conv_tensor_core._multiprocessors
+
+
 @pytest.fixture(autouse=True)
 def multiprocessors(monkeypatch):
     """-> Of how many a GPU has, as here for all tests that do not say otherwise: one, for which no tile is too large."""
@@ -290,8 +293,9 @@ def test_box_of_a_tile(batch, box):
 @pytest.mark.skipif(not TENSOR_CORES, reason="there is no NVIDIA GPU of compute capability 8.0 or more")
 @pytest.mark.parametrize("channels, size, groups", [(64, 32, 1), (128, 16, 1), (256, 8, 1), (128, 32, 2), (96, 32, 2)])
 def test_layers_of_networks_on_a_gpu(rng, monkeypatch, channels, size, groups, dtype):
-    """At batch 128, against the portable kernels in float64, which never come here."""
+    """At batch 128, in as many parts as this GPU gets, against the portable kernels in float64, which never come here."""
     monkeypatch.setattr(blas, "allow_tf32", True)
+    monkeypatch.setattr(conv_tensor_core, "_multiprocessors", OF_THIS_GPU)
     target = Target("cuda")
     x, weight, dy = inputs(rng, dtype, (channels, size, size, 128), channels, 1, groups)
     exact_x, exact_weight, exact_dy = map(target.array, (x, weight, dy))

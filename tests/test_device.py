@@ -290,10 +290,14 @@ def test_empty_is_beside_an_array_or_on_a_device(install):
         assert empty((2, 3), "float32", like) == ("cupy", (2, 3), "float32")
 
 
-def test_types_that_the_library_does_not_have():
-    for version, name, message in (("13.6.0", "cuda:0", "bfloat16 needs CuPy 14, and this is 13.6.0: upgrade it"),
-                                   ("14.0.1", "cuda:0", None), ("13.6.0", "cpu", None)):
-        place = Device(name, SimpleNamespace(__version__=version), "")
+def test_types_that_the_library_does_not_have(monkeypatch):
+    need = "bfloat16 needs CuPy 14 and NumPy 2.1.2, and this is "
+    for version, numpy, name, message in (("13.6.0", "2.4.6", "cuda:0", need + "cupy 13.6.0: upgrade it"),
+                                          ("14.0.1", "2.1.2", "cuda:0", None), ("13.6.0", "2.0.2", "cpu", None),
+                                          ("14.0.0rc1", "2.0.2", "cuda:0", need + "numpy 2.0.2: upgrade it"),
+                                          ("14.2.0", "2.10.0", "cuda:0", None)):
+        monkeypatch.setattr(np, "__version__", numpy)
+        place = Device(name, SimpleNamespace(__name__="cupy", __version__=version), "")
         place.check_type(storage_dtype("float16"))
         with pytest.raises(DeviceError, match=message) if message else contextlib.nullcontext():
             place.check_type(storage_dtype("bfloat16"))

@@ -314,8 +314,10 @@ def test_what_the_pool_keeps_for_later_is_given_back_when_there_is_no_other(tmp_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
-def test_a_batch_that_does_not_fit(tmp_path):
+def test_a_batch_that_does_not_fit(tmp_path, monkeypatch):
     """The error says what would, and that runs under the same limit."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # each thread needs memory of its own
+
     def attempt(batch_size):
         return in_a_new_process(tmp_path, train_within, 90, *ARGUMENTS, "--arch", "wrn-10-1", "-b", batch_size,
                                 "--limit-train-batches", "2", "--epochs", "1")

@@ -49,8 +49,10 @@ def test_totals(name, options):
     assert sorted(row.name for row in costs.rows) == sorted(leaves)
 
 
-def test_workspace_is_the_memory_of_cols(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_workspace_is_the_memory_of_cols(monkeypatch, threads):
     """The most that is unfolded at a time."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", {"numpy": 1000})
     network = models.create("wrn-10-1").initialize()
     asked = []

@@ -94,7 +94,7 @@ def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, group
     if g.method is winograd:
         y = array_module(x).broadcast_to(x[:1, :1, :1, :1], g.out_shape)
         return winograd.workspace_bytes(x, y, padding=padding, groups=groups)
-    return 0 if g.method else product_for(x).cols_bytes(x, g)
+    return 0 if g.method else product_for(x).cols_bytes(x, g, len(weight) // groups)
 
 
 def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:

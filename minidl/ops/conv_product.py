@@ -72,8 +72,8 @@ class Blas:
         """w (B, M, K), or (B, K, M) if it is given transposed -> (B, tiles, K, rows)."""
         return (w if transposed else w.transpose(0, 2, 1))[:, None]
 
-    def cols_bytes(self, x: Array, windows: Windows) -> int:
-        """Of what `convolve` unfolds at a time."""
+    def cols_bytes(self, x: Array, windows: Windows, m: int) -> int:
+        """Of what `convolve` unfolds at a time, for a w of m rows."""
         return max(end - begin for begin, end in self._ranges(x, windows)) * windows.pixel_bytes * (not windows.pointwise)
 
     def convolve(self, w: Array, x: Array, windows: Windows, y: Array, bias: Array | None = None, plus: Array | None = None,
@@ -155,8 +155,8 @@ class Packed:
         KERNELS.gemm_pack[matrices * packed.shape[1], THREADS](w, packed, m, k, *pitches, self._rows)
         return packed
 
-    def cols_bytes(self, x: Array, windows: Windows) -> int:
-        strip, _, blocks = self._strips(x, windows, windows.pixels, tiles=1)
+    def cols_bytes(self, x: Array, windows: Windows, m: int) -> int:
+        strip, _, blocks = self._strips(x, windows, windows.pixels, -(-m // self._rows))
         return blocks * windows.depth * self.pitch(strip) * x.itemsize
 
     def convolve(self, w: Array, x: Array, windows: Windows, y: Array, bias: Array | None = None, plus: Array | None = None,
