@@ -87,7 +87,7 @@ class SGD(Optimizer):
     weight_decay is coupled L2 on every parameter, as in PyTorch.
     """
 
-    default_lr = 0.1
+    default_lr, BATCH_OF_DEFAULT_LR = 0.1, 128
     moment_names = ("velocity",)
     _update = staticmethod(optimizer.sgd)
 

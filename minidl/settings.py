@@ -39,7 +39,7 @@ LARGEST_FILE = 1_000_000  # bytes of a config.toml
 LONGEST_SHOWN = 100  # letters of a value in a message
 LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}  # what kernels take
 SIDE = IMAGE_SHAPE[1]  # pixels
-# What an optimizer knows by itself, and a recipe says for its own optimizer.
+# Known to optimizers, each with its own defaults: a recipe's values hold with the recipe's optimizer alone.
 HYPERPARAMETERS = ("lr", "momentum", "nesterov", "weight_decay", "beta1", "beta2", "rho", "eps")
 OF_MULTISTEP = ("milestones", "factor", "restart_at_milestones")
 
@@ -220,7 +220,7 @@ def resolve(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
     batch_size = given.get("batch_size", recipe["batch_size"])
     rate = recipe.get("lr", optim.OPTIMIZERS[optimizer].default_lr)
     if optimizer == "sgd":
-        rate = rate * batch_size / (recipe["batch_size"] if "lr" in recipe else 128)
+        rate = rate * batch_size / (recipe["batch_size"] if "lr" in recipe else optim.SGD.BATCH_OF_DEFAULT_LR)
     recipe["lr"] = rate
     if "epochs" in given and "milestones" in recipe:
         recipe["milestones"] = scaled(recipe["milestones"], given["epochs"] / recipe["epochs"])
