@@ -32,6 +32,6 @@ class CheckpointError(UserError):
 
 
 class DivergedError(UserError):
-    """A training run whose loss is no longer a finite number."""
+    """A training run whose numbers are no longer finite: loss, gradient or weights."""
 
     exit_code = 6

@@ -120,8 +120,8 @@ def _rms(values: Array) -> float:
 def profile(network: Layer, step: Callable[[], object], repeats: int) -> dict[str, dict[str, float]]:
     """Run step() `repeats` times -> {layer: {"forward", "backward": median seconds}}, and of the whole step as "step".
 
-    The device is synchronized around each layer, so the layers add up to more than "step", which is measured without that.
-    On a GPU each layer is an NVTX range.
+    The device is synchronized around each layer, which on a GPU costs time that "step" does not have. "step" also has what is no
+    layer: the batch, the loss, the optimizer, sums of branches. On a GPU each layer is an NVTX range.
     """
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     device = network.device
