@@ -60,7 +60,7 @@ class _Settings:
 def launch_settings(mode: str = "fast", threads_per_block: int | None = None) -> Iterator[None]:
     """Within the `with` block, host kernels run in `mode`, and all blocks have `threads_per_block` threads, where any will do.
 
-    For tests: any launch shape must be right.
+    For tests: any number of threads must be right.
     """
     before = _Settings.mode, _Settings.threads_per_block
     _Settings.mode, _Settings.threads_per_block = mode, threads_per_block

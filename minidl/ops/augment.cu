@@ -79,6 +79,7 @@ __device__ __forceinline__ void apply_row(const unsigned char* __restrict__ imag
     }
 }
 
+// Grid: one block per row of pixels, of all channels; threads run along the batch.
 extern "C" __global__ void augment_apply(const unsigned char* __restrict__ images, const int* __restrict__ indices,
                                          const int* __restrict__ draws, const acc* __restrict__ scale,
                                          const acc* __restrict__ shift, real* __restrict__ x, int channels, int height,

@@ -15,7 +15,7 @@
 // of the tile, and tiles are combined by Chan's formula, so nothing cancels when |mean| is large beside the deviation.
 //
 // Two ways to equal results, bit for bit. Either a block takes a group of whole channels and goes over their rows twice
-// (bn_forward*, bn_backward*; grid: groups): what fits a cache comes from memory once. Or a block takes a tile (grid: tiles x
+// (bn_forward*, bn_backward*; Grid: groups): what fits a cache comes from memory once. Or a block takes a tile (Grid: tiles x
 // channels): a first kernel sums each (bn_tile_moments, bn_backward_sums*), and in the second, each block combines the tiles of
 // its row for itself (bn_normalize*, bn_backward_x*), which spares a GPU a launch between them.
 #include "rows.cuh"
@@ -133,7 +133,7 @@ __device__ __forceinline__ void apply(const real* x, const acc* mean, const acc*
     apply_tile<false, RECTIFIES>(x, x, channel, y, gridDim.y, c, blockIdx.x, row, tile);
 }
 
-// The same y again, from its mean and rstd.
+// The same y again, from its mean and rstd. Grid: tiles x channels.
 extern "C" __global__ void bn_apply(const real* __restrict__ x, const acc* __restrict__ mean, const acc* __restrict__ rstd,
                                     const acc* __restrict__ gamma, const acc* __restrict__ beta, real* __restrict__ y, int row,
                                     int tile) {

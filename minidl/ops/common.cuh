@@ -8,9 +8,9 @@
 // Two types, set by the loader: `real` is how tensors are stored (float, double, half, bfloat16), `acc` how
 // they are computed with (float; double for double). Convert on load, acc(x[i]), and on store, real(v).
 //
-// The one rule: any launch shape is right. Work is dealt out by the loops below, never by
-// `if (threadIdx.x < n)`, and no kernel may rely on the number of threads or blocks. The exception, tensor_core.cuh: what warps
-// do together takes whole blocks of a fixed size.
+// The one rule: any number of threads in a block is right. Work is dealt out by the loops below, never by
+// `if (threadIdx.x < n)`, and no kernel may rely on that number. The exception, tensor_core.cuh: what warps do together takes
+// whole blocks of a fixed size. Where a kernel needs a certain grid, the comments above it say so, most after the word `Grid:`.
 //
 // Indices: rows and whole tensors are counted in `long long`, positions within a row in `int`.
 #pragma once

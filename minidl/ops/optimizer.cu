@@ -29,7 +29,7 @@
 enum State { LR, CALLS, STEP, AGE, SCALE, GOOD_STEPS, SKIPPED_IN_ROW, NONFINITE, FAILED, GRAD_NORM, GRAD_FACTOR };
 
 // Sums of squares of tiles of the gradient, a block each; and state[NONFINITE] = 1 if anything in them is Inf or NaN, told
-// from the elements, since squares may overflow. Several threads may write it, all of them the same value.
+// from the elements, since squares may overflow. Several threads may write it, all of them the same value. Grid: tiles.
 extern "C" __global__ void optimizer_tile_squares(const acc* __restrict__ grad, acc* __restrict__ tile_squares,
                                                   acc* __restrict__ state, long long n, int tile) {
     const long long begin = blockIdx.x * (long long)tile;
@@ -46,7 +46,7 @@ extern "C" __global__ void optimizer_tile_squares(const acc* __restrict__ grad, 
     if (threadIdx.x == 0) tile_squares[blockIdx.x] = squares;
 }
 
-// One block. clip_norm 0: no limit. A norm that overflows is Inf, and its factor 0.
+// Grid: one block. clip_norm 0: no limit. A norm that overflows is Inf, and its factor 0.
 extern "C" __global__ void optimizer_norm(const acc* __restrict__ tile_squares, acc* __restrict__ state, int tiles,
                                           acc clip_norm) {
     acc squares = 0;

@@ -1,7 +1,7 @@
 // The vocabulary of kernels for tensor cores (GPUs from sm_80 on): a warp multiplies small matrices that lie in shared memory,
 // where asynchronous copies have brought them. Such kernels are for the GPU and, in tests, for the emulator; the CPU's fast
-// target, of one thread a block, has none of it. They are the exception to "any launch shape is right": each needs its own
-// number of threads, and says so, REQUIRE_THREADS(n).
+// target, of one thread a block, has none of it. They are the exception to "any number of threads is right": each needs
+// its own, and says so, REQUIRE_THREADS(n).
 //
 //   TILES(tiles, n)                             n elements `real` of shared memory
 //   copy_async(tiles, to, source, exists)       16 bytes, VECTOR elements, aligned; zeros where they do not exist
