@@ -31,7 +31,8 @@ FAST_OF: dict[str, Recipe] = {"wideresnet": dict(reflect=True)}
 RESNEXT: Recipe = dict(SGD, **CROP_AND_FLIP, epochs=300, batch_size=128, lr=0.1, sched="multistep", milestones=[147, 222],
                        factor=0.1)
 PAPER_OF: dict[str, Recipe] = {
-    # github.com/Coderx7/SimpleNet_Pytorch, the run with 78.37 %, on whose network `extra_pool` says more.
+    # github.com/Coderx7/SimpleNet_Pytorch, the run with 78.37 %. Its network had one more pool:
+    # `--model-kwargs extra_pool=true`.
     "simplenet": dict(CROP_AND_FLIP, epochs=550, batch_size=100, optimizer="adadelta", lr=0.1, rho=0.9, eps=1e-3,
                       weight_decay=0.002, sched="multistep", milestones=[100, 190, 306, 390, 440, 540], factor=0.1),
     "resnext": RESNEXT,
@@ -53,7 +54,7 @@ REPORT_OF: dict[str, Recipe] = {
     "simplenet": dict(model_kwargs=dict(dropout="elements", rate=0.2, initializer="he")),
     "wideresnet": dict(model_kwargs=dict(classifier="he"), val_split=5000, patience=10)}
 
-# Digits lie alike in all images, and a mirrored one is none; there are few.
+# Digits are centred, so they are not shifted; a mirrored digit is no digit. There are few: smaller batches.
 DIGITS: Recipe = dict(padding=0, reflect=False, flip=False)
 FAST_DIGITS: Recipe = dict(epochs=3, batch_size=16, lr=0.0125)
 

@@ -7,8 +7,8 @@ from minidl.ops.window import threads_along
 
 KERNELS = Kernels("group_conv.cu")
 OUTPUTS = 4           # group_conv.cu
-BLOCK_TAPS = 6        # about as many (c, ky, kx) does one block sum for dweight
-TILE_PIXELS = 128     # about as many output pixels, in whole rows, does one block sum for dweight
+BLOCK_TAPS = 6        # how many (c, ky, kx), about, a block sums for dweight
+TILE_PIXELS = 128     # how many output pixels, about, in whole rows, a block sums for dweight
 
 
 def forward(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, *, stride: int, padding: int,
