@@ -17,7 +17,7 @@ REGISTRY: dict[str, Architecture] = {
     **report.ARCHITECTURES}
 # One member of each family, of comparable size.
 ALIASES = {"simplenet": "simplenet-5m", "resnext": "resnext29-2x64d", "res2net": "res2next29-2c24w4s", "wideresnet": "wrn-28-4"}
-# Families whose names have numbers that may be any.
+# Families whose names have numbers, which may be any, but for the depth of a WRN.
 _FAMILIES: dict[str, Callable[..., Architecture]] = {
     r"resnext29-(\d+)x(\d+)d": resnext.architecture, r"res2next29-(\d+)c(\d+)w(\d+)s": res2net.architecture,
     r"wrn-(\d+)-(\d+)": wideresnet.architecture}
@@ -26,7 +26,8 @@ _FAMILIES: dict[str, Callable[..., Architecture]] = {
 def find(name: str) -> tuple[str, Architecture]:
     """A name or an alias -> the full name, the Architecture. Raises UsageError for an unknown one, with the nearest known.
 
-    Besides those of REGISTRY, resnext29-CxWd, res2next29-CcWwSs and wrn-D-K are known with any numbers from 1 to 9,999.
+    Besides those of REGISTRY, resnext29-CxWd, res2next29-CcWwSs and wrn-D-K are known with any numbers from 1 to 9,999. That
+    the depth D must be 6 N + 4, the builder says.
     """
     name = ALIASES.get(name, name)
     if name in REGISTRY:

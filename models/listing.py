@@ -16,4 +16,4 @@ def table() -> str:
     aliases = ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items())
     return (f"{aligned(rows, left=3)}\n\nFor 100 classes and images of 32 x 32; memory for a batch of {BATCH_SIZE} in float32. "
             f"Published: on CIFAR-100, by the source.\nAliases: {aliases}. The numbers in resnext29-CxWd, "
-            "res2next29-CcWwSs and wrn-D-K may be any.")
+            "res2next29-CcWwSs and wrn-D-K may be any, if D is 6 N + 4.")

@@ -1,7 +1,7 @@
 """SimpleNet v1: thirteen plain convolutions. Hasanpour et al., "Lets keep it simple", arXiv 1608.06037.
 
-    conv 3x3 - BN - ReLU, thirteen times (two of them 1x1 in the wide part), a 2x2 max-pool after layers 4, 7, 9 and
-    12, the global maximum after layer 13, one linear classifier. Maps: 32 - 16 - 8 - 4 - 2 - 1 pixels.
+    conv 3x3 - BN - ReLU, thirteen times (layers 11 and 12 are 1x1, in 460k only layer 13), a 2x2 max-pool after layers 4,
+    7, 9 and 12, the global maximum after layer 13, one linear classifier. Maps: 32 - 16 - 8 - 4 - 2 - 1 pixels.
 
 Channels and kernels follow the authors' Caffe definitions (github.com/Coderx7/SimpleNet); the default form is that of
 their PyTorch version (github.com/Coderx7/SimpleNet_Pytorch): batch norm on all thirteen layers, with momentum 0.05 and
