@@ -7,6 +7,7 @@ comment "needs ..." runs where that is there, see `there_is`. Of those that do n
 import argparse
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import models
 from conftest import CUPY
 from minidl import command, errors, host_build, settings
 from minidl.__main__ import COMMANDS
@@ -136,6 +138,20 @@ def test_recipes():
     assert {name.strip("`") for name, *_ in lines} == settings_of_recipes
     for name, *cells in lines:
         assert [value_of(cell) for cell in cells] == [recipe.get(name.strip("`")) for recipe in found], name
+
+
+def test_networks_with_settings_of_their_own():
+    """Of each recipe: what they have otherwise than the table."""
+    meant = {"SimpleNets": "simplenet", "the small SimpleNets": "simplenet-310k", "Wide ResNets": "wideresnet"}
+    listed = {(name, meant[who]): in_backticks(own) for name, who, own in
+              re.findall(r"^- in `(\w+)`, (.+): (.*)$", section("Settings and recipes"), re.MULTILINE)}
+    found = {}
+    for name, arch in [*itertools.product(("fast", "paper", "report"), models.ALIASES), ("paper", "simplenet-310k")]:
+        in_table = recipes.recipe(name, arch.removesuffix("-310k") if name == "paper" else "resnext", "cifar100")
+        own = recipes.recipe(name, arch, "cifar100")
+        if differing := {key for key in own | in_table if own.get(key) != in_table.get(key)}:
+            found[name, arch] = differing
+    assert listed == found
 
 
 def test_settings_that_may_change():
