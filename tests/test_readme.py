@@ -22,6 +22,8 @@ def test_python_of_the_readme_runs():
     exec("\n".join(line[4:] for line in section.splitlines() if line.startswith("    ")), names)
     assert names["y"].shape == (10, 8) and names["dx"].shape == names["x"].shape
     assert np.isfinite(names["net"].parameters.grad).all()
+    loss, top1, _, images = names["totals"]
+    assert loss / images < np.log(10) / 2 and top1 == images == 8
 
 
 def test_commands_of_the_readme_are_understood():
