@@ -36,7 +36,7 @@ class Splits(Composition):
         self.width, self.scale = width, scale
         self.bn = BatchNorm2d(width * scale, relu=True)
         self._pairs = [(conv(width, width, 3, stride, groups), BatchNorm2d(width, relu=True)) for _ in range(scale - 1)]
-        self.convs = Sequential(*(conv for conv, _ in self._pairs))
+        self.convs = Sequential(*(convolution for convolution, _ in self._pairs))
         self.bns = Sequential(*(bn for _, bn in self._pairs))
 
     def _channels(self, split: int) -> slice:
@@ -54,19 +54,19 @@ class Ladder(Splits):
     def trace(self, x: Value, tracer: Tracer[Value]) -> Value:
         *splits, last = tracer.split(self.bn.trace(x, tracer), self.scale)
         outputs: list[Value] = []
-        for split, (conv, bn) in zip(splits, self._pairs):
+        for split, (convolution, bn) in zip(splits, self._pairs):
             z = tracer.add(split, outputs[-1]) if outputs else split
-            outputs.append(bn.trace(conv.trace(z, tracer), tracer))
+            outputs.append(bn.trace(convolution.trace(z, tracer), tracer))
         return tracer.concat([*outputs, last])
 
     def forward(self, x: Array) -> Array:
         y = self.bn.forward(x)
         self._save(x)
         splits = self._views(y)
-        for i, (conv, bn) in enumerate(self._pairs):
-            z = conv.forward(add.forward(splits[i], splits[i - 1]) if i else splits[0])
+        for i, (convolution, bn) in enumerate(self._pairs):
+            z = convolution.forward(add.forward(splits[i], splits[i - 1]) if i else splits[0])
             if i == 0 and (again := self.bn.output_again(self._channels(0))):
-                conv.forget_input(again)  # the others keep their sum: nobody else does
+                convolution.forget_input(again)  # the others keep their sum: nobody else does
             bn.forward(z, out=splits[i])
         return y
 
@@ -88,10 +88,10 @@ class Ladder(Splits):
     def backward(self, dy: Array) -> Array:
         self._take()
         splits = self._views(dy)
-        for i, (conv, bn) in reversed(list(enumerate(self._pairs))):
+        for i, (convolution, bn) in reversed(list(enumerate(self._pairs))):
             if i < self.scale - 2:
                 add.forward(splits[i], splits[i + 1], out=splits[i])
-            conv.backward(bn.backward(splits[i]), dx=splits[i])
+            convolution.backward(bn.backward(splits[i]), dx=splits[i])
         return self.bn.backward(dy)
 
 
@@ -104,17 +104,17 @@ class Apart(Splits):
 
     def trace(self, x: Value, tracer: Tracer[Value]) -> Value:
         *splits, last = tracer.split(self.bn.trace(x, tracer), self.scale)
-        outputs = [bn.trace(conv.trace(split, tracer), tracer) for split, (conv, bn) in zip(splits, self._pairs)]
+        outputs = [bn.trace(convolution.trace(split, tracer), tracer) for split, (convolution, bn) in zip(splits, self._pairs)]
         return tracer.concat([*outputs, self.pool.trace(last, tracer)])
 
     def forward(self, x: Array) -> Array:
         *splits, last = self._views(self.bn.forward(x))
         y = empty(self.output_shape(x.shape[:-1]) + x.shape[-1:], x.dtype, like=x)
         *outputs, last_output = self._views(y)
-        for i, (split, output, (conv, bn)) in enumerate(zip(splits, outputs, self._pairs)):
-            bn.forward(conv.forward(split), out=output)
+        for i, (split, output, (convolution, bn)) in enumerate(zip(splits, outputs, self._pairs)):
+            bn.forward(convolution.forward(split), out=output)
             if again := self.bn.output_again(self._channels(i)):
-                conv.forget_input(again)
+                convolution.forget_input(again)
         self.pool.forward(last, out=last_output)
         self._save(x.shape)
         return y
@@ -124,8 +124,8 @@ class Apart(Splits):
         dx = empty(x_shape, dy.dtype, like=dy)
         *gradients, last_gradient = self._views(dy)
         *slots, last_slot = self._views(dx)
-        for gradient, slot, (conv, bn) in zip(gradients, slots, self._pairs):
-            conv.backward(bn.backward(gradient), dx=slot)
+        for gradient, slot, (convolution, bn) in zip(gradients, slots, self._pairs):
+            convolution.backward(bn.backward(gradient), dx=slot)
         self.pool.backward(last_gradient, dx=last_slot)
         return self.bn.backward(dx)
 
