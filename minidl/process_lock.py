@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,25 +15,13 @@ from minidl import signals
 
 POLL_SECONDS = 0.1
 
-if sys.platform == "win32":
-    import msvcrt
 
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def take_folder(path: Path, owner: object) -> Callable[[], object]:
@@ -65,7 +53,7 @@ def hold(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps a file that others have open
+            with contextlib.suppress(OSError):  # one that stays is in nobody's way
                 os.unlink(path)
 
 
