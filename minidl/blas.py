@@ -151,9 +151,9 @@ def _gemm_on_gpu(a: Any, b: Any, out: Any, alpha: float, beta: float) -> None:  
 
 
 class _Cublas:
-    """A cuBLAS handle of one device, bound to CuPy's current stream at each call."""
+    """A cuBLAS handle of the device that is current when it is made, bound to CuPy's current stream at each call."""
 
-    def __init__(self, device_index: int) -> None:
+    def __init__(self) -> None:
         import cupy
         from cupy_backends.cuda.libs import cublas  # loads the library that CuPy was built for
 
@@ -190,4 +190,5 @@ class _Cublas:
 
 @functools.cache
 def _cublas_of_device(index: int) -> _Cublas:
-    return _Cublas(index)
+    """index: of the current device."""
+    return _Cublas()
