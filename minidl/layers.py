@@ -126,6 +126,11 @@ class Layer:
     step: Array
     parameters: Parameters
     training = True
+    # Attributes that `prepare` makes: arrays that are kept but not learned, running statistics.
+    buffer_names: ClassVar[tuple[str, ...]] = ()
+    # What `forward` keeps for backward, for summary.py: "x" its input, "y" its output, "statistics" two numbers a channel,
+    # "winner" a uint16 for each output, "step" one int64. A Conv2d keeps no x if `forget_input` was called.
+    keeps: ClassVar[tuple[str, ...]] = ()
     _saved: tuple[Any, ...] | None = None
 
     def forward(self, x: Array) -> Array:
@@ -149,10 +154,6 @@ class Layer:
         return tracer.layer(self, x)
 
     # ---- what is kept from forward to backward
-
-    # What `forward` keeps for backward, for summary.py: "x" its input, "y" its output, "statistics" two numbers a channel,
-    # "winner" a uint16 for each output, "step" one int64. A Conv2d keeps no x if `forget_input` was called.
-    keeps: ClassVar[tuple[str, ...]] = ()
 
     def remakes_output(self, remakes_input: bool) -> bool:
         """Whether `output_again` gives something after a forward in training, of an input that can be made again or not."""
@@ -192,12 +193,10 @@ class Layer:
     def named_buffers(self) -> dict[str, Array]:
         """{dotted name: array} of what is kept but not learned: running statistics."""
         return {f"{path}.{name}".lstrip("."): getattr(layer, name)
-                for path, layer in self.named_layers() for name in layer.buffers}
+                for path, layer in self.named_layers() for name in layer.buffer_names}
 
     def _named_arrays(self) -> dict[str, Array]:
         return {name: parameter.master for name, parameter in self.named_parameters().items()} | self.named_buffers()
-
-    buffers: tuple[str, ...] = ()
 
     # ---- state
 
@@ -222,7 +221,7 @@ class Layer:
         self.parameters.cast()
         for index, (_, layer) in enumerate(self.named_layers()):
             layer.prepare(device, dtype, random_keys.philox_key(seed, random_keys.DROPOUT), index, self.step)
-        self.parameters.gather_buffers([(layer, name) for _, layer in self.named_layers() for name in layer.buffers])
+        self.parameters.gather_buffers([(layer, name) for _, layer in self.named_layers() for name in layer.buffer_names])
         return self
 
     def prepare(self, device: Device, dtype: np.dtype[Any], key: int, index: int, step: Array) -> None:
@@ -344,6 +343,8 @@ class Conv2d(Layer):
     weight (O, C/groups, kh, kw), bias (O). Raises ValueError for groups that do not divide the channels, and sizes below 1.
     """
 
+    keeps = ("x",)
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...] | list[int], stride: int = 1,
                  padding: int = 0, groups: int = 1, bias: bool = True,
                  initializer: Initializer = initializers.he_normal()) -> None:
@@ -370,8 +371,6 @@ class Conv2d(Layer):
 
     def skip_input_gradient(self) -> None:
         self.input_gradient = False
-
-    keeps = ("x",)
 
     def forget_input(self, again: Again) -> None:
         if self._saved:
@@ -405,7 +404,7 @@ class BatchNorm2d(Layer):
     backward then returns (dx, dz).
     """
 
-    buffers = ("running_mean", "running_var")
+    buffer_names = ("running_mean", "running_var")
     keeps = ("x", "statistics")  # and "y" of a forward with z
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, relu: bool = False,
@@ -453,6 +452,8 @@ class BatchNorm2d(Layer):
 class Linear(Layer):
     """Fully connected: x (C, H, W, N), C*H*W = in_features, or (in_features, N) -> y (out_features, N)."""
 
+    keeps = ("x",)
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True,
                  initializer: Initializer = initializers.uniform_fan_in(), bias_initializer: Initializer | None = None) -> None:
         """bias_initializer: by default uniform within 1 / sqrt(in_features)."""
@@ -460,8 +461,6 @@ class Linear(Layer):
         self.weight = Parameter((out_features, in_features), initializer)
         self.bias = Parameter((out_features,), bias_initializer or initializers.uniform_fan_in(in_features)) if bias else None
         self.input_gradient = True
-
-    keeps = ("x",)
 
     def output_shape(self, shape: Shape) -> Shape:
         if math.prod(shape) != self.in_features:

@@ -108,7 +108,7 @@ def _write_linear(graph: _Graph, layer: Linear, prefix: str, x: _Value) -> str:
 
 
 def _write_batch_norm(graph: _Graph, layer: BatchNorm2d, prefix: str, x: _Value, z: _Value | None = None) -> str:
-    statistics = [prefix + name for name in layer.buffers]
+    statistics = [prefix + name for name in layer.buffer_names]
     y = graph.add_node("BatchNormalization", prefix + "normalized", x, *_parameters(layer, prefix), *statistics,
                        epsilon=layer.eps)
     if z:
