@@ -18,9 +18,12 @@ def go(way, monkeypatch):
     monkeypatch.setattr(batchnorm, "_channels_together", lambda x: WAYS[way])
 
 
-@pytest.fixture(params=WAYS, autouse=True)
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     go(request.param, monkeypatch)
+
+
+in_both_ways = pytest.mark.usefixtures("way")  # no argument: test_mutations.py calls tests of this file as functions
 
 
 def definition(x, gamma, beta, z, variant, statistics=None):
@@ -81,6 +84,7 @@ class Case:
         return definition(self.x, self.gamma, self.beta, self.z, self.variant, None if self.training else self.running)
 
 
+@in_both_ways
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -91,6 +95,7 @@ def test_forward(target, rng, shape, variant, dtype, training):
     assert_close(target.host(y), case.expected(), tolerance(dtype, terms=np.prod(shape[1:])), "y")
 
 
+@in_both_ways
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_that_go_past_the_caches(machine, rng, variant):
     """As they are many; rows begin anywhere."""
@@ -103,6 +108,7 @@ def test_results_that_go_past_the_caches(machine, rng, variant):
     assert_close(y[..., :3], machine.host(some.forward()), tolerance("float32"), "y of some images")
 
 
+@in_both_ways
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_running_statistics(target, rng, shape, dtype):
@@ -113,6 +119,7 @@ def test_running_statistics(target, rng, shape, dtype):
         assert_close(target.host(got), 0.9 * old + 0.1 * batch, tolerance(dtype, np.prod(shape[1:])), "running")
 
 
+@in_both_ways
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
@@ -128,6 +135,7 @@ def test_gradients(target, rng, shape, variant, training):
                      ("dx", "dgamma", "dbeta", "dz")[index])
 
 
+@in_both_ways
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape, tile", [((3, 4, 5, 2), 16), ((2, 4, 5, 15), 2)], ids=["3 tiles", "more than are fetched at a time"])
 def test_gradients_over_many_tiles(target, rng, shape, tile, variant, monkeypatch):
@@ -135,6 +143,7 @@ def test_gradients_over_many_tiles(target, rng, shape, tile, variant, monkeypatc
     test_gradients(target, rng, shape, variant, True)
 
 
+@in_both_ways
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_other_types_follow_float64(target, rng, variant, dtype):
@@ -146,6 +155,7 @@ def test_gradients_of_other_types_follow_float64(target, rng, variant, dtype):
         assert_close(target.host(got), target.host(expected), (1 if dtype == "float32" else 4) * tolerance(dtype, terms=9 * 16 * 32))
 
 
+@in_both_ways
 def test_backward_twice_is_bit_equal(target, rng):
     case = Case(rng, (2, 9, 16, 32), "relu", "float32", target)
     case.forward()
@@ -153,6 +163,7 @@ def test_backward_twice_is_bit_equal(target, rng):
         assert np.array_equal(target.host(first), target.host(second))
 
 
+@in_both_ways
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("variant", ["plain", "relu"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -164,6 +175,7 @@ def test_another_array_is_added_to_the_gradient(target, rng, shape, variant, dty
         assert_close(target.host(got), target.host(expected) + added, 1e-12 if dtype == "float64" else 2 * tolerance(dtype))
 
 
+@in_both_ways
 def test_nothing_is_added_where_the_forward_had_z(target, rng):
     case = Case(rng, SHAPES[0], "add_relu", "float64", target)
     case.forward()
@@ -188,6 +200,7 @@ def test_both_ways_give_the_same_bits(machine, rng, shape, tile, variant, traini
         assert np.array_equal(machine.host(by_channels), machine.host(by_tiles))
 
 
+@in_both_ways
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["plain", "relu"])
 @pytest.mark.parametrize("shape", [(3, 32, 32, 32), (5, 9, 11, 37)], ids=str)
@@ -210,6 +223,7 @@ def test_tiles_are_larger_where_there_would_be_many(monkeypatch, row, tile, tile
     assert batchnorm._tiles(np.empty((3, row))) == (3, row, tile, tiles)
 
 
+@in_both_ways
 def test_large_mean_does_not_cancel(target, rng):
     """Deviation 1 around a mean of 10,000: sums of squares in float32 would lose all digits."""
     case = Case(rng, (1, 9, 16, 32), "plain", "float32", target)
@@ -218,6 +232,7 @@ def test_large_mean_does_not_cancel(target, rng):
     assert_close(target.host(case.y), case.expected(), 1e-3, "y")
 
 
+@in_both_ways
 def test_constant_channel_is_finite(target, rng):
     case = Case(rng, (2, 3, 3, 4), "plain", "float32", target)
     case.x[1] = 3.0
@@ -226,6 +241,7 @@ def test_constant_channel_is_finite(target, rng):
     assert all(np.isfinite(target.host(result)).all() for result in case.backward())
 
 
+@in_both_ways
 def test_one_value_per_channel_is_refused_in_training(target, rng):
     case = Case(rng, (2, 1, 1, 1), "plain", "float32", target)
     with pytest.raises(ValueError, match="batch norm: 1 value per channel in training; a variance needs 2 or more"):
