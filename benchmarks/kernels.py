@@ -18,8 +18,8 @@ against it is the kernel's, the rest of what is lost against the ceiling belongs
 
 The bytes are those that any implementation must move, each tensor once per pass; the FLOPs of a convolution are those of its
 definition, so that a faster algorithm (Winograd's) may exceed 100 %. What multiplies runs once in its turn, on a CPU for 10 ms,
-and then once more, which is timed. All else finds its tensors in no cache: before each run another tensor is read, and then the same is done with other
-arrays.
+and then once more, which is timed. All else finds its tensors in no cache: before each run another tensor is read, and then the
+same is done with other arrays.
 """
 
 import argparse

@@ -54,8 +54,8 @@ def in_precisions(cases, precisions):
 
 def choose(monkeypatch, way, shape=None, outputs=None, stride=1, padding=0, itemsize=8):
     """way "directly": every grouped convolution is computed by group_conv.py, in small tiles. "by Winograd": all that can
-    are by winograd.py, 4x4 results at a time. Any other: none is; as much is unfolded at a time as fits so many bytes as CHUNKS says, or two rows, for
-    products by BLAS, or packed where arrays of this kind have that."""
+    are by winograd.py, 4x4 results at a time. Any other: none is; as much is unfolded at a time as fits so many bytes as
+    CHUNKS says, or two rows, for products by BLAS, or packed where arrays of this kind have that."""
     everywhere = dict.fromkeys(("numpy", "cupy"))
     monkeypatch.setattr(conv, "DIRECT_GROUP_CHANNELS", dict.fromkeys(everywhere, 1 << 30 if way == "directly" else 0))
     for limit in ("WINOGRAD_CHANNELS", "WINOGRAD_GROUP_CHANNELS"):

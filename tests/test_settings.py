@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 WRN = {"arch": "wrn-28-4", "dataset": "cifar100"}
 
 
-def chosen(*arguments, **flags) -> Settings:
+def chosen(*arguments) -> Settings:
     """What the command line `arguments` comes to."""
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
