@@ -118,7 +118,9 @@ def test_extras():
 
 
 def value_of(cell):
-    """What a cell of the table of recipes says: a number, a list of numbers, a word, True; None for a dash."""
+    """What a cell of the table of recipes says: a number, a list of numbers, a word, an option, True; None for a dash."""
+    if "=" in cell:
+        return models.parse_options([cell])
     if re.fullmatch(r"\d+(, \d+)+", cell):
         return [int(number) for number in cell.split(", ")]
     try:
@@ -133,7 +135,8 @@ def test_recipes():
              ("report", "resnext")]
     assert head == ["setting", "fast", "paper: simplenet", "resnext", "res2net", "wideresnet", "report"]
     found = [recipes.recipe(name, arch, "cifar100") for name, arch in asked]
-    settings_of_recipes = {key for recipe in found for key in recipe} - {"recipe", "model_kwargs"}
+    found = [{key: value for key, value in recipe.items() if value != {}} for recipe in found]  # no options
+    settings_of_recipes = {key for recipe in found for key in recipe} - {"recipe"}
     assert [name for name, *_ in lines] == list(dict.fromkeys(name for name, *_ in lines))
     assert {name.strip("`") for name, *_ in lines} == settings_of_recipes
     for name, *cells in lines:
