@@ -138,7 +138,8 @@ class Layer:
         raise NotImplementedError
 
     def backward(self, dy: Array) -> Any:  # an Array; None after skip_input_gradient; a pair from a BatchNorm2d given z
-        """dy, shaped like the last forward's y -> dx, shaped like its x. Overwrites the parameters' gradients."""
+        """dy, shaped like the last forward's y, which stays as it is -> dx, shaped like its x. Overwrites the parameters'
+        gradients."""
         raise NotImplementedError
 
     def output_shape(self, shape: Shape) -> Shape:

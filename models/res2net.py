@@ -86,6 +86,7 @@ class Ladder(Splits):
         return again
 
     def backward(self, dy: Array) -> Array:
+        """As Layer.backward, but that dy is overwritten: in its block, nobody else reads it."""
         self._take()
         splits = self._views(dy)
         for i, (convolution, bn) in reversed(list(enumerate(self._pairs))):
