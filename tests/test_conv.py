@@ -19,7 +19,7 @@ CASES = [
     ((2, 6, 5, 3), (8, 3, 3), 2, 1, 1),     # more results than a tile of sums has, no whole vectors
     ((4, 3, 4, 2), (4, 1, 1), 1, 0, 2),     # a plain matrix product
     ((4, 5, 4, 2), (2, 1, 1), 2, 0, 1),     # the shortcut of a residual block
-    ((2, 2, 3, 1), (3, 2, 3), 1, 0, 1),     # a window that is not square, over all of the image, batch 1: one column
+    ((2, 5, 6, 1), (3, 2, 3), 1, 0, 1),     # a window that is not square, batch 1
     ((2, 4, 4, 33), (2, 3, 3), 1, 2, 2),    # more padding than usual; a batch that is no multiple of a warp
     ((1, 7, 7, 2), (2, 2, 2), 3, 0, 1),     # pixels that no window sees
     ((2, 3, 3, 2), (2, 1, 1), 1, 1, 1),     # 1x1 with padding: its adjoint is no convolution
@@ -28,6 +28,7 @@ CASES = [
     ((10, 7, 5, 2), (4, 1, 4), 3, 2, 2),    # from 5 channels to 2, windows that do not touch, some of them all padding
     ((4, 5, 7, 17), (4, 3, 2), 2, 1, 2),    # strides and a window that is not square
     ((5, 3, 3, 16), (10, 3, 3), 1, 1, 1),   # more results than a tile of sums has, whole vectors
+    ((2, 2, 3, 1), (3, 2, 3), 1, 0, 1),     # a window over all of the image, batch 1: one column
 ]
 WITH_PLUS = [CASES[i][0] for i in (0, 1, 2, 5)]  # all methods, with strides, whole vectors and their rests
 CHUNKS = {"one pixel at a time": 1, "all at once": 1 << 30, "by BLAS, one pixel at a time": 1, "by BLAS, two rows": None}
@@ -177,8 +178,8 @@ def test_col2im_is_the_adjoint_of_im2col(target, rng, shape, outputs, stride, pa
     out_h, out_w = ((size + 2 * padding - kernel) // stride + 1 for size, kernel in zip((height, width), outputs[1:]))
     x, c = rng.normal(size=shape), rng.normal(size=(channels * kernel_h * kernel_w, out_h * out_w * batch))
     cols, dx = array(np.full(c.shape, np.nan)), array(np.full(shape, np.nan))
-    sizes, pixels = (height, width, out_w, batch, kernel_h, kernel_w, stride, padding), out_h * out_w
-    conv.KERNELS.im2col[(len(c), min(3, pixels)), 32](array(x), cols, *sizes, 0, pixels, -(-pixels // 3), c.shape[1])
+    sizes = height, width, out_w, batch, kernel_h, kernel_w, stride, padding
+    conv.KERNELS.im2col[(len(c), 3), 32](array(x), cols, *sizes, 0, out_h * out_w, -(-out_h * out_w // 3), c.shape[1])
     conv.KERNELS.col2im[channels * height, 32](array(c), dx, channels, *sizes, 0, out_h, 0, 0)
     assert np.vdot(target.host(cols), c) == pytest.approx(np.vdot(x, target.host(dx)), rel=1e-12)
 
