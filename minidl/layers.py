@@ -13,6 +13,7 @@ the price of one pass, the output of a batch norm, is not kept: see `Layer.forge
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 import zlib
@@ -91,8 +92,9 @@ class Parameters:
             for kind in ("data", "master", "grad"):
                 setattr(parameter, kind, getattr(self, kind)[place].reshape(parameter.shape))
 
-    def gather_buffers(self, attributes: Sequence[tuple[Layer, str]]) -> None:
-        """Copy the arrays that are these attributes of layers into `buffers`, and put views of it into their places."""
+    def gather_buffers(self, network: Layer) -> None:
+        """Copy the arrays that its layers keep but do not learn into `buffers`, and put views of it into their places."""
+        attributes = [(layer, name) for _, layer in network.named_layers() for name in layer.buffer_names]
         arrays = [getattr(layer, name) for layer, name in attributes]
         places, size = self._places([array.size for array in arrays])
         self.buffers = array_module(self.master).zeros(size, self.master.dtype)
@@ -222,7 +224,7 @@ class Layer:
         self.parameters.cast()
         for index, (_, layer) in enumerate(self.named_layers()):
             layer.prepare(device, dtype, random_keys.philox_key(seed, random_keys.DROPOUT), index, self.step)
-        self.parameters.gather_buffers([(layer, name) for _, layer in self.named_layers() for name in layer.buffer_names])
+        self.parameters.gather_buffers(self)
         return self
 
     def prepare(self, device: Device, dtype: np.dtype[Any], key: int, index: int, step: Array) -> None:
@@ -260,6 +262,19 @@ class Layer:
     def eval(self) -> Self:
         """Switch to evaluation: running statistics, no dropout, nothing saved."""
         return self.train(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A network with values of its own on the same device. What forward saved is not copied."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            if name not in ("parameters", "_saved"):
+                setattr(copied, name, value if name == "device" else copy.deepcopy(value, memo))
+        if "parameters" in vars(self):
+            copied.parameters = Parameters(copied.named_parameters(), self.device, self.dtype)  # copies of views are no views
+            copied.parameters.gather_buffers(copied)
+            for name in ("data", "master", "grad"):
+                getattr(copied.parameters, name)[...] = getattr(self.parameters, name)
+        return copied
 
     def _save(self, *values: Any) -> None:
         if self.training:

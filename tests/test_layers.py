@@ -1,5 +1,6 @@
 """Layers and their compositions: gradients of whole networks, names, shapes, state, and what is refused."""
 
+import copy
 import re
 
 import numpy as np
@@ -154,6 +155,37 @@ def test_state_dict_is_a_copy():
     state = layer.state_dict()
     state["weight"][...] = 7
     assert not (layer.weight.master == 7).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_deep_copy_is_a_network_of_its_own(place, rng, dtype):
+    """A copy trains as its original does, and neither sees what becomes of the other."""
+    network = every_layer().initialize(place, dtype, seed=3)
+    x = place.array(rng.normal(size=(3, 8, 8, 4)).astype(dtype))
+    y = network.forward(x)  # moves the running statistics
+    network.step += 1
+    before = network.state_dict()
+    copied = copy.deepcopy(network)
+    with pytest.raises(RuntimeError, match="backward needs a forward"):
+        copied.backward(y)
+    outcomes = []
+    for it in (copied, network):
+        y = it.forward(x)
+        dx = it.backward(y)
+        it.parameters.master -= it.parameters.grad
+        it.parameters.cast()
+        it.step += 1
+        outcomes.append([np.array(place.to_host(array)) for array in (y, dx, it.forward(x))] + list(it.state_dict().values()))
+        if it is copied:
+            assert all(np.array_equal(array, before[name]) for name, array in network.state_dict().items())
+    assert all(np.array_equal(*pair) for pair in zip(*outcomes))
+    assert not all(np.array_equal(array, before[name]) for name, array in network.state_dict().items())
+
+
+def test_a_network_may_be_copied_before_it_is_initialized():
+    network = every_layer()
+    copied, network = copy.deepcopy(network).initialize(seed=5), network.initialize(seed=5)
+    assert all(np.array_equal(array, network.state_dict()[name]) for name, array in copied.state_dict().items())
 
 
 def test_a_state_that_does_not_fit_changes_nothing():
