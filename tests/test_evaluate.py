@@ -21,6 +21,8 @@ from minidl.data.dataset import Dataset
 from minidl.device import select
 from minidl.errors import CheckpointError, UsageError
 from minidl.ops import loss
+from minidl.settings import resolve
+from models import recipes
 
 ROOT = Path(__file__).parent.parent
 ARCH = "report-resnext3-fixed"
@@ -161,6 +163,28 @@ def test_the_command_takes_the_normalization_of_the_file(write, capsys):
     first = called(capsys, write())["loss"]
     assert called(capsys, write(mean=[0.9] * 3, std=[0.1] * 3))["loss"] != pytest.approx(first, rel=1e-3)
     assert called(capsys, write(mean=None, std=None))["loss"] == first, "that of the data set, where the file has none"
+
+
+def test_data_is_looked_for_where_the_run_found_it(tmp_path, state, monkeypatch, capsys):
+    weights.save(tmp_path / "last.npz", state, weights.describe(ARCH, 10, {}, TEST_SET))
+    asked = []
+    monkeypatch.setattr(data, "load", lambda name, data_dir: (asked.append(data_dir), (None, FEW))[1])
+
+    def config(dataset, **given):
+        settings = resolve({"arch": ARCH, "dataset": dataset, **given}, recipes.recipe("fast", ARCH, dataset))
+        (tmp_path / "config.toml").write_text(settings.as_toml())
+
+    call(tmp_path)
+    config("digits")
+    call(tmp_path)
+    config("digits", data_dir=str(tmp_path))
+    call(tmp_path)
+    call(tmp_path, "--data-dir", "elsewhere")
+    config("digits", data_dir=str(tmp_path / "gone"))
+    call(tmp_path)
+    config("cifar10", data_dir=str(tmp_path))
+    call(tmp_path)
+    assert asked == [None, None, str(tmp_path), "elsewhere", None, None]
 
 
 @pytest.mark.parametrize("batch_size", [7, 360, 100_000])

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minidl import data, device, plots, signals, weights
+from minidl import data, device, plots, settings, signals, weights
 from minidl.commands.arguments import network_with, new_file, positive
 from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
@@ -32,7 +33,7 @@ LISTED = 5  # of the best and of the worst classes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder of a run, or a file of weights that names its network")
     parser.add_argument("--dataset", choices=data.NAMES, help="default: the one that it was trained on")
-    parser.add_argument("--data-dir", help="folder with the official files of CIFAR")
+    parser.add_argument("--data-dir", help="folder with the official files of CIFAR; default: the run's")
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
     parser.add_argument("-b", "--batch-size", type=positive, default=128)
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     name = args.dataset or metadata["dataset"]
     if name is None:
         raise UsageError(f"{args.checkpoint} does not say what data it was trained on: name a data set with --dataset")
-    test_set = data.load(name, args.data_dir)[1]
+    test_set = data.load(name, args.data_dir or data_dir_of(args.checkpoint, name))[1]
     classes = metadata["class_names"] or test_set.classes
     if len(test_set.classes) != metadata["classes"] or tuple(classes) != test_set.classes:
         raise UsageError(f"the {metadata['classes']} classes that {args.checkpoint} knows are not the {len(test_set.classes)} "
@@ -62,6 +63,15 @@ def main(args: argparse.Namespace) -> None:
         print(f"{metadata['arch']} on the {len(test_set.labels):,} test images of {name}\n\n{evaluation.as_text()}")
     if args.picture:
         plots.evaluation(evaluation.confusion, evaluation.groups, evaluation.accuracies, evaluation.classes, args.picture)
+
+
+def data_dir_of(path: str, dataset: str) -> str | None:
+    """The folder of data that the run in the folder `path` was given, if it was this data set and the folder is there."""
+    config = Path(path, "config.toml")
+    if not config.is_file():
+        return None
+    given = settings.read_toml(config)
+    return given["data_dir"] if given.get("dataset") == dataset and os.path.isdir(given.get("data_dir", "")) else None
 
 
 # ---- a network and its outputs -----------------------------------------------------------------------------------
