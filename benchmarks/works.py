@@ -152,7 +152,7 @@ class Convolution(Work):
                "group_conv_pack", "group_conv_forward", "group_conv_backward_x", "group_conv_tile_dweight",
                "sum_parts", "conv_tensor_core_pack", "conv_tensor_core_forward_64",
                "conv_tensor_core_forward_128", "conv_tensor_core_dweight_64", "conv_tensor_core_dweight_128",
-               "bias_add", "bias_tile_sums", "bias_combine_sums")
+               "bias_add", "bias_tile_sums")
 
     def __str__(self):
         more = (f" /{self.stride}" if self.stride > 1 else "") + (f" {self.groups} groups" if self.groups > 1 else "")
@@ -195,7 +195,7 @@ class Linear(Work):
     bias: bool
 
     kind = "linear"
-    kernels = ("gemm_sizes", "gemm_pack", "conv_panels", "conv_rows", "bias_add", "bias_tile_sums", "bias_combine_sums")
+    kernels = ("gemm_sizes", "gemm_pack", "conv_panels", "conv_rows", "bias_add", "bias_tile_sums", "sum_parts")
 
     def __str__(self):
         return f"{self.shape[0]} > {self.outputs}"

@@ -246,8 +246,9 @@ class Kernel:
         flags = argument.flags
         layout = "non-contiguous " if not flags.c_contiguous else "unaligned " if xp is np and not flags.aligned else ""
         if layout or argument.dtype != dtype:
+            remedy = f": {xp.__name__}.ascontiguousarray makes one" if layout == "non-contiguous " else ""
             raise TypeError(f"{self.name}: {parameter.name} must be a contiguous {dtype} array, got "
-                            f"{layout}{argument.dtype} of shape {argument.shape}")
+                            f"{layout}{argument.dtype} of shape {argument.shape}{remedy}")
         if xp is np and not parameter.is_const and not flags.writeable:
             raise TypeError(f"{self.name}: {parameter.name} is written, but the array is read-only")
         return argument

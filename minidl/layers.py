@@ -14,11 +14,11 @@ the price of one pass, the output of a batch norm, is not kept: see `Layer.forge
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-import numbers
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeAlias, TypeVar, final
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from minidl.errors import CheckpointError
 from minidl.initializers import Initializer
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.ops import add, avgpool, batchnorm, conv, dropout, linear, maxpool, optimizer, relu
-from minidl.ops.window import output_size, pair
+from minidl.ops.shapes import check_sizes, output_size, pair
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,7 +40,7 @@ Again: TypeAlias = Callable[..., Array]
 
 
 class NotInitialized(RuntimeError, AttributeError):
-    """A Parameter has no values yet."""
+    """A network, or a part of it, has no values yet."""
 
 
 @final
@@ -61,9 +61,15 @@ class Parameter:
         self.size = math.prod(self.shape)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("data", "master", "grad"):
-            raise NotInitialized(f"this parameter of shape {self.shape} has no values yet: call initialize() of the whole network")
-        raise AttributeError(name)
+        _missing(self, name)
+
+
+def _missing(thing: Layer | Parameter, name: str) -> NoReturn:
+    """Say why it has no attribute `name`: what a class declares without a value, `initialize` gives to it."""
+    kind = type(thing).__name__
+    if any(name in inspect.get_annotations(it) for it in type(thing).__mro__ if it.__module__ == __name__):
+        raise NotInitialized(f"this {kind} has no {name.lstrip('_')} yet: call initialize() of the whole network")
+    raise AttributeError(f"{kind!r} object has no attribute {name!r}")
 
 
 class Parameters:
@@ -135,6 +141,9 @@ class Layer:
     keeps: ClassVar[tuple[str, ...]] = ()
     _saved: tuple[Any, ...] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        _missing(self, name)
+
     def forward(self, x: Array) -> Array:
         """x (C, H, W, N) -> y."""
         raise NotImplementedError
@@ -203,16 +212,17 @@ class Layer:
 
     # ---- state
 
-    def initialize(self, device: Device | None = None, dtype: str | np.dtype[Any] = "float32", seed: int = 0) -> Self:
+    def initialize(self, device: Device | str = "cpu", dtype: str | np.dtype[Any] = "float32", seed: int = 0) -> Self:
         """Put the network on a device and give its parameters their initial values. Returns the network.
 
-        device: a Device, by default the CPU. dtype: type of storage, float32, float64, bfloat16 or float16. The values
-        depend on (seed, name of the parameter) alone, not on device or type. Raises DeviceError for a type that the device
-        does not have.
+        device: a Device, or its name. dtype: type of storage, float32, float64, bfloat16 or float16. The values depend on
+        (seed, name of the parameter) alone, not on device or type. Raises DeviceError for a device that is not there or does
+        not have the type, and ValueError for a layer that is in two places of the network.
         """
-        device = device or select("cpu")
+        device = select(device) if isinstance(device, str) else device
         dtype = storage_dtype(dtype)
         device.check_type(dtype)
+        self._check_places()
         self.device, self.dtype = device, dtype
         self.step = device.xp.zeros(1, np.int64)  # of training; dropout masks depend on it
         by_name = self.named_parameters()
@@ -226,6 +236,14 @@ class Layer:
             layer.prepare(device, dtype, random_keys.philox_key(seed, random_keys.DROPOUT), index, self.step)
         self.parameters.gather_buffers(self)
         return self
+
+    def _check_places(self) -> None:
+        places: dict[int, str] = {}
+        for name, layer in self.named_layers():
+            if id(layer) in places:
+                raise ValueError(f"{name} is the same {type(layer).__name__} as {places[id(layer)]}: a layer keeps what its own "
+                                 "backward needs, so that each place in a network needs another one")
+            places[id(layer)] = name
 
     def prepare(self, device: Device, dtype: np.dtype[Any], key: int, index: int, step: Array) -> None:
         """Allocate what this layer keeps besides parameters. key, index, step: its source of randomness."""
@@ -288,7 +306,9 @@ class Layer:
         return values
 
     def _fits(self, shape: Shape, channels: int) -> None:
-        if len(shape) != 3 or shape[0] != channels:
+        if len(shape) != 3:
+            raise ValueError(f"{type(self).__name__}: an input (C, H, W, N) is needed, got one of {len(shape) + 1} dimensions")
+        if shape[0] != channels:
             raise ValueError(f"{type(self).__name__}: {channels} input channels are needed, got (C, H, W) = {tuple(shape)}")
 
 
@@ -356,7 +376,8 @@ class _Shapes:
 class Conv2d(Layer):
     """Convolution: x (C, H, W, N) -> y (O, H', W', N), H' = floor((H + 2 * padding - kh) / stride) + 1.
 
-    weight (O, C/groups, kh, kw), bias (O). Raises ValueError for groups that do not divide the channels, and sizes below 1.
+    weight (O, C/groups, kh, kw), by default He's normal initialization over the fan-in; bias (O), at first 0. Raises ValueError
+    for groups that do not divide the channels, and for sizes that are none.
     """
 
     keeps = ("x",)
@@ -364,11 +385,10 @@ class Conv2d(Layer):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...] | list[int], stride: int = 1,
                  padding: int = 0, groups: int = 1, bias: bool = True,
                  initializer: Initializer = initializers.he_normal()) -> None:
-        sizes = dict(in_channels=in_channels, out_channels=out_channels, kernel_height=pair(kernel_size)[0],
-                     kernel_width=pair(kernel_size)[1], stride=stride, groups=groups)
-        for what, size in sizes.items():
-            if not isinstance(size, numbers.Integral) or size < 1:
-                raise ValueError(f"Conv2d: {what} is {size}, which must be a whole number of at least 1")
+        kernel_height, kernel_width = pair(kernel_size)
+        check_sizes("Conv2d", in_channels=in_channels, out_channels=out_channels, kernel_height=kernel_height,
+                    kernel_width=kernel_width, stride=stride, groups=groups)
+        check_sizes("Conv2d", least=0, padding=padding)
         for what, channels in (("input", in_channels), ("output", out_channels)):
             if channels % groups:
                 raise ValueError(f"Conv2d: {channels} {what} channels do not divide into {groups} groups")
@@ -400,10 +420,8 @@ class Conv2d(Layer):
                             stride=self.stride, padding=self.padding, groups=self.groups, plus=plus)
 
     def backward(self, dy: Array, dx: Array | None = None, plus: Array | None = None, centred: bool = False) -> Any:
-        """As Layer.backward; adds `plus` and writes to `dx` (C, H, W, N) if given, which may be the same.
-
-        centred: each channel of dy is known to add up to 0, and that is the gradient of its bias.
-        """
+        """As Layer.backward; adds `plus` and writes to `dx` (C, H, W, N) if given, which may be the same. centred: see
+        `backward_of`."""
         (x,) = self._take()
         if centred and self.bias:
             self.bias.grad[...] = 0
@@ -422,10 +440,13 @@ class BatchNorm2d(Layer):
 
     buffer_names = ("running_mean", "running_var")
     keeps = ("x", "statistics")  # and "y" of a forward with z
+    running_mean: Array
+    running_var: Array
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, relu: bool = False,
                  initializer: Initializer = initializers.ones) -> None:
         """initializer: of gamma."""
+        check_sizes("BatchNorm2d", channels=channels)
         self.channels, self.eps, self.momentum, self.relu = channels, eps, momentum, relu
         self.weight = Parameter((channels,), initializer)
         self.bias = Parameter((channels,), initializers.zeros)
@@ -473,6 +494,7 @@ class Linear(Layer):
     def __init__(self, in_features: int, out_features: int, bias: bool = True,
                  initializer: Initializer = initializers.uniform_fan_in(), bias_initializer: Initializer | None = None) -> None:
         """bias_initializer: by default uniform within 1 / sqrt(in_features)."""
+        check_sizes("Linear", in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         self.weight = Parameter((out_features, in_features), initializer)
         self.bias = Parameter((out_features,), bias_initializer or initializers.uniform_fan_in(in_features)) if bias else None
@@ -527,6 +549,8 @@ class _Pool2d(Layer):
         self.stride = self.kernel_size[0] if stride is None else stride
         if stride is None and self.kernel_size[0] != self.kernel_size[1]:
             raise ValueError(f"{type(self).__name__}: window {self.kernel_size} is not square and needs a stride")
+        check_sizes(type(self).__name__, kernel_height=self.kernel_size[0], kernel_width=self.kernel_size[1], stride=self.stride)
+        check_sizes(type(self).__name__, least=0, padding=padding)
 
     def output_shape(self, shape: Shape) -> Shape:
         return shape[0], *output_size(type(self).__name__, shape[1:], self.kernel_size, self.stride, self.padding)
@@ -598,6 +622,7 @@ class ZeroPadChannels(Layer):
     """Channels of zeros after the given ones: x (C, H, W, N) -> y (channels, H, W, N)."""
 
     def __init__(self, channels: int) -> None:
+        check_sizes("ZeroPadChannels", channels=channels)
         self.channels = channels
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -621,6 +646,9 @@ class Dropout(Layer):
 
     keeps = ("step",)
     _apply = staticmethod(dropout.apply)
+    _key: int
+    _index: int
+    _step: Array
 
     def __init__(self, rate: float) -> None:
         if not 0 <= rate < 1:
@@ -706,13 +734,12 @@ class Sequential(Composition):
     def output_again(self) -> Again | None:
         return list(self)[-1].output_again()
 
-    def backward(self, dy: Array, plus: Array | None = None, dx: Array | None = None) -> Any:
-        """As Layer.backward; adds `plus`, like dx, if given. See `backward_plus` for `dx`."""
+    def backward(self, dy: Array, plus: Array | None = None, dx: Array | None = None, centred: bool = False) -> Any:
+        """As Layer.backward; adds `plus`, like dx, if given. dx, centred: see `backward_of`."""
         first, *others = self
-        after = None
         for layer in reversed(others):
-            dy, after = backward_from(after, layer, dy), layer
-        return backward_from(after, first, dy) if plus is None else backward_plus(first, dy, plus, dx)
+            dy, centred = backward_of(layer, dy, centred=centred), isinstance(layer, BatchNorm2d)
+        return backward_of(first, dy, plus, dx, centred)
 
 
 def forward_plus(layer: Layer, x: Array, plus: Array) -> Array:
@@ -722,22 +749,17 @@ def forward_plus(layer: Layer, x: Array, plus: Array) -> Array:
     return add.forward(layer.forward(x), plus)
 
 
-def backward_from(after: Layer | None, layer: Layer, dy: Array) -> Any:
-    """layer.backward(dy), where dy is the dx of `after`, the next layer, if there is one."""
-    # Batch norm takes the mean out, and with it a bias in front of it, whose gradient is 0. The sum over dy would be a pass
-    # over it for rounding errors, of which Adam makes whole steps.
-    if isinstance(layer, Conv2d) and isinstance(after, BatchNorm2d):
-        return layer.backward(dy, centred=True)
-    return layer.backward(dy)
-
-
-def backward_plus(layer: Layer, dy: Array, plus: Array, dx: Array | None = None) -> Any:
+def backward_of(layer: Layer, dy: Array, plus: Array | None = None, dx: Array | None = None, centred: bool = False) -> Any:
     """layer.backward(dy) + plus, in one pass where the layer can.
 
-    dx: an array in no place of which dy is, which the result may be written to: it may be plus. Or None.
+    dx: an array in no place of which dy is, which the result may be written to: it may be plus. Or None. centred: each channel
+    of dy is known to add up to 0, as it comes from a batch norm. That takes the mean out, and with it a bias in front of it,
+    whose gradient is 0: the sum over dy would be a pass over it for rounding errors, of which Adam makes whole steps.
     """
-    if isinstance(layer, (Conv2d, Sequential)):
-        return layer.backward(dy, plus=plus, dx=dx)
+    if isinstance(layer, (Conv2d, Sequential)) and (centred or plus is not None):
+        return layer.backward(dy, plus=plus, dx=dx, centred=centred)
+    if plus is None:
+        return layer.backward(dy)
     if isinstance(layer, BatchNorm2d):
         return layer.backward(dy, plus=plus)
     return add.forward(layer.backward(dy), plus)
@@ -772,4 +794,4 @@ class Residual(Composition):
             dy, dz = self.norm.backward(dy)
         plus = self.shortcut.backward(dz) if self.shortcut else dz
         # Without norm, plus is, or may be a part of, what the caller goes on reading.
-        return backward_plus(self.body, dy, plus, dx=plus if self.norm else None)
+        return backward_of(self.body, dy, plus, dx=plus if self.norm else None, centred=self.norm is not None)

@@ -34,7 +34,10 @@ class Optimizer:
     _update: ClassVar[Callable[..., None]]   # a function of ops/optimizer.py
 
     def __init__(self, parameters: Parameters, clip_norm: float, **settings: Any) -> None:
-        """settings: of `_update`. Raises UsageError for one outside its range."""
+        """settings: of `_update`. Raises UsageError for one outside its range, TypeError for a network in place of its
+        `parameters`."""
+        if not isinstance(parameters, Parameters):
+            raise TypeError(f"{type(self).__name__} takes the `parameters` of a network, not {type(parameters).__name__}")
         for name, value in {**settings, "clip_norm": clip_norm}.items():
             limit = 1 if name in ("momentum", "beta1", "beta2", "rho") else math.inf
             if not 0 <= value < limit:

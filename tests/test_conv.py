@@ -292,4 +292,5 @@ def test_which_convolutions_are_computed_by_winograd(monkeypatch, dtype, tf32, o
     monkeypatch.setattr(conv, "WINOGRAD_CHANNELS", {"numpy": 16})
     monkeypatch.setattr(conv, "WINOGRAD_GROUP_CHANNELS", {"numpy": 32})
     x, weight = (np.zeros(shape, kernels.storage_dtype(dtype)) for shape in ((groups * outputs[1], 6, 6, 2), outputs))
-    assert (conv._Geometry(x, weight, stride, padding, groups).method is winograd) == chosen
+    method, _ = conv._chosen(x, weight, conv._Geometry(x, weight, stride, padding, groups))
+    assert (method is winograd) == chosen

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from minidl import initializers
+from minidl import initializers, layers
 from minidl.device import select
-from minidl.errors import CheckpointError
+from minidl.errors import CheckpointError, UsageError
 from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Composition, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d,
                            Layer, Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 from reference import assert_close
@@ -61,15 +61,6 @@ def test_network_gradient_in_random_directions(target, rng, make, shape):
         assert numerical == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_layer_that_is_first_and_last_adds_once(rng):
-    """The other branch of a block, in evaluation, where a layer may stand twice."""
-    relu, body = ReLU(), Conv2d(2, 2, 1)
-    x = rng.normal(size=(2, 3, 3, 4)).astype(np.float32)
-    network = Residual(Sequential(relu, body, relu)).initialize().eval()
-    expected = np.maximum(body.forward(np.maximum(x, 0)), 0) + x
-    assert_close(network.forward(x), expected, 1e-6)
-
-
 def test_two_steps_of_backward_need_two_forwards():
     layer = Conv2d(1, 1, 1).initialize()
     y = layer.forward(np.ones((1, 2, 2, 1), np.float32))
@@ -110,25 +101,29 @@ def test_skipping_the_input_gradient_leaves_the_others(rng):
     assert np.array_equal(*results)
 
 
-def test_the_gradient_of_a_bias_in_front_of_batch_norm_is_zero(machine, rng):
+def test_the_gradient_of_a_bias_in_front_of_batch_norm_is_zero(machine, rng, monkeypatch):
     """Of that one alone; and that is what the sum over its dy would be, but for rounding."""
     network = Sequential(
-        centred=Conv2d(2, 3, 3, padding=1), norm=BatchNorm2d(3, relu=True), free=Conv2d(3, 3, 1), relu=ReLU(),
-        other_norm=BatchNorm2d(3)).initialize(machine.place, "float64", seed=2)
-    gradients = []
-    for alone in (False, True):
-        dy = network.forward(machine.array(rng.normal(size=(2, 4, 5, 3))))
-        dy[...] = machine.array(rng.normal(size=dy.shape))
+        Conv2d(2, 3, 3, padding=1), BatchNorm2d(3, relu=True), Conv2d(3, 3, 1), ReLU(), BatchNorm2d(3),
+        Residual(Sequential(Conv2d(3, 3, 1), BatchNorm2d(3), ReLU(), Conv2d(3, 3, 1))),
+        Residual(Sequential(Conv2d(3, 3, 1), ReLU(), Conv2d(3, 3, 1)), Conv2d(3, 3, 1), norm=BatchNorm2d(3)),
+        Sequential(ReLU(), Conv2d(3, 3, 1)), BatchNorm2d(3), Residual(Conv2d(3, 3, 1), norm=BatchNorm2d(3)))
+    before_norm = {"0.bias", "5.body.0.bias", "6.body.2.bias", "7.1.bias", "9.body.bias"}
+    network.initialize(machine.place, "float64", seed=2)
+    x, u = rng.normal(size=(2, 4, 5, 3)), rng.normal(size=(3, 4, 5, 3))
+    real, gradients = layers.backward_of, []
+    for backward_of in (real, lambda layer, dy, plus=None, dx=None, centred=False: real(layer, dy, plus, dx)):
+        monkeypatch.setattr(layers, "backward_of", backward_of)
+        network.forward(machine.array(x))
         network.parameters.grad[...] = np.nan
-        if alone:
-            for layer in reversed(list(network)):
-                dy = layer.backward(dy)
-        else:
-            network.backward(dy)
-        gradients.append([machine.host(layer.bias.grad) for layer in (network.centred, network.free)])
-    (centred, free), (summed, _) = gradients
-    assert (centred == 0).all() and (abs(summed) < 1e-13).all()
-    assert (abs(free) > 1e-3).all()
+        network.backward(machine.array(u))
+        gradients.append({name: machine.host(parameter.grad) for name, parameter in network.named_parameters().items()})
+    zeros, sums = gradients
+    for name in zeros:
+        if name in before_norm:
+            assert (zeros[name] == 0).all() and (abs(sums[name]) < 1e-12).all()
+        elif name.endswith("bias"):
+            assert abs(zeros[name]).max() > 1e-3 and np.array_equal(zeros[name], sums[name])
 
 
 def test_names_and_shapes_are_those_of_pytorch():
@@ -227,9 +222,29 @@ def test_parts_that_are_no_layers_are_refused():
 
 
 def test_nothing_is_computed_before_it_is_initialized():
-    for use in (lambda layer: layer.forward(np.zeros((3, 2, 2, 1), np.float32)), Layer.state_dict):
-        with pytest.raises(RuntimeError, match=r"this parameter of shape \(4, 3, 1, 1\) has no values yet: call initialize"):
-            use(Conv2d(3, 4, 1, bias=False))
+    network = Sequential(conv=Conv2d(3, 4, 1), norm=BatchNorm2d(4), drop=Dropout(0.5))
+    x = np.zeros((3, 2, 2, 1), np.float32)
+    for use, missing in (
+            (lambda: network.forward(x), "Parameter has no data"), (network.state_dict, "Parameter has no master"),
+            (lambda: network.parameters, "Sequential has no parameters"), (lambda: network.conv.device, "Conv2d has no device"),
+            (lambda: network.norm.running_var, "BatchNorm2d has no running_var"), (lambda: network.drop.forward(x), "Dropout has no step")):
+        with pytest.raises(RuntimeError, match=f"^this {missing} yet: call initialize\\(\\) of the whole network$"):
+            use()
+    assert not hasattr(network, "parameters")
+    with pytest.raises(AttributeError, match="^'Conv2d' object has no attribute 'shape'$"):
+        network.conv.shape
+
+
+def test_a_layer_has_one_place():
+    act = ReLU()
+    with pytest.raises(ValueError, match=r"^block.body.0 is the same ReLU as first: a layer keeps what its own backward needs"):
+        Sequential(first=act, block=Residual(Sequential(act, Conv2d(3, 3, 1)))).initialize()
+
+
+def test_a_device_may_be_named():
+    assert Linear(2, 3).initialize("cpu").device.name == "cpu"
+    with pytest.raises(UsageError, match="device 'gpu' is not one of auto, cpu"):
+        Linear(2, 3).initialize("gpu")
 
 
 @pytest.mark.parametrize("make", [
@@ -264,8 +279,10 @@ def test_a_gradient_of_another_shape_is_refused(layer):
 
 
 def test_input_of_another_type_is_refused(rng):
-    with pytest.raises(TypeError, match="conv: the input is float64, the weight float32: convert one with astype"):
-        Conv2d(3, 4, 3).initialize().forward(rng.normal(size=(3, 5, 5, 2)))
+    for layer, message in ((Conv2d(3, 4, 3), "conv: the input is float64, the weight float32: convert one with astype"),
+                           (BatchNorm2d(3), "batch norm: the input is float64, gamma float32: convert the input with astype")):
+        with pytest.raises(TypeError, match=message):
+            layer.initialize().forward(rng.normal(size=(3, 5, 5, 2)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -307,7 +324,11 @@ def test_splits_that_do_not_fit(shape, message):
     (lambda: Conv2d(8, 8, 3, groups=0), "groups is 0, which must be a whole number of at least 1"),
     (lambda: Conv2d(0, 4, 3), "in_channels is 0"), (lambda: Conv2d(3, 4, (3, 0)), "kernel_width is 0"),
     (lambda: Conv2d(3, 4, 3, stride=(2, 2)), r"stride is \(2, 2\), which must be a whole number"),
-    (lambda: Dropout(1.0), "Dropout: rate 1.0 is not in 0 <= rate < 1"),
+    (lambda: Conv2d(3, 4, 3, padding=1.5), "Conv2d: padding is 1.5, which must be a whole number of at least 0"),
+    (lambda: MaxPool2d(2, stride=(2, 2)), r"MaxPool2d: stride is \(2, 2\), which must be a whole number of at least 1"),
+    (lambda: AvgPool2d(2, padding=-1), "AvgPool2d: padding is -1"), (lambda: MaxPool2d(0), "MaxPool2d: kernel_height is 0"),
+    (lambda: Linear(0, 3), "Linear: in_features is 0"), (lambda: BatchNorm2d(2.5), "BatchNorm2d: channels is 2.5"),
+    (lambda: ZeroPadChannels(0), "ZeroPadChannels: channels is 0"), (lambda: Dropout(1.0), "Dropout: rate 1.0 is not in 0 <= rate < 1"),
     (lambda: ChannelDropout(-1), "ChannelDropout: rate -1 is not in"),
     (lambda: MaxPool2d((2, 3)), r"MaxPool2d: window \(2, 3\) is not square and needs a stride"),
     (lambda: ZeroPadChannels(2).forward(np.zeros((3, 2, 2, 1))), "ZeroPadChannels: 3 channels are more than 2"),
@@ -343,6 +364,7 @@ def test_a_batch_without_images(machine, layer):
     (Conv2d(3, 4, 3), (4, 8, 8), "Conv2d: 3 input channels are needed, got (C, H, W) = (4, 8, 8)"),
     (Conv2d(3, 4, 9), (3, 8, 8), "Conv2d: window 9x9 is larger than the padded image 8x8"),
     (BatchNorm2d(3), (4, 8, 8), "BatchNorm2d: 3 input channels are needed"),
+    (BatchNorm2d(3), (3,), "BatchNorm2d: an input (C, H, W, N) is needed, got one of 2 dimensions"),
     (Linear(10, 2), (3, 2, 2), "Linear: 10 input features are needed, got (3, 2, 2)"),
     (MaxPool2d(5), (3, 4, 4), "MaxPool2d: window 5x5 is larger than the padded image 4x4"),
     (Residual(Conv2d(3, 4, 1)), (3, 4, 4), "the branches of a sum have different shapes (C, H, W): (4, 4, 4) and (3, 4, 4)"),

@@ -420,8 +420,8 @@ BUGS = [
     Bug("conv on tensor cores: cols not rounded", "conv_tensor_core.cu", "right[n][i] = round_factors(right[n][i])", "",
         rounding_for_tensor_cores),
 
-    Bug("bias: only the first tile", "bias.cu", "for (int t = 0; t < tiles; ++t) sum +=", "for (int t = 0; t < 1; ++t) sum +=",
-        bias_of_two_tiles),
+    Bug("bias: the sums of a row's tiles beside each other", "bias.cu", "(long long)blockIdx.x * gridDim.y + blockIdx.y",
+        "(long long)blockIdx.y * gridDim.x + blockIdx.x", bias_of_two_tiles),
 
     Bug("linear: dweight transposed", linear.backward, "_image(dy), _image(x)", "_image(x), _image(dy)", square_linear),
     Bug("linear: dx with the weight not transposed", linear.backward, "_window(weight)", "_window(weight.T.copy())",
@@ -456,7 +456,8 @@ BUGS = [
     Bug("dropout: dx with the next step's mask", layers.Dropout.forward, "self._step.copy()", "self._step", dropout_layer),
 
     Bug("residual: gradient of the shortcut not added", layers.Residual.backward,
-        "backward_plus(self.body, dy, plus, dx=plus if self.norm else None)", "self.body.backward(dy)", network),
+        "backward_of(self.body, dy, plus, dx=plus if self.norm else None, centred=self.norm is not None)", "self.body.backward(dy)",
+        network),
     Bug("residual: gradients of both branches added in the place of one that is read", layers.Residual.backward,
         "dx=plus if self.norm else None", "dx=plus",
         lambda target, rng: test_layers.test_network_gradient_in_random_directions(

@@ -310,6 +310,11 @@ def test_refused(target, name, settings, message):
         optim.OPTIMIZERS[name](parameters(target, np.ones(3), "float32"), **settings)
 
 
+def test_a_network_is_not_its_parameters():
+    with pytest.raises(TypeError, match="^SGD takes the `parameters` of a network, not BatchNorm2d$"):
+        optim.SGD(BatchNorm2d(3).initialize())
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.1, np.nan])
 def test_refused_average(target, decay):
     with pytest.raises(UsageError, match=f"average of the weights: decay {decay} is not in 0 <= decay < 1"):

@@ -35,9 +35,9 @@ def new_file(path: Path, flag: str = "-o") -> Path:
     return path
 
 
-def network_with(state: weights.State, metadata: weights.Metadata, place: Device | None = None) -> Layer:
-    """The network of the metadata with its weights, on a device, by default the CPU. Raises CheckpointError with the first
-    mismatches if they do not fit."""
+def network_with(state: weights.State, metadata: weights.Metadata, place: Device | str = "cpu") -> Layer:
+    """The network of the metadata with its weights, on a device. Raises CheckpointError with the first mismatches if they do
+    not fit."""
     network = models.create(metadata["arch"], metadata["classes"], **metadata["options"]).initialize(place)
     network.load_state_dict(state)
     return network

@@ -5,7 +5,8 @@ import numpy.typing as npt
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels, blocks_for
-from minidl.ops.window import check_batch, threads_along
+from minidl.ops.shapes import check_batch
+from minidl.ops.threads import threads_along
 
 KERNELS = Kernels("augment.cu")
 

@@ -1,8 +1,9 @@
 """Average pooling. Formulas: avgpool.cu."""
 
-from minidl.device import Array, empty
+from minidl.device import Array
 from minidl.kernels import Kernels
-from minidl.ops.window import check_batch, output_size, threads_of_row
+from minidl.ops.shapes import check_batch, output_size, result
+from minidl.ops.threads import threads_of_row
 
 KERNELS = Kernels("avgpool.cu")
 
@@ -16,7 +17,7 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0, ou
     channels, height, width, batch = x.shape
     check_batch("average pool", batch)
     out_height, out_width = output_size("average pool", (height, width), window, stride, padding)
-    y = _result(out, (channels, out_height, out_width, batch), x)
+    y = result("average pool", "out", out, (channels, out_height, out_width, batch), x)
     KERNELS.avgpool_forward[channels * out_height, threads_of_row(out_width, batch, x.itemsize)](
         x, y, height, width, out_height, out_width, batch, *window, stride, padding)
     return y
@@ -29,13 +30,7 @@ def backward(dy: Array, x_shape: tuple[int, ...], window: tuple[int, ...], strid
     y_shape = channels, *output_size("average pool", (height, width), window, stride, padding), batch
     if dy.shape != y_shape:
         raise ValueError(f"average pool: dy {dy.shape} of an output of shape {y_shape}")
-    dx = _result(dx, x_shape, dy)
+    dx = result("average pool", "dx", dx, x_shape, dy)
     KERNELS.avgpool_backward[channels * height, threads_of_row(width, batch, dx.itemsize)](
         dy, dx, height, width, *dy.shape[1:3], batch, *window, stride, padding)
     return dx
-
-
-def _result(given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
-    if given is not None and given.shape != shape:
-        raise ValueError(f"average pool: the result has shape {shape}, the array for it {given.shape}")
-    return empty(shape, like.dtype, like=like) if given is None else given

@@ -1,8 +1,8 @@
 """Batch normalization, alone or fused with what follows it. Formulas: batchnorm.cu."""
 
 from minidl.device import Array, array_module, empty, workers
-from minidl.kernels import LARGEST_COUNT, Kernel, Kernels
-from minidl.ops.window import check_batch
+from minidl.kernels import LARGEST_COUNT, Kernel, Kernels, acc_dtype
+from minidl.ops.shapes import check_batch, result
 
 KERNELS = Kernels("batchnorm.cu")
 THREADS = 256
@@ -32,12 +32,14 @@ def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_va
     Raises ValueError in training for fewer than 2 values per channel, and for shapes that do not fit.
     """
     check_batch("batch norm", x.shape[-1])
+    if gamma.dtype != acc_dtype(x.dtype):
+        raise TypeError(f"batch norm: the input is {x.dtype}, gamma {gamma.dtype}: convert the input with astype")
     channels, row, tile, tiles = _tiles(x)
     _check_shapes((channels,), gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     if training and row < 2:
         raise ValueError(f"batch norm: {row} value per channel in training; a variance needs 2 or more")
-    _check_shapes(x.shape, z=z, out=out)
-    read, y = (x,) if z is None else (x, z), _result(out, x)
+    _check_shapes(x.shape, z=z)
+    read, y = (x,) if z is None else (x, z), result("batch norm", "out", out, x.shape, x)
     mean, rstd = empty((2, channels), gamma.dtype, like=x)
     written = y, mean, rstd, running_mean, running_var
     if group := _channels_together(x):
@@ -56,8 +58,7 @@ def apply(x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, *, relu
           out: Array | None = None) -> Array:
     """The y of a `forward` without z again, bit for bit, from its mean and rstd."""
     channels, row, tile, tiles = _tiles(x)
-    _check_shapes(x.shape, out=out)
-    y = _result(out, x)
+    y = result("batch norm", "out", out, x.shape, x)
     _variant("bn_apply", relu)[(tiles, channels), THREADS](x, mean, rstd, gamma, beta, y, row, tile)
     return y
 
@@ -104,11 +105,6 @@ def _channels_together(x: Array) -> int:
 def _variant(kernel: str, relu: bool, added: Array | None = None) -> Kernel:
     """The one of a kernel's variants that has the ReLU, or the addition before it."""
     return getattr(KERNELS, kernel + ("_add_relu" if added is not None else "_relu" if relu else ""))
-
-
-def _result(out: Array | None, x: Array) -> Array:
-    """Where y goes: the array that the caller gave, or a new one."""
-    return empty(x.shape, x.dtype, like=x) if out is None else out
 
 
 def _check_shapes(shape: tuple[int, ...], **arrays: Array | None) -> None:

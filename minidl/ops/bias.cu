@@ -1,6 +1,6 @@
 // A bias per row: y[o, i] += bias[o]; dbias[o] = sum over i of dy[o, i].
 //
-// Grid: tiles of a row x rows. The sums have two levels: tiles, then the tiles of a row in their order.
+// Grid: tiles of a row x rows. The sums are those of tiles, (tiles, rows); sum_parts.cu adds up the tiles.
 #include "rows.cuh"
 
 // Adds to the columns begin .. begin + count - 1.
@@ -16,13 +16,5 @@ extern "C" __global__ void bias_tile_sums(const real* __restrict__ dy, acc* __re
     const int begin = blockIdx.x * tile, end = row - begin < tile ? row : begin + tile;
     acc sum[1];
     sum_over(sum, begin, end, [](auto& sums, auto value) { sums[0] += value; }, dy + (long long)blockIdx.y * row);
-    if (threadIdx.x == 0) tile_sums[(long long)blockIdx.y * gridDim.x + blockIdx.x] = sum[0];
-}
-
-extern "C" __global__ void bias_combine_sums(const acc* __restrict__ tile_sums, acc* __restrict__ dbias, int rows, int tiles) {
-    GRID_LOOP(o, rows) {
-        acc sum = 0;
-        for (int t = 0; t < tiles; ++t) sum += tile_sums[o * tiles + t];
-        dbias[o] = sum;
-    }
+    if (threadIdx.x == 0) tile_sums[(long long)blockIdx.x * gridDim.y + blockIdx.y] = sum[0];
 }

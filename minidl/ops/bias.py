@@ -1,7 +1,8 @@
 """The bias of convolutions and linear layers. Formulas: bias.cu."""
 
-from minidl.device import Array, empty
-from minidl.kernels import Kernels, blocks_for
+from minidl.device import Array
+from minidl.kernels import Kernels
+from minidl.ops.sum_parts import parts_of, sum_parts
 
 KERNELS = Kernels("bias.cu")
 THREADS = 256
@@ -22,11 +23,9 @@ def gradient(dy: Array, dbias: Array) -> None:
     _check(dbias, dy)
     rows = dy.shape[0]
     row = dy.size // rows
-    tiles = -(-row // TILE)
-    tile_sums = dbias if tiles == 1 else empty((rows, tiles), dbias.dtype, like=dy)
-    KERNELS.bias_tile_sums[(tiles, rows), THREADS](dy, tile_sums, row, TILE)
-    if tiles > 1:
-        KERNELS.bias_combine_sums[blocks_for(rows, 32), 32](tile_sums, dbias, rows, tiles)
+    tile_sums = parts_of(dbias, -(-row // TILE))
+    KERNELS.bias_tile_sums[(len(tile_sums), rows), THREADS](dy, tile_sums, row, TILE)
+    sum_parts(tile_sums, dbias)
 
 
 def _check(bias: Array, y: Array) -> None:

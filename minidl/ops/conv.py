@@ -15,7 +15,8 @@ from minidl.kernels import Kernels
 from minidl.ops import bias as bias_op
 from minidl.ops import chunks, conv_tensor_core, group_conv, winograd
 from minidl.ops.conv_product import product_for
-from minidl.ops.window import check_batch, output_size, threads_of_row
+from minidl.ops.shapes import check_batch, output_size, result
+from minidl.ops.threads import threads_of_row
 
 KERNELS = Kernels("conv.cu")
 
@@ -46,10 +47,11 @@ def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int =
     padded image.
     """
     g = _Geometry(x, weight, stride, padding, groups)
-    y = _result("out", out, g.out_shape, x)
+    y = result("conv", "out", out, g.out_shape, x)
     _check_addends(y, bias, plus)
-    if g.method:
-        g.method.forward(x, weight, y, bias, plus, **g.settings)
+    method, settings = _chosen(x, weight, g)
+    if method:
+        method.forward(x, weight, y, bias, plus, **settings)
     else:
         _multiply(x, product_for(x).pack(g.weight_matrix(weight)), y, bias, plus, g)
     return y
@@ -69,17 +71,18 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     if dy.shape != g.out_shape or dweight.shape != weight.shape:
         raise ValueError(f"conv: dy {dy.shape} and dweight {dweight.shape} of an output of shape {g.out_shape} and a weight "
                          f"{weight.shape}")
-    dx = _result("dx", dx, x.shape, x) if input_gradient else None
+    dx = result("conv", "dx", dx, x.shape, x) if input_gradient else None
     if dx is not None:
         _check_addends(dx, None, plus)
-    if g.method:
-        g.method.backward_weight(dy, x, dweight, **g.settings)
+    method, settings = _chosen(x, weight, g)
+    if method:
+        method.backward_weight(dy, x, dweight, **settings)
     else:
         # (G, O/G, K) = (G, O/G, P) @ (G, P, K)
         product_for(x).weight_gradient(g.out_matrix(dy), x, g, g.weight_matrix(dweight))
     if dx is not None:
-        if g.method_for_dx:
-            g.method_for_dx.backward_x(dy, weight, dx, plus, **g.settings)
+        if method and not (method is conv_tensor_core and stride > 1):
+            method.backward_x(dy, weight, dx, plus, **settings)
         else:
             _input_gradient(dy, weight, dx, plus, g)
     if dbias is not None:
@@ -91,17 +94,27 @@ def workspace_bytes(x: Array, weight: Array, *, stride: int, padding: int, group
     """Bytes of `cols`, or of what stands for it, that `forward` holds at a time. Of x and weight, only device, shape and
     type matter."""
     g = _Geometry(x, weight, stride, padding, groups)
-    if g.method is winograd:
+    method, _ = _chosen(x, weight, g)
+    if method is winograd:
         y = array_module(x).broadcast_to(x[:1, :1, :1, :1], g.out_shape)
         return winograd.workspace_bytes(x, y, padding=padding, groups=groups)
-    return 0 if g.method else product_for(x).cols_bytes(x, g, len(weight) // groups)
+    return 0 if method else product_for(x).cols_bytes(x, g, len(weight) // groups)
 
 
-def _result(name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
-    """Where a result goes: the array that the caller gave, or a new one."""
-    if given is not None and given.shape != shape:
-        raise ValueError(f"conv: {name} has shape {given.shape}, the result {shape}")
-    return empty(shape, like.dtype, like=like) if given is None else given
+def _chosen(x: Array, weight: Array, g: _Geometry) -> tuple[ModuleType | None, dict[str, int]]:
+    """The module that computes a convolution, with the settings that its functions take; or None, for the products here."""
+    module, (narrowest, widest) = array_module(x).__name__, sorted((weight.shape[1], len(weight) // g.groups))
+    settings = dict(padding=g.padding, groups=g.groups)
+    if conv_tensor_core.applies(x, weight, g.padding, g.groups):
+        return conv_tensor_core, {"stride": g.stride, **settings}
+    # 16 bits, and TF32's 10 bits of mantissa, are too few for sums of transformed values.
+    exact = x.dtype == np.float64 or x.dtype == np.float32 and not blas.allow_tf32
+    fewest = (WINOGRAD_GROUP_CHANNELS if g.groups > 1 else WINOGRAD_CHANNELS)[module]
+    if g.kernel == (3, 3) and g.stride == 1 and g.padding <= 2 and exact and narrowest >= fewest:
+        return winograd, settings
+    if g.groups > 1 and widest <= DIRECT_GROUP_CHANNELS[module]:
+        return group_conv, {"stride": g.stride, **settings}
+    return None, {}
 
 
 def _check_addends(result: Array, bias: Array | None, plus: Array | None) -> None:
@@ -173,7 +186,7 @@ def _of_pixels(dy: Array, groups: int) -> _Geometry:
 
 
 class _Geometry:
-    """Sizes of one convolution, checked, and who computes it."""
+    """Sizes of one convolution, checked."""
 
     def __init__(self, x: Array, weight: Array, stride: int, padding: int, groups: int) -> None:
         self.channels, self.height, self.width, self.batch = x.shape
@@ -194,29 +207,12 @@ class _Geometry:
         self.positions = self.pixels * self.batch                          # P'
         self.pixel_bytes = self.groups * self.depth * self.batch * x.itemsize  # of cols
         self.pointwise = self.kernel == (1, 1) and stride == 1 and padding == 0
-        if self.pointwise:  # its rows follow each other without a gap: they are copied as one
-            self.height, self.width, self.out_height, self.out_width = 1, self.pixels, 1, self.pixels
-        self.sizes = self.height, self.width, self.out_width, self.batch, *self.kernel, stride, padding
+        # The rows of a pointwise one follow each other without a gap: they are copied as one.
+        rows = (1, self.pixels, self.pixels) if self.pointwise else (self.height, self.width, self.out_width)
+        self.sizes = *rows, self.batch, *self.kernel, stride, padding
         # The padding with which a convolution of dy covers x again; None where there is no such convolution.
         adjoint_is_convolution = stride == 1 and kernel[0] == kernel[1] and padding < kernel[0]
         self.adjoint_padding = kernel[0] - 1 - padding if adjoint_is_convolution else None
-        self.method, self.settings = self._choose(x, weight)
-        self.method_for_dx = None if self.method is conv_tensor_core and stride > 1 else self.method
-
-    def _choose(self, x: Array, weight: Array) -> tuple[ModuleType | None, dict[str, int]]:
-        """The module of another method, with the settings that its functions take; or None."""
-        module, (narrowest, widest) = array_module(x).__name__, sorted((weight.shape[1], len(weight) // self.groups))
-        settings = dict(padding=self.padding, groups=self.groups)
-        if conv_tensor_core.applies(x, weight, self.padding, self.groups):
-            return conv_tensor_core, {"stride": self.stride, **settings}
-        # 16 bits, and TF32's 10 bits of mantissa, are too few for sums of transformed values.
-        exact = x.dtype == np.float64 or x.dtype == np.float32 and not blas.allow_tf32
-        fewest = (WINOGRAD_GROUP_CHANNELS if self.groups > 1 else WINOGRAD_CHANNELS)[module]
-        if self.kernel == (3, 3) and self.stride == 1 and self.padding <= 2 and exact and narrowest >= fewest:
-            return winograd, settings
-        if self.groups > 1 and widest <= DIRECT_GROUP_CHANNELS[module]:
-            return group_conv, {"stride": self.stride, **settings}
-        return None, {}
 
     def unfold(self, x: Array, begin: int, end: int) -> Array:
         """The columns of the output pixels begin .. end-1: cols (G, K, P)."""

@@ -2,7 +2,8 @@
 
 from minidl.device import Array, array_module, empty
 from minidl.kernels import LARGEST_COUNT, Kernels, blocks_for
-from minidl.ops.window import check_batch, threads_along
+from minidl.ops.shapes import check_batch
+from minidl.ops.threads import threads_along
 
 KERNELS = Kernels("dropout.cu")
 THREADS = 256

@@ -3,7 +3,7 @@
 from minidl.device import Array, empty
 from minidl.kernels import Kernels, acc_dtype, blocks_for
 from minidl.ops.sum_parts import parts_of, sum_parts
-from minidl.ops.window import threads_along
+from minidl.ops.threads import threads_along
 
 KERNELS = Kernels("group_conv.cu")
 OUTPUTS = 4           # group_conv.cu

@@ -2,7 +2,7 @@
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels
-from minidl.ops.window import threads_along
+from minidl.ops.threads import threads_along
 
 KERNELS = Kernels("loss.cu")
 

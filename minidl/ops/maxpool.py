@@ -4,7 +4,8 @@ import numpy as np
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels
-from minidl.ops.window import check_batch, output_size, threads_of_row
+from minidl.ops.shapes import check_batch, output_size
+from minidl.ops.threads import threads_of_row
 
 KERNELS = Kernels("maxpool.cu")
 

@@ -74,16 +74,16 @@ extern "C" __global__ void sgd_step(acc* master, const acc* grad, acc* velocity,
     }
 }
 
-// decoupled: AdamW.
 // 1 - beta^t. The difference of 1 and a power near it would have few digits: of 0.999 a GPU's are wrong in the fourth.
-__device__ __forceinline__ acc bias_of(acc beta, acc t) { return -expm1(t * log1p(beta - 1)); }
+__device__ __forceinline__ acc one_minus_power(acc beta, acc t) { return -expm1(t * log1p(beta - 1)); }
 
+// decoupled: AdamW.
 extern "C" __global__ void adam_step(acc* master, const acc* grad, acc* first_moment, acc* second_moment, real* data,
                                      const acc* state, long long n, acc beta1, acc beta2, acc eps, acc weight_decay,
                                      int decoupled) {
     if (state[NONFINITE] != 0) return;
     const acc lr = state[LR], factor = state[GRAD_FACTOR], t = state[AGE] + 1;
-    const acc step_size = lr / bias_of(beta1, t), second_correction = 1 / bias_of(beta2, t);
+    const acc step_size = lr / one_minus_power(beta1, t), second_correction = 1 / one_minus_power(beta2, t);
     const acc in_gradient = decoupled ? 0 : weight_decay, in_step = decoupled ? lr * weight_decay : 0;
     GRID_LOOP(i, n) {
         const acc g = grad[i] * factor + in_gradient * master[i];

@@ -1,7 +1,7 @@
 """The update of all parameters at once. Formulas, and the meaning of `state`: optimizer.cu.
 
 Arguments: master, grad and the moments (n) of the accumulation type; data (n), the copy that layers compute with,
-of the type of storage, or `master` itself where the two types are one; state (11), the numbers of the current step.
+of the type of storage, or `master` itself where the two types are one; state (STATE_SIZE), the numbers of the current step.
 Arrays of other sizes raise ValueError.
 """
 
@@ -12,8 +12,8 @@ KERNELS = Kernels("optimizer.cu")
 THREADS = 256
 TILE = 4096  # elements of the gradient that one block adds up
 # Places in `state`.
-(LR, CALLS, STEP, AGE, SCALE, GOOD_STEPS, SKIPPED_IN_ROW, NONFINITE, FAILED, GRAD_NORM, GRAD_FACTOR) = range(11)
 STATE_SIZE = 11
+(LR, CALLS, STEP, AGE, SCALE, GOOD_STEPS, SKIPPED_IN_ROW, NONFINITE, FAILED, GRAD_NORM, GRAD_FACTOR) = range(STATE_SIZE)
 
 
 def norm(grad: Array, state: Array, clip_norm: float = 0.0) -> None:

@@ -12,7 +12,7 @@ from minidl.device import Array, empty
 from minidl.kernels import Kernels, acc_dtype, blocks_for
 from minidl.ops import chunks
 from minidl.ops.conv_product import THREADS, Blas, Packed, product_for
-from minidl.ops.window import threads_along
+from minidl.ops.threads import threads_along
 
 KERNELS = Kernels("winograd.cu")
 # Results of a tile, along a side: whichever multiplies less. Of y always 2, which round less than a direct sum: 4 round twice as

@@ -1,4 +1,15 @@
-"""Sliding windows, for convolution and pooling, and batches: sizes, and what is refused."""
+"""Shapes: of windows that slide over images, of batches and results; and what is refused."""
+
+import numbers
+
+from minidl.device import Array, empty
+
+
+def check_sizes(op: str, least: int = 1, **sizes: object) -> None:
+    """Raise ValueError, naming `op` and the first of the sizes that is no whole number of at least `least`."""
+    for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral) or size < least:
+            raise ValueError(f"{op}: {name} is {size}, which must be a whole number of at least {least}")
 
 
 def pair(size: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
@@ -29,11 +40,11 @@ def check_batch(op: str, batch: int) -> None:
         raise ValueError(f"{op}: a batch of {batch} images")
 
 
-def threads_of_row(pixels: int, batch: int, itemsize: int) -> int:
-    """Threads of a block that share so many pixels and their images (pixels.cuh), 16 bytes each: whole warps, at most 256."""
-    return min(256, -(-pixels * -(-batch * itemsize // 16) // 32) * 32)
-
-
-def threads_along(batch: int) -> int:
-    """Threads of a block whose loops run along the batch: whole warps, at most 256."""
-    return min(256, -(-batch // 32) * 32)
+def result(op: str, name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
+    """Where a result of this shape goes: the array that the caller gave, or a new one, like `like`. Raises ValueError, naming
+    `op` and the argument `name`, for one of another shape."""
+    if given is None:
+        return empty(shape, like.dtype, like=like)
+    if given.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {given.shape}, the result {shape}")
+    return given
