@@ -23,7 +23,7 @@ from pathlib import Path
 
 import records
 from minidl import command
-from minidl.commands import train
+from minidl.commands import run_settings, train
 from minidl.commands.arguments import positive
 from minidl.progress import Progress
 from minidl.run_folder import RunFolder
@@ -86,12 +86,12 @@ def measure(run, repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    train.add_settings(parser)
+    run_settings.add_arguments(parser)
     parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="epochs of each kind; default: 10")
     parser.add_argument("--json", metavar="FILE", help="write the result and the environment there")
     args = parser.parse_args()
     args.epochs = args.repeats + 1  # which the schedule must reach
-    run = train.new_run(train.chosen_settings(args))
+    run = train.new_run(run_settings.chosen(args))
     train.announce(run)
     bare, epochs, checkpoints = measure(run, args.repeats)
     row = {"arch": run.settings.arch, "dataset": run.settings.dataset, "precision": run.settings.precision,

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minidl import __version__
+from minidl.atomic_file import FilePath, write_atomically
 from minidl.errors import UsageError
 from minidl.extras import library
 from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Layer,
                            Linear, MaxPool2d, ReLU, Shape, ZeroPadChannels)
-from minidl.weights import FilePath, Metadata, write_whole
+from minidl.weights import Metadata
 
 OPSET, IR_VERSION = 17, 8  # of ONNX 1.12, 2022; a later IR is refused by runtimes that know the operators
 
@@ -43,7 +44,7 @@ def export(network: Layer, path: FilePath, image_shape: Shape, metadata: Metadat
         producer_name="minidl", producer_version=__version__)
     onnx.helper.set_model_props(model, {name: value if isinstance(value, str) else json.dumps(value)
                                         for name, value in (metadata or {}).items()})
-    write_whole(path, lambda file: file.write(model.SerializeToString()))
+    write_atomically(path, lambda file: file.write(model.SerializeToString()))
 
 
 class _Value(NamedTuple):

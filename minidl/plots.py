@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minidl.atomic_file import FilePath, write_atomically
 from minidl.device import Array
 from minidl.errors import UsageError
 from minidl.extras import library
-from minidl.weights import FilePath, write_whole
+from minidl.wording import words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ def picture(path: FilePath, width: float, height: float, layout: str | None = "c
         if layout:
             figure.get_layout_engine().set(w_pad=0.1, h_pad=0.05)
         yield figure
-        write_whole(path, lambda file: figure.savefig(file, format=suffix[1:], metadata=FORMATS[suffix]))
+        write_atomically(path, lambda file: figure.savefig(file, format=suffix[1:], metadata=FORMATS[suffix]))
 
 
 @dataclass(frozen=True)
@@ -207,11 +208,6 @@ def _per_class(axes: Axes, accuracies: Array, classes: Sequence[str]) -> None:
     for index, y in zip(far, spread(far, count / 58, 0, count - 1)):
         axes.plot((-0.08, -0.01), (y, index), transform=beside, clip_on=False, color=GRAY, linewidth=0.5)
         axes.text(-0.1, y, f"{names[index]}  {values[index]:.0%}", transform=beside, ha="right", va="center", fontsize=SMALL)
-
-
-def words(name: str) -> str:
-    """A class name as people write it: "aquarium_fish" -> "aquarium fish"."""
-    return name.replace("_", " ")
 
 
 def lr_find(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], suggestion: float | None,

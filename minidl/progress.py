@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from tqdm import tqdm
 
 from minidl.training import Metrics
+from minidl.wording import brief, loss_text, rate_text
 
 
 class Progress:
@@ -54,27 +55,3 @@ class Progress:
         validation = f"  {val:>6}" if self.validates else ""
         return (f"{epoch:>{max(5, 2 * len(str(self.epochs)) + 1)}} {lr:>7}  {train:>6} {train_top1:>6}{validation}"
                 f"  {test:>6} {test_top1:>6} {test_top5:>6}  {speed:>9} {time:>6}").rstrip()
-
-
-def rate_text(lr: float) -> str:
-    """0.00125 -> "0.00125", 0.000125 -> "1.25e-4", 1.51e-10 -> "1.5e-10": a learning rate in at most 7 letters."""
-    texts = [format(lr, form).replace("e-0", "e-") for form in (".3g", ".2e", ".1e")]
-    return next((text for text in texts if len(text) <= 7), texts[-1])
-
-
-def loss_text(value: float) -> str:
-    """4.605, 1235, 2e+09: in at most 6 letters. One above 99 has other worries than decimals."""
-    return f"{value:.3f}" if value < 99 else f"{value:.0f}" if value < 999_999 else f"{value:.0e}"
-
-
-def percent(share: str | float) -> str:
-    """0.4512 -> "45.12%"."""
-    return f"{float(share):.2%}"
-
-
-def brief(seconds: float) -> str:
-    """"0.4s", "12s", "4m05s", "1h02m"."""
-    if seconds < 59.5:
-        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"

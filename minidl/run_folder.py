@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from minidl import __version__, checkpoint, data, plots, process_lock, weights
+from minidl.atomic_file import write_atomically
 from minidl.device import Device
 from minidl.errors import CheckpointError, UsageError
 from minidl.extras import library
@@ -56,10 +57,10 @@ class RunFolder:
     def write_settings(self, settings: str, environment: Mapping[str, Any]) -> None:
         """settings: the text of config.toml; environment: to env.json."""
         with self._survives("config.toml"):
-            weights.write_whole(self.path / "config.toml", lambda file: file.write(settings.encode()))
+            write_atomically(self.path / "config.toml", lambda file: file.write(settings.encode()))
         with self._survives("env.json"):
             text = json.dumps(environment, indent=2) + "\n"
-            weights.write_whole(self.path / "env.json", lambda file: file.write(text.encode()))
+            write_atomically(self.path / "env.json", lambda file: file.write(text.encode()))
 
     def add_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
         """Append the last of `history`, {column: text} per epoch, to metrics.csv; where that failed before, or it has other
@@ -81,7 +82,7 @@ class RunFolder:
     def write_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
         """metrics.csv holds `history` and nothing else."""
         with self._survives("metrics.csv"):
-            weights.write_whole(self.path / "metrics.csv", lambda file: file.write(_csv(history, header=True).encode()))
+            write_atomically(self.path / "metrics.csv", lambda file: file.write(_csv(history, header=True).encode()))
 
     def log(self, event: str, **values: Any) -> None:
         """Append an event to events.jsonl, which nothing is ever taken from."""

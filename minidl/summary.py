@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from minidl.device import Device, select
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.layers import Conv2d, Layer, Shape
 from minidl.ops import conv
+from minidl.wording import aligned, megabytes
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,3 @@ def table(summary: Summary) -> str:
     total = ("total", "", "", f"{summary.parameters:,}", f"{summary.macs:,}", megabytes(summary.activation_bytes),
              megabytes(summary.workspace_bytes))
     return aligned([head, *rows, total], left=3)
-
-
-def megabytes(count: int) -> str:
-    """A number of bytes -> "12.3 MB", or "-" for none."""
-    return f"{count / 1e6:,.1f} MB" if count else "-"
-
-
-def aligned(rows: Iterable[Sequence[str]], left: int) -> str:
-    """Cells in columns, the first `left` of them flush left, the others flush right -> text."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) if i < left else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)

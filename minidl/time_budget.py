@@ -6,8 +6,8 @@ import time
 
 from minidl import signals
 from minidl.errors import UsageError
-from minidl.progress import brief
 from minidl.run import Run
+from minidl.wording import brief
 
 WARMUP_STEPS, STEPS, FEWEST_STEPS = 20, 100, 2
 # Steps are measured for a SHARE of the budget, but for LEAST_SECONDS unless that is more than LARGEST_SHARE of it; evaluation

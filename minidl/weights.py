@@ -9,8 +9,6 @@ with metadata is sealed: they hold a checksum of each array, and a hash of thems
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
 import io
 import json
@@ -18,18 +16,18 @@ import math
 import os
 import re
 import shlex
-import shutil
 import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from minidl.atomic_file import FilePath, write_atomically
 from minidl.data.dataset import Dataset
 from minidl.device import Array
 from minidl.errors import CheckpointError
@@ -37,7 +35,6 @@ from minidl.extras import library
 
 State: TypeAlias = dict[str, Array]
 Metadata: TypeAlias = dict[str, Any]  # see `describe`
-FilePath: TypeAlias = str | os.PathLike[str]
 
 FORMAT = "minidl weights 1"
 METADATA = ("format", "arch", "options", "classes", "dataset", "mean", "std", "class_names")  # see `describe`
@@ -87,7 +84,7 @@ def save(path: FilePath, state: Mapping[str, Array], metadata: Metadata | None =
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
 
-    write_whole(path, write, previous)
+    write_atomically(path, write, previous)
 
 
 def _checksum(array: Array) -> int:
@@ -104,75 +101,7 @@ def save_safetensors(path: FilePath, state: Mapping[str, Array], metadata: Metad
     # The library writes memory as it lies, whatever the strides.
     arrays = {name: np.asarray(array, np.asarray(array).dtype.newbyteorder("<"), order="C") for name, array in state.items()}
     raw = safetensors.save(arrays, None if metadata is None else {"minidl": json.dumps(metadata)})
-    write_whole(path, lambda file: file.write(raw))
-
-
-def write_whole(path: FilePath, write: Callable[[BinaryIO], object], previous: FilePath | None = None) -> None:
-    """The file `path` becomes what write(file) writes, or stays what it is. Raises CheckpointError in that case.
-
-    previous: the name under which what was there before is kept. Whatever moment the process or the machine stops at, there
-    is a whole file under `path` or `previous`, if there was one before.
-    """
-    path = Path(path)
-    names = [path] if previous is None else [path, Path(previous)]
-    hidden = {name: name.with_name(f".{name.name}.{os.getpid()}.tmp") for name in names}  # of two processes, one wins
-    try:
-        for name in names:
-            _sweep(name)
-        with hidden[path].open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            _give_second_name(path, hidden[Path(previous)])
-        # The new file first: should the old one be damaged, the one before it is needed until then.
-        for name in names:
-            if hidden[name].exists():
-                hidden[name].replace(name)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        for temporary in hidden.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-
-def _sweep(path: Path) -> None:
-    """Remove what processes left that were killed while they wrote `path`."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        number = stale.name.split(".")[-2]
-        if number.isdigit() and not _runs(int(number)):
-            with contextlib.suppress(OSError):
-                stale.unlink()
-
-
-def _runs(process: int) -> bool:
-    """Whether another process of this number runs."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it is somebody else's
-        pass
-    return process != os.getpid()
-
-
-def _give_second_name(path: Path, name: Path) -> None:
-    try:
-        os.link(path, name)
-    except OSError:  # a file system without second names
-        shutil.copyfile(path, name)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk only when its folder is. Not every system lets a folder be opened."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    write_atomically(path, lambda file: file.write(raw))
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------

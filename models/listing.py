@@ -1,6 +1,7 @@
 """`--arch list`: the table of all architectures."""
 
-from minidl.summary import aligned, megabytes, summarize
+from minidl.summary import summarize
+from minidl.wording import aligned, megabytes
 from models import ALIASES, REGISTRY
 
 BATCH_SIZE = 128  # for which memory is given

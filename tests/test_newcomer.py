@@ -125,3 +125,10 @@ def test_the_first_hour(start, site):
         assert weights["conv1.weight"].shape == (16, 3, 3, 3) and weights["classifier.bias"].shape == (10,)
     minidl("import", written["safetensors"] or written["npz"], "--arch", "wrn-10-1", "-o", "again.npz")
     assert minidl("eval", "again.npz", "--dataset", "digits") == evaluated
+
+
+def test_a_folder_with_a_module_named_models(tmp_path, site):
+    (tmp_path / "models.py").write_text("MINE = True\n")
+    result = subprocess.run([sys.executable, "-m", "minidl", "train", "--arch", "list"], cwd=tmp_path, capture_output=True,
+                            text=True, env={**os.environ, "PYTHONPATH": str(site)})
+    assert_refused(result, 2, f"{tmp_path / 'models.py'} takes the place of the package models", "use the script `minidl`")

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from minidl.progress import Progress, brief, loss_text, percent, rate_text
+from minidl.progress import Progress
+from minidl.wording import brief, loss_text, percent, rate_text
 from minidl.training import Metrics
 
 USUAL = dict(epoch="7", lr="0.0325", train_loss="4.10512", train_top1="0.05120", val_loss="3.9", val_top1="0.06600",

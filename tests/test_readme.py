@@ -9,6 +9,7 @@ import pytest
 
 import models
 from minidl import summary
+from minidl.wording import megabytes
 from minidl.__main__ import COMMANDS
 from test_guide import check_arguments, rows
 
@@ -49,7 +50,7 @@ def test_tables_of_networks(page):
         assert sum(p.size for p in network.named_parameters().values()) == int(parameters.replace(",", ""))
         assert network.macs((3, 32, 32)) == int(macs.replace(",", ""))
     for name, kept in re.findall(r"\| `([\w-]+)` \| [\d,]+ \| [\d,]+ \| ([\d,.]+ MB) \|", text):
-        assert summary.megabytes(summary.summarize(models.create(name)).activation_bytes) == kept
+        assert megabytes(summary.summarize(models.create(name)).activation_bytes) == kept
 
 
 def test_options_of_the_networks_are_those_of_their_builders():

@@ -11,7 +11,7 @@ import pytest
 
 import models
 from minidl import data, settings
-from minidl.commands import train
+from minidl.commands import run_settings, train
 from minidl.errors import UsageError
 from minidl.settings import Settings, duration, read_toml, resolve, save_interval, scaled
 from models.recipes import recipe
@@ -24,7 +24,7 @@ def chosen(*arguments) -> Settings:
     """What the command line `arguments` comes to."""
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    return train.chosen_settings(parser.parse_args([*map(str, arguments), "--device", "cpu"]))
+    return run_settings.chosen(parser.parse_args([*map(str, arguments), "--device", "cpu"]))
 
 
 def toml(folder, text):
@@ -61,11 +61,11 @@ def test_the_file_chooses_the_device_and_the_recipe(tmp_path):
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     file = toml(tmp_path, 'device = "cpu"\nrecipe = "paper"\narch = "resnext"\n')
-    it = train.chosen_settings(parser.parse_args(["--config", str(file)]))
+    it = run_settings.chosen(parser.parse_args(["--config", str(file)]))
     assert (it.device, it.recipe, it.arch, it.epochs) == ("cpu", "paper", "resnext29-2x64d", 300)
     (tmp_path / "it.toml").write_text('device = "gpu"')
     with pytest.raises(UsageError, match="device 'gpu' is not one of auto, cpu, cuda, cuda:N"):
-        train.chosen_settings(parser.parse_args(["--config", str(file)]))
+        run_settings.chosen(parser.parse_args(["--config", str(file)]))
 
 
 def test_without_anything_digits_on_a_cpu():

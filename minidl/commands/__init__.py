@@ -1,1 +1,9 @@
-"""The commands of `python -m minidl`, one file each: a docstring whose first line is its help, add_arguments, and main."""
+"""The commands of `python -m minidl`, one file each: a docstring whose first line is its help, add_arguments, and main.
+arguments.py and run_settings.py hold what several of them share."""
+
+import models
+from minidl.errors import UsageError
+
+if not hasattr(models, "REGISTRY"):  # `python -m` looks in the present folder first
+    raise UsageError(f"{models.__file__} takes the place of the package models of minidl: use the script `minidl` in place of "
+                     "`python -m minidl`, or another folder")

@@ -15,8 +15,7 @@ from minidl.commands.arguments import new_file
 from minidl.data import cifar, digits
 from minidl.data.dataset import Dataset
 from minidl.errors import DataError
-from minidl.plots import words
-from minidl.summary import aligned
+from minidl.wording import aligned, words
 
 COLUMNS = ROWS = 10  # of the picture
 

@@ -24,8 +24,7 @@ from minidl.data.dataset import Dataset
 from minidl.device import Array
 from minidl.errors import CheckpointError, UsageError
 from minidl.layers import Layer
-from minidl.plots import words
-from minidl.summary import aligned
+from minidl.wording import aligned, words
 
 LISTED = 5  # of the best and of the worst classes
 

@@ -23,11 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from minidl import plots
-from minidl.commands import train
+from minidl.commands import run_settings, train
 from minidl.commands.arguments import new_file, positive
 from minidl.errors import DivergedError, UsageError
 from minidl.run import Run
-from minidl.summary import aligned
+from minidl.wording import aligned
 
 LOWEST, HIGHEST = 1e-6, 10.0
 STEPS, FEWEST_STEPS = 100, 10
@@ -38,7 +38,7 @@ PICTURE = "lr-find.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    train.add_settings(parser)
+    run_settings.add_arguments(parser)
     parser.add_argument("--steps", type=positive, default=STEPS, metavar="N",
                         help=f"in which the rate grows from {LOWEST:g} to {HIGHEST:g}; default: {STEPS}")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"picture, .png, .svg or .pdf; default: {PICTURE}")
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     if args.steps < FEWEST_STEPS:
         raise UsageError(f"--steps is {args.steps}: a curve needs at least {FEWEST_STEPS}")
     picture = picture_path(args.output)
-    run = train.new_run(train.chosen_settings(args))
+    run = train.new_run(run_settings.chosen(args))
     if not args.json:
         train.announce(run)
     with train.ample_memory(run):

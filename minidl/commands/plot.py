@@ -13,7 +13,7 @@ from pathlib import Path
 from minidl import data, plots
 from minidl.commands.arguments import new_file
 from minidl.errors import CheckpointError
-from minidl.summary import aligned
+from minidl.wording import aligned
 
 PICTURE = "curves.png"
 

@@ -13,8 +13,7 @@ from minidl.commands.arguments import network_with, positive
 from minidl.commands.evaluate import load, outputs
 from minidl.data.dataset import IMAGE_SHAPE, Dataset
 from minidl.errors import CheckpointError
-from minidl.plots import words
-from minidl.summary import aligned
+from minidl.wording import aligned, words
 
 BATCH_SIZE = 128
 

@@ -28,46 +28,28 @@ from typing import Any
 import numpy as np
 
 import models
-from minidl import (checkpoint, data, device, inspection, memory, parallel, run_folder, settings, signals, summary, time_budget,
-                    weights)
+from minidl import checkpoint, data, device, inspection, memory, parallel, run_folder, settings, signals, time_budget
+from minidl.atomic_file import write_atomically
 from minidl.checkpoint import Checkpoint
+from minidl.commands import run_settings
 from minidl.commands.arguments import positive
 from minidl.device import Device
 from minidl.errors import CheckpointError, DeviceError, UsageError
 from minidl.parallel import ALONE, Team
-from minidl.progress import Progress, brief, percent
+from minidl.progress import Progress
 from minidl.run import Run, subset
 from minidl.run_folder import NoFolder, RunFolder
 from minidl.saving import Saver
 from minidl.settings import Settings
 from minidl.training import Metrics
-from models import listing, recipes
+from minidl.wording import aligned, brief, percent
+from models import listing
 
-DEMO_ARCH, LARGE_ARCH = "simplenet-310k", "simplenet-5m"  # without --arch, on a CPU and on a GPU
 TRIAL_STEPS, OVERFIT_REPEATS, PROFILED_STEPS = 2, 20, 5
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting of a run, in groups, and --config."""
-    parser.usage = "%(prog)s [option ...]"  # there are too many to list
-    # None: not given. Values are checked where those of files are, by Settings.
-    for name, spec in settings.fields().items():
-        flag = "--" + name.replace("_", "-")
-        if spec.begins:
-            group = parser.add_argument_group(spec.begins)
-        if spec.kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=spec.help)
-        elif spec.kind in (list, dict):
-            group.add_argument(flag, nargs="+" if spec.kind is dict else "*", type=int if spec.kind is list else str,
-                               metavar=spec.word, help=spec.help)
-        else:
-            group.add_argument(*spec.flags, flag, type=spec.kind, choices=spec.choices or None, metavar=spec.word or None,
-                               help=spec.help)
-    parser.add_argument("--config", metavar="FILE", help="settings from a file in TOML, such as the config.toml of a run")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_settings(parser)
+    run_settings.add_arguments(parser)
     folder = parser.add_argument_group("the run's folder")
     folder.add_argument("-o", "--output", metavar="FOLDER", help="a new one; default: runs/<arch>-<dataset>-<time>")
     folder.add_argument("--resume", nargs="?", const="", metavar="RUN",
@@ -93,7 +75,7 @@ def main(args: argparse.Namespace) -> int | None:
             run_folder.check_empty(Path(args.output))  # before anything that takes time
         if args.override:
             raise UsageError("--override is for a run that goes on: name it with --resume")
-        chosen = chosen_settings(args)
+        chosen = run_settings.chosen(args)
         if args.print_config:
             sys.stdout.buffer.write(chosen.as_toml().encode())  # TOML is UTF-8, whatever a terminal is
             return None
@@ -124,7 +106,7 @@ def main(args: argparse.Namespace) -> int | None:
 def one_of_ranks(args: argparse.Namespace, team: Team) -> None:
     """What a rank of several does."""
     if args.resume is None:
-        train(args, chosen_settings(args), team)
+        train(args, run_settings.chosen(args), team)
     else:
         resume(*to_resume(args), args.quiet or team.rank > 0, team)
 
@@ -134,7 +116,7 @@ def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> Non
     begin = time.perf_counter()
     run = new_run(chosen, team, overfit=args.overfit_batch)
     announce(run)
-    demo = is_demo(args, run.place.name == "cpu")
+    demo = run_settings.is_demo(args, run.place.name == "cpu")
     if demo:
         print("This is a demo on 1,797 small digits, because no GPU was found and no network or data were asked for.")
     if args.overfit_batch:
@@ -152,53 +134,6 @@ def place_of(chosen: Settings, team: Team = ALONE) -> Device:
     """The device of a rank: of several on GPUs, each has its own."""
     number = device.gpu_number(chosen.device)
     return device.select(chosen.device if team.size == 1 or number is None else f"cuda:{team.rank}")
-
-
-# ---- settings ----------------------------------------------------------------------------------------------------
-
-
-def is_demo(args: argparse.Namespace, on_cpu: bool) -> bool:
-    """Whether digits are trained on: there is no GPU, and neither network nor data were asked for."""
-    return on_cpu and not any((args.arch, args.dataset, args.data_dir, args.config))
-
-
-def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line and the file say, the command line first."""
-    from_file = settings.read_toml(args.config) if args.config else {}
-    flags = {name: getattr(args, name) for name in settings.fields() if getattr(args, name) is not None}
-    if "model_kwargs" in flags:
-        flags["model_kwargs"] = {**from_file.get("model_kwargs", {}), **models.parse_options(flags["model_kwargs"])}
-    flags = settings.checked(flags)
-    for given in (from_file, flags):
-        if "epochs" in given and "time_budget" in given:
-            raise UsageError("epochs and time_budget exclude each other: the budget decides how many epochs there are")
-    for choice, belong in (("optimizer", settings.HYPERPARAMETERS), ("sched", settings.OF_MULTISTEP)):
-        if choice in from_file and flags.get(choice, from_file[choice]) != from_file[choice]:
-            from_file = {name: value for name, value in from_file.items() if name not in belong}  # they are of the file's own
-    if "epochs" in flags:
-        from_file.pop("time_budget", None)
-        if "epochs" in from_file and "milestones" in from_file:
-            from_file["milestones"] = settings.scaled(from_file["milestones"], flags["epochs"] / from_file["epochs"])
-    return {**from_file, **flags}
-
-
-def chosen_settings(args: argparse.Namespace) -> Settings:
-    """All settings of a new run."""
-    given = given_settings(args)
-    on_cpu = device.gpu_number(given.get("device", "auto")) is None
-    demo = is_demo(args, on_cpu)
-    given["dataset"] = given.get("dataset") or ("digits" if demo else "cifar100")
-    given["arch"] = models.find(given.get("arch") or (DEMO_ARCH if on_cpu else LARGE_ARCH))[0]
-    recipe = recipes.recipe(given.get("recipe", "fast"), given["arch"], given["dataset"])
-    chosen = settings.resolve(given, recipe)
-    models.create(chosen.arch, **chosen.model_kwargs)  # a wrong option is said before data is looked for
-    return chosen
-
-
-def differences(before: Settings, given: dict[str, Any]) -> dict[str, Any]:
-    """What was given and is not what it was before: {name: value}, without settings that are free."""
-    specs = settings.fields()
-    return {name: value for name, value in given.items() if not specs[name].free and getattr(before, name) != value}
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
@@ -387,7 +322,7 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     results = {name: [float(row[name]) for row in last] for name in ("test_top1", "test_top5", "test_loss")}
     found = {name: {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
              for name, values in results.items()}
-    weights.write_whole(parent / "summary.json", lambda file: file.write(json.dumps(found, indent=2).encode() + b"\n"))
+    write_atomically(parent / "summary.json", lambda file: file.write(json.dumps(found, indent=2).encode() + b"\n"))
     top1, top5 = (f"{percent(statistics.mean(results[name]))} +- {100 * statistics.stdev(results[name]):.2f}"
                   for name in ("test_top1", "test_top5"))
     print(f"{args.runs} seeds, mean +- standard deviation: test top-1 {top1}, top-5 {top5}")
@@ -418,7 +353,7 @@ def to_resume(args: argparse.Namespace) -> tuple[Path, Checkpoint, Settings]:
     for flag in ("output", "time_budget", "runs", "fast_dev_run", "overfit_batch", "profile", "print_config"):
         if getattr(args, flag):
             raise UsageError(f"--{flag.replace('_', '-')} does not go with --resume")
-    given = given_settings(args)
+    given = run_settings.given(args)
     given.pop("time_budget", None)  # of a file: it decided when the run began
     if "arch" in given:
         given["arch"] = models.find(given["arch"])[0]
@@ -439,7 +374,7 @@ def saved_run(path: Path, given: dict[str, Any], remedy: str) -> tuple[Checkpoin
         before = Settings(**saved.progress["settings"])
     except (TypeError, UsageError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this version: {error}") from None
-    changed = differences(before, given)
+    changed = run_settings.differences(before, given)
     of_the_old = settings.HYPERPARAMETERS[1:] if "optimizer" in changed else ()
     now = dataclasses.replace(before, **{**dict.fromkeys(of_the_old), **given})
     if not changed.keys().isdisjoint({"arch", "model_kwargs", "dataset"}):  # that weights do not fit is no matter of choice
@@ -517,7 +452,7 @@ def print_profile(run: Run) -> None:
     for name, kinds in times.items():
         rows.append((name, types[name], *(f"{1000 * kinds.get(kind, 0.0):.3f}" for kind in ("forward", "backward")),
                      f"{sum(kinds.values()) / layers:.1%}"))
-    print(summary.aligned(rows, left=2))
+    print(aligned(rows, left=2))
     print(f"layers {1000 * layers:.1f} ms, each waited for; a step without that {1000 * step:.1f} ms, "
           f"{run.settings.batch_size / step:,.0f} images/s; medians of {PROFILED_STEPS}")
 
@@ -527,4 +462,4 @@ def statistics_table(layers: dict[str, dict[str, float]]) -> str:
     head = ("layer", "mean", "std", "zeros", "gradient", "weight", "dweight", "update")
     rows = [(name, *(f"{row[key]:.1e}" if key in row and key != "output_zeros" else percent(row[key]) if key in row else "-"
                      for key in inspection.STATISTICS)) for name, row in layers.items()]
-    return summary.aligned([head, *rows], left=1)
+    return aligned([head, *rows], left=1)
