@@ -11,7 +11,8 @@ threads; first their results are compared. Peers: a NumPy (CuPy) expression for 
 PyTorch, in the better of its two layouts on a CPU, in channels_last on a GPU.
 
 The ceilings are measured in the same run: bytes/s of a copy of a tensor that no cache holds, FLOP/s of the fastest large
-matrix product that either peer has. "ceiling" is the least time that they allow over the time taken. The copy takes turns with
+matrix product that either peer has. "ceiling" is the time at these speeds over the time taken. A copy on a CPU also reads the
+lines that it overwrites: kernels that mostly read, or store past the caches, exceed 100 %. The copy takes turns with
 the peers of each row that memory bounds, as its speed may double within minutes on a machine that others use too; the one at
 the start only decides what bounds a row. "alike" is the time of a copy of as many bytes over the time taken: what is lost
 against it is the kernel's, the rest of what is lost against the ceiling belongs to any launch of this size.

@@ -32,15 +32,16 @@ LOST = 10  # rows of the table of what is lost most
 
 HEAD = """# Benchmarks
 
-Written by `python benchmarks/report.py` from the records in [results/](results/): edit those. Each record holds its command,
-commit, hardware and versions. Times on shared machines vary from hour to hour: compare ratios.
+Written by `python benchmarks/report.py` from the records in [results/](results/). Do not edit it: repeat a benchmark, or edit
+experiments.toml and runs.toml. Each record holds its command, commit, hardware and versions. Times on shared machines vary from hour to hour: compare ratios.
 
     python benchmarks/kernels.py --help       every kernel and every matrix product of the networks, against the ceilings
     python benchmarks/training.py --help      images per second and memory of a training step; scaling; start-up
     python benchmarks/overhead.py --help      what an epoch of train.py costs beyond its steps
 
-`minidl bench kernels`, `training` and `overhead` are the same. `--peer torch` measures PyTorch in turn with minidl, in one
-process with as many threads; a ratio above 1 means that minidl is faster. A commit with + had files that differed from it.
+`minidl bench kernels`, `training` and `overhead` are the same. `--peer torch` measures PyTorch too, with as many threads: times in
+turn, in one process; memory in a process for each. A speed ratio above 1 means that minidl is faster, a memory ratio below 1
+that it needs less. A commit with + had files that differed from it.
 """
 
 
@@ -117,7 +118,8 @@ def training(path):
              number(row["peer_images_per_second"], ",.1f"), number(row["ratio"], ".2f"), *peaks(row),
              number(row["host_seconds"], ".3f", 1e3)) for row in record["rows"]]
     return title("A training step", path, record) + table(
-        ["network", "precision", "batch", "images/s", "PyTorch", "ratio", "peak MB", "PyTorch", "ratio", "host ms"], rows)
+        ["network", "precision", "batch", "images/s", "PyTorch images/s", "speed ratio", "peak MB", "PyTorch MB", "memory ratio",
+         "host ms"], rows)
 
 
 def peaks(row):
@@ -135,7 +137,9 @@ def kernels(path):
         copies = spread([row["copy_gigabytes_per_second"] for row in rows], ".1f")
         said += paragraph(f"{precision}, batch {record['batch']}. Ceilings of the same run: a copy of a large tensor, "
                           f"{ceiling['copy_gigabytes_per_second']:.1f} GB/s at the start, and in turn with each kernel that "
-                          f"memory bounds {copies}; a matrix product, {ceiling['gemm_teraflops_per_second']:.3f} TFLOP/s. Over "
+                          f"memory bounds {copies}, where on a CPU it also reads the lines that it overwrites, so that "
+                          "kernels that store past the caches exceed 100 %; a matrix product, "
+                          f"{ceiling['gemm_teraflops_per_second']:.3f} TFLOP/s. Over "
                           "the shapes of each kernel, the median (least..greatest): per cent of the ceiling, and of a copy of "
                           "as many bytes, which is a launch, too; speed in multiples of NumPy's and PyTorch's.") + "\n"
         said += table(["kernel", "shapes", "% of ceiling", "% of copy alike", "x NumPy", "x PyTorch"], [

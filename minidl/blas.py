@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,10 +124,19 @@ def _round_to_tf32(array: Array) -> Array:
 _CUDA_TYPES = {"float16": 2, "bfloat16": 14, "float32": 0, "float64": 1}
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 77, 70
 _DEFAULT_ALGORITHM = -1
+_NO_SUMS_IN_16_BITS = 16  # cublasMath_t: by default, a sum that is split among blocks may be added up in the type of `out`
 WORKSPACE_BYTES = 32 << 20  # of cuBLAS, from CuPy's pool: what NVIDIA advises for Hopper
+# A stack whose results have at most FEW_TILES such tiles, of sums of LONG_SUM or more, is multiplied matrix by matrix: cuBLAS
+# splits a long sum among blocks for one matrix only, and the tiles alone are less than a GPU has multiprocessors. Guesses.
+TILE, FEW_TILES, LONG_SUM = 64, 64, 4096
 
 
 def _gemm_on_gpu(a: Any, b: Any, out: Any, alpha: float, beta: float) -> None:  # Any: CuPy's `data` is not NumPy's
+    stacked = out.ndim == 3 and len(out) > 1
+    if stacked and math.prod(-(-size // TILE) for size in out.shape[1:]) * len(out) <= FEW_TILES and a.shape[-1] >= LONG_SUM:
+        for matrices in zip(a, b, out):
+            _gemm_on_gpu(*matrices, alpha, beta)
+        return
     kind = a.dtype.name
     scalar: type[ctypes.c_double | ctypes.c_float]
     if kind == "float64":
@@ -135,7 +145,6 @@ def _gemm_on_gpu(a: Any, b: Any, out: Any, alpha: float, beta: float) -> None:  
         compute, scalar = _COMPUTE_32F_FAST_TF32 if allow_tf32 else _COMPUTE_32F, ctypes.c_float
     else:
         compute, scalar = _COMPUTE_32F, ctypes.c_float
-    stacked = out.ndim == 3 and len(out) > 1
     # cuBLAS counts columns first: out^T (n, m) = b^T (n, k) @ a^T (k, m), so the factors change places.
     operands: list[tuple[Any, ...]] = []
     for name, array in (("b", b), ("a", a), ("out", out)):
@@ -143,7 +152,6 @@ def _gemm_on_gpu(a: Any, b: Any, out: Any, alpha: float, beta: float) -> None:  
         stride = [ctypes.c_longlong(array.strides[0] // array.itemsize)] if stacked else []
         operands.append((int(transposed), ctypes.c_void_p(array.data.ptr), _CUDA_TYPES[array.dtype.name], leading, *stride))
     (b_op, *b_matrix), (a_op, *a_matrix), (_, *out_matrix) = operands
-    # The function for one matrix may split a long sum among blocks.
     function, count = ("cublasGemmStridedBatchedEx", [len(out)]) if stacked else ("cublasGemmEx", [])
     _Cublas.of_current_device().call(
         function, b_op, a_op, out.shape[-1], out.shape[-2], a.shape[-1], ctypes.byref(scalar(alpha)), *b_matrix, *a_matrix,
@@ -164,6 +172,7 @@ class _Cublas:
         self._handle = ctypes.c_void_p()
         self._stream: int | None = None
         self._check("cublasCreate_v2", self._library.cublasCreate_v2(ctypes.byref(self._handle)))
+        self._check("cublasSetMathMode", self._library.cublasSetMathMode(self._handle, _NO_SUMS_IN_16_BITS))
 
     @staticmethod
     def of_current_device() -> _Cublas:

@@ -59,14 +59,15 @@ class Device:
             self.xp.cuda.get_current_stream().synchronize()
 
     def array(self, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> Array:
-        """`values` (a NumPy array or a sequence) as a contiguous array on this device. Raises as `check_type`."""
+        """`values` (a NumPy array or a sequence) as a contiguous array on this device: itself, not a copy, where it is one. Raises
+        as `check_type`."""
         wanted = getattr(values, "dtype", None) if dtype is None else np.dtype(dtype)
         if isinstance(wanted, np.dtype):
             self.check_type(wanted)
         return self.xp.ascontiguousarray(self.xp.asarray(values, dtype=dtype))
 
     def to_host(self, array: Any) -> Array:  # Any: NumPy's arrays have no `get`
-        """An array of this device as a NumPy array. Waits for the device."""
+        """An array of this device as a NumPy array: on the CPU itself, not a copy. Waits for the device."""
         return array if self.name == "cpu" else array.get()
 
 

@@ -18,11 +18,9 @@ from minidl.errors import CheckpointError, UsageError
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.layers import Layer
 from minidl.parallel import ALONE, Team
-from minidl.settings import NORMALIZATIONS, STORAGE, Settings
+from minidl.settings import LONGEST_WARMUP, NORMALIZATIONS, ONECYCLE_WARMUP, STORAGE, Settings
 from minidl.training import Batch, Metrics, Trainer
 
-LONGEST_WARMUP = 0.2   # of all steps
-ONECYCLE_WARMUP = 0.35  # of all steps; architectures differ in it by 0.3 to 0.4
 
 
 class Run:

@@ -39,16 +39,22 @@ LARGEST_FILE = 1_000_000  # bytes of a config.toml
 LONGEST_SHOWN = 100  # letters of a value in a message
 LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}  # what kernels take
 SIDE = IMAGE_SHAPE[1]  # pixels
+LONGEST_WARMUP = 0.2   # of all steps
+ONECYCLE_WARMUP = 0.35  # of all steps; architectures differ in it by 0.3 to 0.4
 # Known to optimizers, each with its own defaults: a recipe's values hold with the recipe's optimizer alone.
 HYPERPARAMETERS = ("lr", "momentum", "nesterov", "weight_decay", "beta1", "beta2", "rho", "eps")
 OF_MULTISTEP = ("milestones", "factor", "restart_at_milestones")
 
 
 def setting(default: Any, kind: type, help: str, *, low: float = -math.inf, high: float = math.inf,
-            excluded: float | None = None, choices: Sequence[str] = (), flags: Sequence[str] = (), word: str = "", free: bool = False,
-            begins: str = "") -> Any:
-    """A field. kind: int, float, str, bool, list (of whole numbers) or dict; word: what stands for its value in help; free: a
-    resumed run may have another value; excluded: a bound that the value may not be; begins: the title of a group of settings, of which it is the first."""
+            excluded: float | None = None, choices: Sequence[str] = (), flags: Sequence[str] = (), word: str = "",
+            free: bool = False, begins: str = "") -> Any:
+    """A field.
+
+    kind: int, float, str, bool, list (of whole numbers) or dict. low, high: bounds of its values; excluded: the one of them that
+    is no value. word: what stands for a value in help. free: a resumed run may have another value. begins: the title of a group
+    of settings, of which it is the first.
+    """
     word = word or {int: "N", float: "X", list: "N", dict: "NAME=VALUE"}.get(kind, "")
     metadata = dict(kind=kind, help=help, low=low, high=high, excluded=excluded, choices=tuple(choices), flags=tuple(flags),
                     word=word, free=free, begins=begins)
@@ -66,15 +72,15 @@ class Settings:
                         word="NAME", begins="what is trained, and on what")
     model_kwargs: dict[str, Any] = setting({}, dict, "options of the network, such as dropout=0.3 for a Wide ResNet")
     dataset: str = setting(None, str, "digits need no download", choices=data.NAMES)
-    data_dir: str | None = setting(None, str, "where the official files of CIFAR are", word="FOLDER", free=True)
+    data_dir: str | None = setting(None, str, "where the official files of CIFAR are, or shall be downloaded to", word="FOLDER", free=True)
     normalize: str = setting("dataset", str, "whose mean and standard deviation the pixels are normalized with",
                              choices=tuple(NORMALIZATIONS))
     val_split: int = setting(0, int, "training images that are held out for validation", low=0)
 
-    recipe: str = setting("fast", str, "what is not given: fast, 50 epochs; paper, each author's own; report, the student "
-                                       "report's", choices=("fast", "paper", "report"), begins="recipe and length")
+    recipe: str = setting("fast", str, "where settings that are not given come from: fast, 50 epochs; paper, each author's "
+                                       "own; report, the student report's", choices=("fast", "paper", "report"), begins="recipe and length")
     epochs: int = setting(1, int, "passes over the training images", low=1, flags=["-e"])
-    time_budget: str | None = setting(None, str, "in place of epochs, such as 6h or 30m: as many as fit, fixed before training",
+    time_budget: str | None = setting(None, str, "train as many epochs as fit into this time, such as 6h or 30m",
                                       word="TIME", free=True)
     patience: int = setting(0, int, "stop after so many epochs without a better validation accuracy; 0: never", low=0)
     limit_train_batches: int | None = setting(None, int, "stop each epoch after so many steps", low=1)
@@ -82,11 +88,11 @@ class Settings:
     seed: int = setting(0, int, "two runs with one seed are identical, bit for bit", low=0)
 
     device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", word="NAME", free=True, begins="machine")
-    precision: str = setting("fp32", str, "of activations and matrix products", choices=tuple(STORAGE))
-    ranks: int = setting(1, int, "processes that share each batch, on GPUs one each", low=1)
+    precision: str = setting("fp32", str, "of stored activations and of matrix products", choices=tuple(STORAGE))
+    ranks: int = setting(1, int, "processes that share each batch; on GPUs, one GPU each", low=1)
 
     optimizer: str = setting("sgd", str, "its own settings are below", choices=tuple(optim.OPTIMIZERS), begins="optimizer")
-    lr: float = setting(0.1, float, "peak learning rate; of sgd in proportion to the batch size, if not given", low=0)
+    lr: float = setting(0.1, float, "peak learning rate; default: the recipe's, for sgd in proportion to the batch size", low=0)
     momentum: float | None = setting(None, float, "of sgd", low=0, high=1, excluded=1)
     nesterov: bool | None = setting(None, bool, "momentum of sgd in Nesterov's form")
     beta1: float | None = setting(None, float, "of adam and adamw", low=0, high=1, excluded=1)
@@ -94,11 +100,11 @@ class Settings:
     rho: float | None = setting(None, float, "of adadelta", low=0, high=1, excluded=1)
     eps: float | None = setting(None, float, "of adam, adamw and adadelta", low=0, excluded=0)
     weight_decay: float | None = setting(None, float, "on every parameter", low=0)
-    clip_norm: float = setting(0.0, float, "longest gradient, all parameters taken together; 0: any", low=0)
+    clip_norm: float = setting(0.0, float, "largest norm of the whole gradient; 0: no limit", low=0)
 
     sched: str = setting("cosine", str, "course of the learning rate", choices=tuple(optim.SCHEDULES),
                          begins="schedule")
-    warmup_epochs: float = setting(0.0, float, "in which the rate grows, at most 0.2 of all; of onecycle always 0.35", low=0)
+    warmup_epochs: float = setting(0.0, float, f"in which the rate grows, at most {LONGEST_WARMUP} of all; of onecycle always {ONECYCLE_WARMUP}", low=0)
     milestones: list[int] = setting([], list, "of multistep: after how many epochs the rate drops", low=1)
     factor: float = setting(0.1, float, "of multistep: what a drop multiplies the rate with", low=0, high=1)
     restart_at_milestones: bool = setting(False, bool, "the optimizer forgets its moments at each drop")

@@ -15,8 +15,8 @@ from minidl.device import Device, first_line
 class StepMemory:
     """Memory of a GPU for what a training step, or an evaluation between two steps, makes for itself.
 
-    Recorded steps hold its addresses, so nobody else may get it: he would find it overwritten. But they, single steps and
-    evaluations follow each other, and so all take the same.
+    Recorded steps hold its addresses, so nothing else may be given it: it would be overwritten. Recorded steps, single steps
+    and evaluations never overlap, so all use the same memory.
     """
 
     def __init__(self, device: Device) -> None:

@@ -47,12 +47,14 @@ class Batch:
 
 
 class Trainer:
-    """Trains a network: its step is  batch -> forward -> loss -> backward -> optimizer,  all on the device.
+    """Trains a network. A step is  batch -> forward -> loss -> backward -> optimizer,  all on the device.
 
-    average: of the weights, or None; team: those with whom it shares each batch; tf32: whether products of float32 may round to
-    TF32, here and in `evaluate`. inspects: whether the last step of each
-    epoch leaves `statistics`, of the layers. memory: of what steps make; evaluations between them may take it, too. On a GPU,
-    steps are replayed (StepGraph): all settings, of the optimizer too, are then those of the second step.
+    average: of the weights, or None. team: the ranks that share each batch. tf32: whether float32 products may round their
+    factors to TF32, here and in `evaluate`. inspects: whether the last step of each epoch fills `statistics`, see
+    inspection.py. memory: where steps on a GPU, and evaluations between them, allocate.
+
+    On a GPU the second step is recorded and replayed (StepGraph): settings that change after it have no effect. From here on
+    network.backward returns None in place of dx.
     """
 
     inspects = False

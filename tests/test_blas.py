@@ -119,6 +119,19 @@ def test_transpositions(place, rng, dtype, stack, a_transposed, b_transposed):
     matrices.check(a, b, matrices.new(*stack, M, N))
 
 
+@pytest.mark.parametrize("few_tiles, function", [(8, "cublasGemmEx"), (7, "cublasGemmStridedBatchedEx")])
+def test_long_sums_of_few_results(rng, monkeypatch, few_tiles, function):
+    """2 x (65 x 128) are 2 x 2 x 2 tiles: cuBLAS splits the sums of one matrix only."""
+    called = []
+    monkeypatch.setattr(blas, "FEW_TILES", few_tiles)
+    monkeypatch.setattr(blas._Cublas, "of_current_device", lambda: SimpleNamespace(
+        call=lambda name, *arguments: (called.append(name), DocumentedCublas().call(name, *arguments))))
+    a, b, out = (rng.normal(size=shape).view(OnGpu) for shape in ((2, 65, 4096), (2, 4096, 128), (2, 65, 128)))
+    expected = 2 * (a @ b) + 0.5 * out
+    blas._gemm_on_gpu(a, b, out, 2.0, 0.5)
+    assert np.allclose(out, expected, rtol=1e-12, atol=1e-10) and set(called) == {function}
+
+
 @pytest.mark.parametrize("stack", [(), (4,)], ids=["matrix", "stack"])
 @pytest.mark.parametrize("alpha, beta", [(1, 0), (1, 1), (-0.5, 2)])
 def test_sub_matrices(matrices, stack, alpha, beta):

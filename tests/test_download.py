@@ -1,4 +1,4 @@
-"""Downloads from servers that fail in every way known: faults 1 to 5 and 9, provoked with real sockets and processes."""
+"""Downloads from servers that fail in every way known, provoked with real sockets and processes."""
 
 import contextlib
 import http.server

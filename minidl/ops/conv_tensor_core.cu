@@ -7,7 +7,7 @@
 //
 //   Y (O, P')   = W (O, K) @ cols (K, P')
 //   dW (O, K)   = dY (O, P') @ cols (K, P')^T
-//   dx          = without strides, the same product as Y, of dY, with the turned and transposed weight and the padding
+//   dx          = with stride 1, the same product as Y, of dY, with the turned and transposed weight and the padding
 //                 2 - padding
 //
 // A block multiplies ROWS x COLUMNS of the result, its four warps a quarter each: the larger a warp's part, the less it reads of
