@@ -44,7 +44,7 @@ ROW_SECONDS, FEWEST = 1.0, 5  # a row takes no longer, unless so many runs do
 AWAKE = 0.01  # seconds after which threads that have slept are on cores of their own: at first, one core may have two of them
 BEYOND_CACHES = 128 << 20  # bytes
 SPIN = 'extern "C" __global__ void spin(long long cycles) { const long long end = clock64() + cycles; while (clock64() < end); }'
-SPIN_CYCLES = 2_000_000  # about a millisecond
+SPIN_CYCLES = 20_000_000  # about 10 ms
 # Most that peers may differ, in root mean square: a ReLU decides otherwise where rounding does.
 TOLERANCES = {"fp32": 3e-3, "tf32": 2e-2, "bf16": 1e-1}
 
@@ -77,8 +77,8 @@ class Bench:
         self.gemm = max(2 * n**3 / min(self.seconds(product, product) for _ in range(4)) for product in candidates)
 
     def seconds(self, function, before):
-        """Of function(), after before(). On a GPU its launches are queued behind a kernel that takes a millisecond, so that the
-        host counts only if it needs longer for them."""
+        """Of function(), after before(). On a GPU its launches, which may be hundreds, are queued behind a kernel that takes so
+        long that the host does not count."""
         before()
         if self.place.name == "cpu":
             begin = time.perf_counter()
@@ -107,7 +107,7 @@ class Bench:
         return run if twin is None else run_twin
 
     def check(self, case):
-        """Ends the program where the results of the first call of each peer differ."""
+        """Raises Differ where the results of the first call of each peer do."""
         results = {name: self.to_host(function()) for name, function in self.without_torch(case).items()}
         if case.torch:
             results["torch"] = [tensor.detach().float().cpu().numpy().copy() for tensor in case.torch[-1]()]
@@ -115,7 +115,7 @@ class Bench:
             for ours, theirs in zip(results["minidl"], arrays, strict=True):
                 error = float(np.linalg.norm((ours - theirs).ravel()) / np.linalg.norm(theirs.ravel()))
                 if not error < (np.inf if case.random else TOLERANCES[self.precision]):
-                    sys.exit(f"{case.name}: minidl and {name} differ by {error:.2g} of a typical value")
+                    raise records.Differ(f"{case.name} {self.precision}: minidl and {name} differ by {error:.2g} of a typical value")
 
     def without_torch(self, case):
         """{name: function} of minidl and NumPy."""
@@ -214,13 +214,17 @@ def main():
     if args.plot:
         plots.check(args.plot)
 
+    if args.peer:
+        records.import_torch()
     place = device.select(args.device)
     batch = args.batch_size or (128 if place.name != "cpu" else 32)
     found = {work: occurrences for work, occurrences in works.of(args.networks, batch).items()
              if any(text in f"{work.kind} {work}" for text in args.filter)}
     if not found:
         raise UsageError(f"--filter {' '.join(args.filter)}: nothing that these networks do has this in its kind or shape")
-    rows, ceilings = [], {}
+    ceilings = {}
+    record = records.Record(args.json, place, batch=batch, threads=device.cpu_threads() if place.name == "cpu" else None,
+                            ceilings=ceilings)
     for precision in args.precision:
         bench = Bench(place, precision, args.peer == "torch")
         bench.measure_ceilings()
@@ -230,15 +234,14 @@ def main():
         for work, occurrences in found.items():
             twins = itertools.repeat(None) if isinstance(work, works.PRODUCTS) else work.cases(bench.inputs)
             for case, twin in zip(work.cases(bench.inputs), twins):
-                rows.append(bench.row(work, case, twin, occurrences, args.repeats))
-                print(line(rows[-1]), flush=True)
-    record = dict(batch=batch, threads=device.cpu_threads() if place.name == "cpu" else None, ceilings=ceilings)
-    if args.json:
-        records.write(args.json, place, rows, **record)
+                row = record.add(bench.row, work, case, twin, occurrences, args.repeats)
+                if row:
+                    print(line(row), flush=True)
     if args.plot:
         import pictures
 
-        pictures.roofline(rows, ceilings, args.plot)
+        pictures.roofline(record.rows, ceilings, args.plot)
+    record.end()
 
 
 if __name__ == "__main__":

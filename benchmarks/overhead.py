@@ -101,8 +101,7 @@ def main():
            "checkpoints_percent": 100 * checkpoints / sum(bare)}
     print(f"{row['steps']} steps, medians of {args.repeats}: bare {row['bare_seconds']:.3f} s, in train.py "
           f"{row['epoch_seconds']:.3f} s | loop {row['loop_percent']:+.2f} %, checkpoints {row['checkpoints_percent']:.2f} %")
-    if args.json:
-        records.write(args.json, run.place, [row])
+    records.Record(args.json, run.place).add(lambda: row)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,52 @@ import sys
 import time
 
 from minidl import device, run_folder
+from minidl.atomic_file import write_atomically
 
 PAUSE = 0.05  # seconds after which the threads of a peer, which spin for a while after their work, sleep
 PRECISIONS = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}  # type of storage
 
 
-def write(path, place, rows, **more):
-    """The rows and what they depend on: command, commit, hardware, versions, and `more`."""
-    environment = run_folder.environment(place)
-    if "torch" in sys.modules:
-        environment["versions"]["torch"] = sys.modules["torch"].__version__
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"environment": environment, **more, "rows": rows}, file, indent=1)
-        file.write("\n")
+class Differ(Exception):
+    """Peers do not compute the same, so that their times say nothing."""
+
+
+class Record:
+    """Rows, and what they depend on: command, commit, hardware, versions, and `more`.
+
+    A file `path`, if there is one, has all rows so far at any time: a benchmark that is ended early has not run in vain.
+    """
+
+    def __init__(self, path, place, **more):
+        self.path, self.rows, self.more = path, [], more
+        self.environment = run_folder.environment(place)
+        self.not_timed = []  # what Differ said
+
+    def add(self, measure, *arguments):
+        """The row that measure(*arguments) returns. Returns it; None where that raises Differ."""
+        try:
+            row = measure(*arguments)
+        except Differ as difference:
+            self.not_timed.append(str(difference))
+            print(f"not timed: {difference}", flush=True)
+            return None
+        self.rows.append(row)
+        if "torch" in sys.modules:
+            self.environment["versions"]["torch"] = sys.modules["torch"].__version__
+        if self.path:
+            text = json.dumps({"environment": self.environment, **self.more, "rows": self.rows}, indent=1) + "\n"
+            write_atomically(self.path, lambda file: file.write(text.encode()))
+        return row
+
+    def end(self):
+        """Ends the program with code 1 where something was not timed."""
+        if self.not_timed:
+            sys.exit("\n".join(["not timed, as the results differ:", *self.not_timed]))
+
+
+def import_torch():
+    """Before CuPy loads libraries of CUDA: PyTorch may need newer ones, which it then does not get."""
+    import torch  # noqa: F401
 
 
 def torch_with(precision):

@@ -10,9 +10,9 @@
 
 steps.py says what a step is. Both peers have the same weights, and first their losses are compared. Times are medians, taken
 in turn (A B A B ...) in one warm process with the same number of threads. PyTorch runs eagerly unless --compile is given, on
-the CPU in the better of its two layouts, on a GPU in channels_last, bf16 by autocast. Memory is the peak of three steps above
-the start. On the CPU: of the resident set, in a process of its own; on a GPU: of what the peer's memory pool has taken. On a
-GPU the host's time is that until the call of a step returns, while the device is idle.
+the CPU in the better of its two layouts, on a GPU in channels_last, bf16 by autocast. Memory is on the CPU the peak of the
+resident set in three steps, above the start, in a process of its own; on a GPU what the peer's memory pool has taken. On a GPU
+the host's time is that until the call of a step returns, while the device is idle.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import models
@@ -101,7 +102,10 @@ def seconds_of_a_step(it):
 
 
 def measure_times(name, batch, place, precision, args):
-    """-> {peer: [(seconds of a step, of the host), ...]}; PyTorch in the layout that is faster here, as "torch"."""
+    """-> {peer: [(seconds of a step, of the host), ...]}, and on a GPU {peer: bytes of its pool}; PyTorch in the layout that is
+    faster here, as "torch". Raises Differ."""
+    if place.name != "cpu":
+        empty_pools(place, args.peer)
     ours = make("minidl", name, place, precision, batch)
     peers = {"minidl": ours}
     if args.peer:
@@ -109,7 +113,7 @@ def measure_times(name, batch, place, precision, args):
         candidates = [make(peer, name, place, precision, batch, state) for peer in peer_names(place, args.compile)]
         expected, got = candidates[-1].loss(), ours.loss()
         if not abs(got - expected) < (0.05 if precision == "bf16" else 1e-3) * expected:
-            sys.exit(f"{name} {precision}: the first loss of minidl is {got}, PyTorch's {expected}")
+            raise records.Differ(f"{name} {precision}, batch {batch}: the first loss of minidl is {got}, PyTorch's {expected}")
         peers["torch"] = min(candidates, key=lambda it: min(seconds_of_a_step(it) for _ in range(3)))
         del candidates
     times = {peer: [] for peer in peers}
@@ -120,7 +124,17 @@ def measure_times(name, batch, place, precision, args):
                 times[peer].append(seconds)
             if peer == "torch":
                 records.pause(place)
-    return times
+    return times, {peer: it.pool_bytes() for peer, it in peers.items()} if place.name != "cpu" else {}
+
+
+def empty_pools(place, peer):
+    """On a GPU: of what the networks before have taken."""
+    gc.collect()
+    place.xp.get_default_memory_pool().free_all_blocks()
+    if peer:
+        cuda = sys.modules["torch"].cuda
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
 
 
 def row_of(name, batch, place, precision, args, peaks, times):
@@ -156,25 +170,34 @@ def line(row):
 
 
 def steps(cells, place, args):
-    """A row for each (network, batch) and precision."""
+    """What measures a row, for each (network, batch) and precision."""
     for name, batch in cells:
         for precision in args.precision:
-            asked = {"minidl": ["minidl"], **({"torch": peer_names(place, args.compile)} if args.peer else {})}
-            peaks = {who: min(memory_in_a_process(peer, name, batch, args, precision) for peer in peers)
-                     for who, peers in asked.items()}
-            times = {} if args.memory else measure_times(name, batch, place, precision, args)
-            yield row_of(name, batch, place, precision, args, peaks, times)
+            yield partial(step_row, name, batch, place, precision, args)
+
+
+def step_row(name, batch, place, precision, args):
+    times, peaks = ({}, {}) if args.memory else measure_times(name, batch, place, precision, args)
+    if not peaks:
+        asked = {"minidl": ["minidl"], **({"torch": peer_names(place, args.compile)} if args.peer else {})}
+        peaks = {who: min(memory_in_a_process(peer, name, batch, args, precision) for peer in peers)
+                 for who, peers in asked.items()}
+    return row_of(name, batch, place, precision, args, peaks, times)
 
 
 def scaling(cells, place, args):
-    """Rows over the batch, of the first of the networks or those that were named, and over the width."""
+    """What measures a row, over the batch, of the first of the networks or those that were named, and over the width."""
     names = list(dict.fromkeys(name for name, _ in cells))
     plan = [("batch", name, batch) for name in (names if args.networks else names[:1]) for batch in BATCHES]
     plan += [("width", name, args.batch_size) for name in WIDTHS]
     for precision in args.precision:
         for series, name, batch in plan:
-            yield {**row_of(name, batch, place, precision, args, {}, measure_times(name, batch, place, precision, args)),
-                   "series": series}
+            yield partial(scaling_row, series, name, batch, place, precision, args)
+
+
+def scaling_row(series, name, batch, place, precision, args):
+    times, _ = measure_times(name, batch, place, precision, args)
+    return {**row_of(name, batch, place, precision, args, {}, times), "series": series}
 
 
 # ---- start -------------------------------------------------------------------------------------------------------
@@ -199,23 +222,25 @@ print(json.dumps([after - before for before, after in zip(times, times[1:])]))
 
 
 def startup(cells, place, args):
-    """A row for each network and state of the cache of kernels: medians of fresh processes."""
+    """What measures a row, for each network and state of the cache of kernels: medians of fresh processes."""
     for name, batch in cells if args.networks else cells[:1]:
         for precision in args.precision:
-            arguments = [str(Path(__file__).parent), name, str(batch), args.device, precision]
             for cache, processes in STARTS.items():
-                if cache == "warm":
-                    start_fresh(arguments, {})  # after which there is one
-                found = []
-                for _ in range(processes):
-                    signals.obey()
-                    with tempfile.TemporaryDirectory() as folder:
-                        found.append(start_fresh(arguments, dict(MINIDL_CACHE=folder, CUPY_CACHE_DIR=folder)
-                                                 if cache == "cold" else {}))
-                imported, made, stepped = (statistics.median(column) for column in zip(*found))
-                yield {"network": name, "device": place.name, "precision": precision, "batch": batch, "cache": cache,
-                       "processes": processes, "import_seconds": imported, "network_seconds": made,
-                       "first_step_seconds": stepped}
+                yield partial(startup_row, name, batch, place, precision, args, cache, processes)
+
+
+def startup_row(name, batch, place, precision, args, cache, processes):
+    arguments = [str(Path(__file__).parent), name, str(batch), args.device, precision]
+    if cache == "warm":
+        start_fresh(arguments, {})  # after which there is one
+    found = []
+    for _ in range(processes):
+        signals.obey()
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(start_fresh(arguments, dict(MINIDL_CACHE=folder, CUPY_CACHE_DIR=folder) if cache == "cold" else {}))
+    imported, made, stepped = (statistics.median(column) for column in zip(*found))
+    return {"network": name, "device": place.name, "precision": precision, "batch": batch, "cache": cache,
+            "processes": processes, "import_seconds": imported, "network_seconds": made, "first_step_seconds": stepped}
 
 
 def start_fresh(arguments, variables):
@@ -270,6 +295,8 @@ def main():
     if args.plot:
         plots.check(args.plot)
 
+    if args.peer:
+        records.import_torch()
     place = device.select(args.device)
     words = args.networks or (ON_CPU if place.name == "cpu" else models.ALIASES.values())
     cells = [cell(word, args.batch_size) for word in words]
@@ -278,16 +305,16 @@ def main():
         return
     how = "medians of fresh processes" if args.startup else f"medians of {args.repeats} steps in turn"
     print(f"{place.description} | {how}\n{STARTUP_HEAD if args.startup else HEAD}")
-    rows = []
-    for row in (startup if args.startup else scaling if args.scaling else steps)(cells, place, args):
-        rows.append(row)
-        print((startup_line if args.startup else line)(row), flush=True)
-    if args.json:
-        records.write(args.json, place, rows)
+    record = records.Record(args.json, place)
+    for measure in (startup if args.startup else scaling if args.scaling else steps)(cells, place, args):
+        row = record.add(measure)
+        if row:
+            print((startup_line if args.startup else line)(row), flush=True)
     if args.plot:
         import pictures
 
-        pictures.scaling(rows, args.plot)
+        pictures.scaling(record.rows, args.plot)
+    record.end()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from minidl.ops import add, augment, avgpool, batchnorm, conv, dropout, linear, 
 
 CLASSES = 100
 OTHERS = "others"  # in the place of a network's name
+NOISE = 4_194_301  # random numbers: a prime, so that no rows of an array are the same
 
 
 @dataclass
@@ -59,13 +60,21 @@ class Inputs:
         self.place, self.xp, self.dtype, self.acc, self.torch = place, place.xp, dtype, acc_dtype(dtype), torch
         self.exact = dtype == self.acc
         self.rng = np.random.default_rng(1)
+        noise = self.rng.standard_normal(NOISE, np.float32)
+        self._noise = {of: place.array(noise.astype(of)) for of in {dtype, self.acc}}
 
     def normal(self, *shape):
-        return self.place.array(self.rng.standard_normal(shape, np.float32).astype(self.dtype))
+        return self._normal(shape, self.dtype)
 
     def master(self, *shape):
         """As `normal`, of the type of accumulation."""
-        return self.place.array(self.rng.standard_normal(shape, np.float32).astype(self.acc))
+        return self._normal(shape, self.acc)
+
+    def _normal(self, shape, dtype):
+        """A part of the noise, again and again: to draw the numbers of a large array on the host takes longer than its row."""
+        bits = self._noise[dtype].view(f"u{dtype.itemsize}")  # which CuPy can gather whatever the type
+        begin = int(self.rng.integers(NOISE))
+        return bits[self.xp.arange(begin, begin + math.prod(shape)) % NOISE].view(dtype).reshape(shape)
 
     def labels(self, images):
         return self.place.array(self.rng.integers(0, CLASSES, images, np.int32))
@@ -84,10 +93,10 @@ class Inputs:
 
     def tensor(self, array, batch_first=False, layout="contiguous_format", dtype=None):
         """An array -> a tensor on the same device, its own copy, of the type of storage unless another is given."""
-        array = np.array(self.place.to_host(array), dtype=np.float32)
-        tensor = self.torch.from_numpy(np.moveaxis(array, -1, 0) if batch_first else array)
+        tensor = self.torch.as_tensor(array.astype(np.float32), device=self.place.name)
         form = getattr(self.torch, layout if array.ndim == 4 and batch_first else "contiguous_format")
-        return tensor.to(self.place.name, dtype or getattr(self.torch, self.dtype.name)).contiguous(memory_format=form)
+        tensor = tensor.movedim(-1, 0) if batch_first else tensor
+        return tensor.to(dtype=dtype or getattr(self.torch, self.dtype.name)).contiguous(memory_format=form)
 
 
 class _TorchPass:

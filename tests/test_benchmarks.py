@@ -21,6 +21,7 @@ from minidl.ops import batchnorm, bias, conv_product, loss
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kernels  # noqa: E402
+import records  # noqa: E402
 import report  # noqa: E402
 import training  # noqa: E402
 import works  # noqa: E402
@@ -98,13 +99,13 @@ def test_peers_agree_in_other_precisions(precision):
             bench.check(case)
 
 
-def test_a_wrong_result_ends_the_benchmark():
+def test_a_wrong_result_is_seen():
     bench = kernels.Bench(device.select("cpu"), "fp32", with_torch=False)
     (case,) = works.Add((3, 4, 4, 2)).cases(bench.inputs)
     right = case.numpy()[0]
     for wrong in (right * 1.01, np.where(right == right.max(), np.nan, right)):
         case.numpy = lambda: (wrong,)  # noqa: B023
-        with pytest.raises(SystemExit, match="add: minidl and numpy differ by"):
+        with pytest.raises(records.Differ, match="add fp32: minidl and numpy differ by"):
             bench.check(case)
 
 
@@ -223,6 +224,27 @@ def test_scaling(results, monkeypatch, capsys):
     assert section("scaling-test").count("\n| wrn-10-") == 5
     assert (results / "scaling.png").stat().st_size > 10_000
     assert (results / "scaling-test.png").read_bytes() == (results / "scaling.png").read_bytes()
+
+
+def test_what_was_measured_is_recorded_before_the_end(tmp_path, monkeypatch, capsys):
+    """Rows whose peers differ are left out and said; one that ends the benchmark takes none with it."""
+    pytest.importorskip("torch")
+    losses, file = iter([1.0, 1.002, 1.0, 1.0]), tmp_path / "it.json"
+    monkeypatch.setattr(training.Minidl, "loss", lambda it: next(losses))
+    monkeypatch.setattr(training.Torch, "loss", lambda it: next(losses))
+    arguments = ("--device", "cpu", "--networks", "wrn-10-1:2", "wrn-10-1:3", "--repeats", 1, "--peer", "torch", "--json", file)
+    monkeypatch.setattr(training, "memory_in_a_process", lambda *cell: 1)
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, capsys, training, *arguments)
+    assert str(caught.value) == ("not timed, as the results differ:\n"
+                                 "wrn-10-1 fp32, batch 2: the first loss of minidl is 1.002, PyTorch's 1.0")
+    assert [row["batch"] for row in json.loads(file.read_text())["rows"]] == [3]
+
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "memory_in_a_process", lambda peer, name, batch, *rest: 1 // (3 - batch))
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, capsys, training, *arguments[:-4], "--json", file)
+    assert [row["batch"] for row in json.loads(file.read_text())["rows"]] == [2]
 
 
 def test_startup(results, monkeypatch, capsys):
