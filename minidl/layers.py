@@ -212,12 +212,14 @@ class Layer:
 
     # ---- state
 
-    def initialize(self, device: Device | str = "cpu", dtype: str | np.dtype[Any] = "float32", seed: int = 0) -> Self:
+    def initialize(self, device: Device | str = "cpu", dtype: str | np.dtype[Any] = "float32", seed: int = 0,
+                   rank: int = 0) -> Self:
         """Put the network on a device and give its parameters their initial values. Returns the network.
 
         device: a Device, or its name. dtype: type of storage, float32, float64, bfloat16 or float16. The values depend on
-        (seed, name of the parameter) alone, not on device or type. Raises DeviceError for a device that is not there or does
-        not have the type, and ValueError for a layer that is in two places of the network.
+        (seed, name of the parameter) alone, not on device or type. rank: of several processes that train the same network;
+        each has dropout masks of its own. Raises DeviceError for a device that is not there or does not have the type, and
+        ValueError for a layer or parameter that is in two places of the network.
         """
         device = select(device) if isinstance(device, str) else device
         dtype = storage_dtype(dtype)
@@ -233,17 +235,17 @@ class Layer:
             parameter.master[...] = device.array(values)
         self.parameters.cast()
         for index, (_, layer) in enumerate(self.named_layers()):
-            layer.prepare(device, dtype, random_keys.philox_key(seed, random_keys.DROPOUT), index, self.step)
+            layer.prepare(device, dtype, random_keys.philox_key(seed, random_keys.DROPOUT, rank), index, self.step)
         self.parameters.gather_buffers(self)
         return self
 
     def _check_places(self) -> None:
         places: dict[int, str] = {}
-        for name, layer in self.named_layers():
-            if id(layer) in places:
-                raise ValueError(f"{name} is the same {type(layer).__name__} as {places[id(layer)]}: a layer keeps what its own "
-                                 "backward needs, so that each place in a network needs another one")
-            places[id(layer)] = name
+        for name, part in [*self.named_layers(), *self.named_parameters().items()]:
+            if id(part) in places:
+                raise ValueError(f"{name} is the same {type(part).__name__} as {places[id(part)]}: each place in a network needs "
+                                 "one of its own, as backward takes what forward saved and overwrites gradients")
+            places[id(part)] = name
 
     def prepare(self, device: Device, dtype: np.dtype[Any], key: int, index: int, step: Array) -> None:
         """Allocate what this layer keeps besides parameters. key, index, step: its source of randomness."""

@@ -11,6 +11,6 @@ def generator(seed: int, purpose: int, *more: int) -> np.random.Generator:
     return np.random.default_rng([seed, purpose, *more])
 
 
-def philox_key(seed: int, purpose: int) -> int:
-    """The 64-bit key of the kernels' generator."""
-    return int(np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)[0])
+def philox_key(seed: int, purpose: int, *more: int) -> int:
+    """The 64-bit key of the kernels' generator. Zeros at the end of `more` change nothing."""
+    return int(np.random.SeedSequence([seed, purpose, *more]).generate_state(1, np.uint64)[0])

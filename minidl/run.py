@@ -56,7 +56,7 @@ class Run:
         tf32 = settings.precision == "tf32"
         if tf32 and place.name == "cpu":
             blas.start_on_host()
-        network.initialize(place, dtype, settings.seed)
+        network.initialize(place, dtype, settings.seed, team.rank)
 
         def batches(dataset: Dataset, size: int) -> Batches:
             return Batches(dataset, place, dtype, size, settings.seed)

@@ -237,6 +237,24 @@ def test_results_in_slices_of_buffers(machine, rng, compute, way, stride):
         conv.forward(x, weight, machine.array(np.zeros(3)), **settings)
 
 
+@pytest.mark.parametrize("outputs, settings", [
+    ((5, 3, 3, 3), dict(padding=1)), ((5, 3, 1, 1), {}), ((3, 1, 3, 3), dict(padding=1, groups=3)), ((5, 3, 3, 3), dict(stride=2))])
+def test_results_in_arrays_that_are_not_contiguous_are_refused(machine, outputs, settings):
+    """A reshape of such an array is a copy, which would get the result and be lost."""
+    x, weight = machine.array(np.ones((3, 6, 6, 4))), machine.array(np.ones(outputs))
+    y = conv.forward(x, weight, **settings)
+
+    def scattered(array):
+        return machine.array(np.zeros(array.shape[::-1])).transpose()
+
+    dweight = machine.array(np.zeros(outputs))
+    for name, call in {"out": lambda: conv.forward(x, weight, **settings, out=scattered(y)),
+                       "dx": lambda: conv.backward(y, x, weight, dweight, **settings, dx=scattered(x)),
+                       "dweight": lambda: conv.backward(y, x, weight, scattered(weight), **settings)}.items():
+        with pytest.raises(TypeError, match=f"^conv: {name} must be contiguous$"):
+            call()
+
+
 @pytest.mark.parametrize("inputs, outputs, direct", [(3, 3, True), (2, 3, True), (4, 3, False), (3, 4, False)])
 def test_narrow_groups_are_computed_directly(monkeypatch, inputs, outputs, direct):
     """Where neither the channels in nor those out are more than the limit; and never without groups."""

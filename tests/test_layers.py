@@ -236,9 +236,20 @@ def test_nothing_is_computed_before_it_is_initialized():
 
 
 def test_a_layer_has_one_place():
+    tied = Sequential(a=Linear(3, 3), b=Linear(3, 3))
+    tied.b.weight = tied.a.weight
+    with pytest.raises(ValueError, match="^b.weight is the same Parameter as a.weight: each place in a network needs one of its own"):
+        tied.initialize()
     act = ReLU()
-    with pytest.raises(ValueError, match=r"^block.body.0 is the same ReLU as first: a layer keeps what its own backward needs"):
+    with pytest.raises(ValueError, match=r"^block.body.0 is the same ReLU as first: each place in a network needs one of its own"):
         Sequential(first=act, block=Residual(Sequential(act, Conv2d(3, 3, 1)))).initialize()
+
+
+@pytest.mark.parametrize("layer", [Dropout, ChannelDropout])
+def test_each_rank_has_masks_of_its_own(layer):
+    x = np.ones((64, 1, 1, 8), np.float32)
+    alone, first, second = (Sequential(layer(0.5)).initialize(seed=3, **ranks).forward(x) for ranks in ({}, {"rank": 0}, {"rank": 1}))
+    assert np.array_equal(alone, first) and 0.3 < (first != second).mean() < 0.7
 
 
 def test_a_device_may_be_named():

@@ -86,6 +86,17 @@ def test_a_large_common_offset_does_not_overflow(target, rng):
     assert_close(shifted[1], run(target, (logits + np.float32(1024)).astype(float), labels)[1], 1e-5)
 
 
+def test_a_share_of_nothing_takes_nothing_of_minus_infinity(target):
+    """A class that is masked out, or a logit below what float16 holds."""
+    logits = np.array([[1.0, 0.5], [-np.inf, 0.0], [0.0, -np.inf]])
+    for more in ({}, dict(other_labels=np.array([1, 2]), share=1.0)):
+        dlogits, totals = run(target, logits, np.array([0, 1]), **more)
+        assert_close(totals[0], np.log1p(np.exp(-1)) + np.log1p(np.exp(0.5)), 1e-12)
+        assert np.isfinite(dlogits).all()
+    _, totals = run(target, logits, np.array([0, 1]), smoothing=0.1)
+    assert totals[0] == np.inf
+
+
 def test_scale_multiplies_the_gradient_only(target, rng):
     logits, labels = rng.normal(size=(5, 3)), np.array([0, 4, 2])
     dlogits, totals = run(target, logits, labels, scale=1024.0)

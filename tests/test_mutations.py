@@ -437,7 +437,7 @@ BUGS = [
 
     Bug("cross-entropy of mixup: the partner's label lost", "loss.cu", " + (other == k ? lanes{} + on_other : lanes{})", "",
         cross_entropy_of_mixup),
-    Bug("cross-entropy of mixup: the loss has one label only", "loss.cu", " - of_pair", "", cross_entropy_of_mixup),
+    Bug("cross-entropy of mixup: the loss has one label only", "loss.cu", " - part(on_other, of_other - highest)", "", cross_entropy_of_mixup),
     Bug("cross-entropy of mixup: smoothing takes from one label only", "loss.cu", "on_other = (1 - smoothing) * (1 - of_self)",
         "on_other = 1 - of_self", cross_entropy_of_mixup),
     Bug("mixup: share of the partner lost", "augment.cu", "of_self * one + of_partner * other", "of_self * one", mixup),

@@ -68,9 +68,9 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     or dbias does not fit.
     """
     g = _Geometry(x, weight, stride, padding, groups)
-    if dy.shape != g.out_shape or dweight.shape != weight.shape:
-        raise ValueError(f"conv: dy {dy.shape} and dweight {dweight.shape} of an output of shape {g.out_shape} and a weight "
-                         f"{weight.shape}")
+    if dy.shape != g.out_shape:
+        raise ValueError(f"conv: dy has shape {dy.shape}, the output {g.out_shape}")
+    dweight = result("conv", "dweight", dweight, weight.shape, weight)
     dx = result("conv", "dx", dx, x.shape, x) if input_gradient else None
     if dx is not None:
         _check_addends(dx, None, plus)

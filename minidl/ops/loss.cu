@@ -12,6 +12,9 @@
 // Grid: one block, whose threads run along the batch, in lanes, and which adds it up.
 #include "lanes.cuh"
 
+// share * value, and of a share of 0 nothing, not even of a logit of -inf.
+__device__ __forceinline__ lanes part(acc share, lanes value) { return share != 0 ? share * value : lanes{}; }
+
 // sums: of losses, of rank < 1, of rank < 5. Without `mixed`, other_labels and share are not looked at.
 template <bool WHOLE>
 __device__ __forceinline__ void compute_columns(const real* __restrict__ logits, const int* __restrict__ labels,
@@ -44,8 +47,7 @@ __device__ __forceinline__ void compute_columns(const real* __restrict__ logits,
             const auto behind = (logit < of_label) | ((logit == of_label) & (label <= k)) | (label == k);
             rank += behind ? integers{} : integers{} + 1;
         }
-        const lanes of_pair = mixed ? on_other * (of_other - highest) : lanes{};
-        const lanes loss = log(exp_sum) - on * (of_label - highest) - of_pair - off * logit_sum;
+        const lanes loss = log(exp_sum) - part(on, of_label - highest) - part(on_other, of_other - highest) - part(off, logit_sum);
         of_images[0] += counts ? known ? loss : lanes{} + acc(NAN) : lanes{};
         of_images[1] += counts & known & (rank < 1) ? lanes{} + 1 : lanes{};
         of_images[2] += counts & known & (rank < 5) ? lanes{} + 1 : lanes{};

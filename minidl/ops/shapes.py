@@ -42,9 +42,11 @@ def check_batch(op: str, batch: int) -> None:
 
 def result(op: str, name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
     """Where a result of this shape goes: the array that the caller gave, or a new one, like `like`. Raises ValueError, naming
-    `op` and the argument `name`, for one of another shape."""
+    `op` and the argument `name`, for one of another shape, and TypeError for one that is not contiguous."""
     if given is None:
         return empty(shape, like.dtype, like=like)
     if given.shape != shape:
         raise ValueError(f"{op}: {name} has shape {given.shape}, the result {shape}")
+    if not given.flags.c_contiguous:  # whose reshape would be a copy
+        raise TypeError(f"{op}: {name} must be contiguous")
     return given
