@@ -5,7 +5,7 @@ import sys
 import time
 
 from minidl import device, run_folder
-from minidl.atomic_file import write_atomically
+from minidl.atomic_file import check_folder, write_atomically
 
 PAUSE = 0.05  # seconds after which the threads of a peer, which spin for a while after their work, sleep
 PRECISIONS = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}  # type of storage
@@ -18,10 +18,13 @@ class Differ(Exception):
 class Record:
     """Rows, and what they depend on: command, commit, hardware, versions, and `more`.
 
-    A file `path`, if there is one, has all rows so far at any time: a benchmark that is ended early has not run in vain.
+    A file `path`, if there is one, has all rows so far at any time: a benchmark that is ended early has not run in vain. Raises
+    UsageError where it is in no folder.
     """
 
     def __init__(self, path, place, **more):
+        if path:
+            check_folder(path)
         self.path, self.rows, self.more = path, [], more
         self.environment = run_folder.environment(place)
         self.not_timed = []  # what Differ said

@@ -10,9 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from minidl.errors import CheckpointError
+from minidl.errors import CheckpointError, UsageError
 
 FilePath: TypeAlias = str | os.PathLike[str]
+
+
+def check_folder(path: FilePath) -> None:
+    """Raise UsageError where `path` is in no folder, before the work whose result is to be written there."""
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {Path(path).parent}")
 
 
 def write_atomically(path: FilePath, write: Callable[[BinaryIO], object], previous: FilePath | None = None) -> None:

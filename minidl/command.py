@@ -41,7 +41,7 @@ def run(main: Callable[[], int | None], may_speak: Callable[[], bool] = lambda: 
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         _give_up_stdout()
-        return fail(error, CheckpointError.exit_code)
+        return fail(error if error.filename else f"the output cannot be written: {error.strerror}", CheckpointError.exit_code)
 
 
 def _open_streams() -> None:

@@ -159,11 +159,14 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in lines if line.strip(" =")), type(error).__name__)
 
 
+MOST_THREADS = 256  # of a process: with more than cores, they wait for each other
+
+
 def cpu_threads() -> int:
-    """Threads that kernels use on the CPU: $OMP_NUM_THREADS, or all cores this process may use."""
+    """Threads that kernels use on the CPU: $OMP_NUM_THREADS, but at most MOST_THREADS, or all cores this process may use."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
-    if setting.isdecimal() and int(setting) > 0:
-        return int(setting)
+    if re.fullmatch(r"0*[1-9][0-9]*", setting):
+        return int(setting) if len(setting.lstrip("0")) < 4 and int(setting) < MOST_THREADS else MOST_THREADS
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -41,7 +41,11 @@ def compiler() -> list[str]:
 
     Raises DeviceError where there is none.
     """
-    command = shlex.split(os.environ.get("CXX", ""))
+    setting = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(setting)
+    except ValueError as error:
+        raise DeviceError(f"$CXX is {setting!r}, which is not a command: {error}") from None
     if command:
         if shutil.which(command[0]):
             return command
@@ -60,7 +64,7 @@ def compiler() -> list[str]:
 @functools.cache
 def _machine() -> str:
     """What a library built here depends on besides its sources: the compiler's version and the CPU."""
-    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
+    version = _run([*compiler(), "--version"]).stdout
     cpu = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -70,15 +74,28 @@ def _machine() -> str:
     return version + platform.machine() + cpu
 
 
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a compiler -> its end. Raises DeviceError where it cannot be run."""
+    # zig keeps its C++ library, built at the first call, in a cache of its own: where ours is, it can write.
+    environment = {"ZIG_GLOBAL_CACHE_DIR": str(cache_folder() / "zig"), **os.environ}
+    try:
+        # A session of its own: Ctrl-C ends a run between two steps, not the compiler in the middle of one.
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="backslashreplace", env=environment,
+                              start_new_session=True)
+    except OSError as error:
+        raise DeviceError(f"the compiler {command[0]} cannot be run: {error.strerror}; set $CXX to another") from None
+
+
 def lasting_cache_folders() -> list[Path]:
     """Where built libraries may be kept for the next process: below $MINIDL_CACHE, or the user's cache."""
     places = (("MINIDL_CACHE", ""), ("XDG_CACHE_HOME", "minidl"), ("HOME", ".cache/minidl"))
-    return [Path(os.environ[name], below, "kernels") for name, below in places if os.environ.get(name)]
+    return [Path(os.environ[name], below, "kernels").expanduser() for name, below in places if os.environ.get(name)]
 
 
 @functools.cache
 def cache_folder() -> Path:
-    """A folder for built libraries: the first of `lasting_cache_folders` that can be written, or a temporary one."""
+    """A folder for built libraries: the first of `lasting_cache_folders` that can be written, or a temporary one. Raises
+    DeviceError where there is none."""
     for folder in lasting_cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +104,10 @@ def cache_folder() -> Path:
         except OSError:
             continue
     # Private to this process: a predictable name in a folder that all users write could be planted.
-    temporary = tempfile.mkdtemp(prefix="minidl-kernels-")
+    try:
+        temporary = tempfile.mkdtemp(prefix="minidl-kernels-")
+    except OSError:
+        raise DeviceError("there is no folder to build the kernels in: set MINIDL_CACHE to one that can be written") from None
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return Path(temporary)
 
@@ -107,13 +127,17 @@ def library(source: Path, mode: str, defines: Iterable[str] = (), epilogue: str 
     `epilogue` is text to compile after it. Raises CompileError, and DeviceError without a compiler or where what it
     builds cannot be loaded.
     """
-    command = [*compiler(), *FLAGS[mode], f"-I{OPS}", *(f"-D{define}" for define in defines)]
-    key = hashlib.sha256("\0".join([sources_digest(source), epilogue, _machine(), *command]).encode()).hexdigest()
+    command = [*compiler(), *FLAGS[mode], f"-I{source.parent}", f"-I{OPS}", *(f"-D{define}" for define in defines)]
+    key = hashlib.sha256(os.fsencode("\0".join([sources_digest(source), epilogue, _machine(), *command]))).hexdigest()
     path = cache_folder() / f"{source.stem}-{mode}-{key[:24]}.so"
     # An emulated block lives in global state: PyDLL keeps the interpreter's lock while it runs.
     load = ctypes.CDLL if mode == "fast" else ctypes.PyDLL
     if not _is_whole(path):
-        _compile(command, source, epilogue, path)
+        try:
+            _compile(command, source, epilogue, path)
+        except OSError as error:
+            raise DeviceError(f"{path} cannot be written: {error.strerror}; make room there, or set MINIDL_CACHE to another "
+                              "folder") from None
     try:
         return load(str(path))
     except OSError as error:
@@ -132,31 +156,34 @@ def _is_whole(path: Path) -> bool:
 
 def _compile(command: list[str], source: Path, epilogue: str, path: Path) -> None:
     _sweep(path.parent)
-    with tempfile.TemporaryDirectory(prefix="minidl-") as folder:
-        unit = Path(folder) / f"{source.stem}.cpp"
-        unit.write_text(f'#include "{source}"\n{epilogue}')
-        # Each process its own, renamed when whole.
-        fd, built = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".so", dir=path.parent)
-        os.close(fd)
-        try:
-            # zig keeps its C++ library, built at the first call, in a cache of its own: where ours is, it can write.
-            environment = {"ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig"), **os.environ}
-            result = subprocess.run([*command, str(unit), "-o", built], capture_output=True, text=True, env=environment)
-            if result.returncode:
-                lines = result.stderr.splitlines()
-                first = next((line for line in lines if "error:" in line), lines[-1] if lines else f"code {result.returncode}")
-                raise CompileError(first if source.name in first else f"{source.name}: {command[0]}: {first}")
-            content = Path(built).read_bytes()
-            Path(built).write_bytes(content + hashlib.sha256(content).digest())  # loaders ignore what follows a library
-            os.chmod(built, 0o755)
-            os.replace(built, path)
-        finally:
-            Path(built).unlink(missing_ok=True)
+    # Each process its own, renamed when whole.
+    fd, name = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".so", dir=path.parent)
+    os.close(fd)
+    built, unit = Path(name), Path(name).with_suffix(".cpp")
+    try:
+        unit.write_text(f'#include "{source.name}"\n{epilogue}')
+        result = _run([*command, str(unit), "-o", name])
+        if result.returncode:
+            first = _first_error(result.stderr) or f"code {result.returncode}"
+            raise CompileError(first if source.name in first else f"{source.name}: {command[0]}: {first}")
+        content = built.read_bytes()
+        built.write_bytes(content + hashlib.sha256(content).digest())  # loaders ignore what follows a library
+        built.chmod(0o755)
+        built.replace(path)
+    finally:
+        for file in (built, unit):
+            file.unlink(missing_ok=True)
+
+
+def _first_error(output: str) -> str:
+    """The line of a compiler that says what is wrong, or none. collect2 only says that the linker, above, has said so."""
+    lines = [line for line in output.splitlines() if not line.startswith("collect2:")]
+    return next((line for line in lines if "error:" in line), lines[-1] if lines else "")
 
 
 def _sweep(folder: Path) -> None:
     """Remove what compilations that were killed have left. Those that still run are younger."""
-    for path in folder.glob(f"{_UNFINISHED}*.so"):
+    for path in folder.glob(f"{_UNFINISHED}*"):
         try:
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()

@@ -28,7 +28,6 @@ from minidl.errors import DeviceError
 
 CAPACITY = 32_000_000  # bytes that are exchanged at once; containers often have 64 MB of shared memory
 GRACE_SECONDS = 5  # for the other ranks to end by themselves after one did
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Team:
@@ -118,16 +117,16 @@ def launch(size: int, work: Callable[[Any, Team], None], arguments: Any) -> int:
              for rank in range(size)]
     try:
         # The ranks inherit that signals wait, until they have handlers; so do those for this process, until it passes them on.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
         try:
             signals.obey()
             for rank in ranks:
                 rank.start()
             with _signals_passed_on(ranks[0]):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
                 return _wait(ranks)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
     finally:
         for rank in ranks:
             if rank.pid:
@@ -145,7 +144,7 @@ def _rank(rank: int, size: int, memory: Path, barrier: Any, spoken: Any, work: C
         sys.stdout = open(os.devnull, "w")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what came from a terminal before setpgid is for the rank 0
     signals.install()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
 
     def first_to_speak() -> bool:
         """Of an error that all ranks have, one speaks."""
@@ -169,7 +168,7 @@ def _signals_passed_on(first: Any) -> Iterator[None]:
         if first.is_alive():
             os.kill(first.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in signals.NUMBERS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

@@ -47,7 +47,7 @@ GRAY = "0.4"
 
 
 def check(path: FilePath) -> None:
-    """Raises UsageError where no picture can be written to `path`: another suffix, or matplotlib is not installed."""
+    """Raises UsageError where no picture can be written to `path`: another suffix, or no matplotlib."""
     if Path(path).suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: a picture is one of {', '.join(FORMATS)}")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep a cache in the user's folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 
 from tqdm import tqdm
@@ -36,18 +37,26 @@ class Progress:
         """The line of an epoch, from its row in metrics.csv; before the first one the heading. Accuracies are per cent."""
         if self.quiet:
             return
+        lines = []
         if not self._headed:
-            print(self._line("", "", "train", "", "val", "test", "", "", "", ""))
-            print(self._line("epoch", "lr", "loss", "top-1", "top-1", "loss", "top-1", "top-5", "img/s", "time"))
+            lines.append(self._line("", "", "train", "", "val", "test", "", "", "", ""))
+            lines.append(self._line("epoch", "lr", "loss", "top-1", "top-1", "loss", "top-1", "top-5", "img/s", "time"))
             self._headed = True
 
         def share(column: str) -> str:
             return f"{100 * float(row[column]):.2f}"
 
-        print(self._line(
+        lines.append(self._line(
             f"{row['epoch']}/{self.epochs}", rate_text(float(row["lr"])), loss_text(float(row["train_loss"])), share("train_top1"),
             share("val_top1") if self.validates else "", loss_text(float(row["test_loss"])), share("test_top1"), share("test_top5"),
-            f"{float(row['images_per_second']):,.0f}", brief(float(row["seconds"]))), flush=True)
+            f"{float(row['images_per_second']):,.0f}", brief(float(row["seconds"]))))
+        try:
+            print("\n".join(lines), flush=True)
+        except BrokenPipeError:  # whoever read has left, and may mean the run
+            raise
+        except OSError as error:  # the disk is full that a log is on: what the run writes may be elsewhere
+            print(f"warning: the output cannot be written: {error.strerror}; the run goes on without", file=sys.stderr, flush=True)
+            self.quiet = True
 
     def _line(self, epoch: str, lr: str, train: str, train_top1: str, val: str, test: str, test_top1: str, test_top5: str,
               speed: str, time: str) -> str:

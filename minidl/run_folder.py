@@ -55,12 +55,11 @@ class RunFolder:
         return folder
 
     def write_settings(self, settings: str, environment: Mapping[str, Any]) -> None:
-        """settings: the text of config.toml; environment: to env.json."""
-        with self._survives("config.toml"):
-            write_atomically(self.path / "config.toml", lambda file: file.write(settings.encode()))
-        with self._survives("env.json"):
-            text = json.dumps(environment, indent=2) + "\n"
-            write_atomically(self.path / "env.json", lambda file: file.write(text.encode()))
+        """settings: the text of config.toml; environment: to env.json. Raises CheckpointError where they cannot be written: that
+        is said before the training, not after it."""
+        write_atomically(self.path / "config.toml", lambda file: file.write(settings.encode()))
+        text = json.dumps(environment, indent=2) + "\n"
+        write_atomically(self.path / "env.json", lambda file: file.write(text.encode()))
 
     def add_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
         """Append the last of `history`, {column: text} per epoch, to metrics.csv; where that failed before, or it has other
@@ -68,10 +67,10 @@ class RunFolder:
         if "metrics.csv" in self.troubles or len(history) == 1 or history[-1].keys() != history[-2].keys():
             self.write_metrics(history)
         else:
-            with self._survives("metrics.csv"), (self.path / "metrics.csv").open("a", newline="", encoding="utf-8") as file:
+            with self.survives("metrics.csv"), (self.path / "metrics.csv").open("a", newline="", encoding="utf-8") as file:
                 file.write(_csv(history, header=False, first=len(history) - 1))
         if self._tensorboard:
-            with self._survives("tensorboard"):
+            with self.survives("tensorboard"):
                 row = history[-1]
                 for column in row.keys() - {"epoch"}:
                     part, _, metric = column.partition("_")
@@ -81,28 +80,28 @@ class RunFolder:
 
     def write_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
         """metrics.csv holds `history` and nothing else."""
-        with self._survives("metrics.csv"):
+        with self.survives("metrics.csv"):
             write_atomically(self.path / "metrics.csv", lambda file: file.write(_csv(history, header=True).encode()))
 
     def log(self, event: str, **values: Any) -> None:
         """Append an event to events.jsonl, which nothing is ever taken from."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **values})
-        with self._survives("events.jsonl"), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+        with self.survives("events.jsonl"), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def save(self, state: checkpoint.Checkpoint) -> None:
         """last.npz, whole or not at all; the one before is kept."""
-        with self._survives(checkpoint.LAST):
+        with self.survives(checkpoint.LAST):
             checkpoint.save(self.path, state)
 
     def save_best(self, state: checkpoint.Checkpoint) -> None:
         """best.npz: the weights alone."""
-        with self._survives(checkpoint.BEST):
+        with self.survives(checkpoint.BEST):
             weights.save(self.path / checkpoint.BEST, state.state, state.about)
 
     def draw_curves(self, history: Sequence[Mapping[str, str]], classes: int) -> None:
         """curves.png, where the extra that draws is installed."""
-        with self._survives("curves.png"), contextlib.suppress(UsageError):
+        with self.survives("curves.png"), contextlib.suppress(UsageError):
             plots.curves([plots.History(self.path.name, history, classes)], self.path / "curves.png")
 
     def start_tensorboard(self) -> None:
@@ -112,12 +111,13 @@ class RunFolder:
     def close(self) -> None:
         """Nothing more will be added. TensorBoard's file is written by a thread, which may be behind."""
         if self._tensorboard:
-            with self._survives("tensorboard"):
+            with self.survives("tensorboard"):
                 self._tensorboard.close()
         self._release()
 
     @contextlib.contextmanager
-    def _survives(self, file: str) -> Iterator[None]:
+    def survives(self, file: str) -> Iterator[None]:
+        """A `with` block that writes the file of that name: where it fails, the run goes on."""
         try:
             yield
         except (OSError, CheckpointError) as error:

@@ -37,8 +37,10 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = 
 }
 LARGEST_FILE = 1_000_000  # bytes of a config.toml
 LONGEST_SHOWN = 100  # letters of a value in a message
+LEAST_EPS = 1.2e-38  # which float32 does not make 0
 LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}  # what kernels take
 SIDE = IMAGE_SHAPE[1]  # pixels
+MOST_RANKS = 64  # of one machine
 LONGEST_WARMUP = 0.2   # of all steps
 ONECYCLE_WARMUP = 0.35  # of all steps; architectures differ in it by 0.3 to 0.4
 # Known to optimizers, each with its own defaults: a recipe's values hold with the recipe's optimizer alone.
@@ -89,7 +91,7 @@ class Settings:
 
     device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", word="NAME", free=True, begins="machine")
     precision: str = setting("fp32", str, "of stored activations and of matrix products", choices=tuple(STORAGE))
-    ranks: int = setting(1, int, "processes that share each batch; on GPUs, one GPU each", low=1)
+    ranks: int = setting(1, int, "processes that share each batch; on GPUs, one GPU each", low=1, high=MOST_RANKS)
 
     optimizer: str = setting("sgd", str, "its own settings are below", choices=tuple(optim.OPTIMIZERS), begins="optimizer")
     lr: float = setting(0.1, float, "peak learning rate; default: the recipe's, for sgd in proportion to the batch size", low=0)
@@ -98,7 +100,7 @@ class Settings:
     beta1: float | None = setting(None, float, "of adam and adamw", low=0, high=1, excluded=1)
     beta2: float | None = setting(None, float, "of adam and adamw", low=0, high=1, excluded=1)
     rho: float | None = setting(None, float, "of adadelta", low=0, high=1, excluded=1)
-    eps: float | None = setting(None, float, "of adam, adamw and adadelta", low=0, excluded=0)
+    eps: float | None = setting(None, float, "of adam, adamw and adadelta", low=LEAST_EPS)
     weight_decay: float | None = setting(None, float, "on every parameter", low=0)
     clip_norm: float = setting(0.0, float, "largest norm of the whole gradient; 0: no limit", low=0)
 
@@ -305,6 +307,8 @@ def _checked(name: str, value: Any, spec: Spec) -> Any:
         return [number(item, int) for item in value]
     if not isinstance(value, spec.kind):
         raise refuse({bool: "true or false", str: "a text", dict: "a table"}[spec.kind])
+    if isinstance(value, str) and "\0" in value:
+        raise refuse("a text without a NUL")
     if spec.choices and value not in spec.choices:
         raise refuse(f"one of {', '.join(spec.choices)}")
     if isinstance(value, dict) and not all(

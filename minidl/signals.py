@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, obeyed between two steps, where nothing is half done; asked twice, at once.
+"""Ctrl-C, SIGTERM and SIGHUP, obeyed between two steps, where nothing is half done; asked twice, at once.
 
 An exception raised at any moment, as Python does by default, can be lost: those of finalizers are only printed.
 """
@@ -7,7 +7,8 @@ import os
 import signal
 from types import FrameType
 
-_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+_EXIT_CODES = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
+NUMBERS = tuple(_EXIT_CODES)
 _asked: list[int] = []  # signals that came
 
 
@@ -20,9 +21,11 @@ class Stop(BaseException):
 
 
 def install() -> None:
-    """From now on the first SIGINT or SIGTERM waits for `obey`, and the second ends the process where it is."""
-    for number in _EXIT_CODES:
-        signal.signal(number, _remember)
+    """From now on the first of these signals waits for `obey`, and the second ends the process where it is. What the process
+    was started to ignore, as by nohup, it goes on ignoring."""
+    for number in NUMBERS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _remember)
 
 
 def asked() -> int:

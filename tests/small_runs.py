@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import models
-from minidl import command, data
+from minidl import command, data, signals
 from minidl.commands import train as train_command
 from minidl.layers import BatchNorm2d, ChannelDropout, Conv2d, GlobalAvgPool2d, Linear, Sequential
 from minidl.run import subset
@@ -68,7 +68,7 @@ def forked(folder, work):
         gc.freeze()  # what belongs to the parent, perhaps on a GPU, is not cleared away here
         try:
             os.chdir(folder)
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in signals.NUMBERS:
                 signal.signal(number, signal.SIG_DFL)
             sys.stdout, sys.stderr = (path.open("w", encoding="utf-8") for path in streams)
             code = command.run(work)

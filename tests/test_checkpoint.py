@@ -191,6 +191,13 @@ def test_a_disk_that_is_full_for_ever(few_digits, tmp_path):
     assert train(tmp_path, "--resume", "it").returncode == 0
 
 
+def test_a_disk_that_is_full_from_the_start(few_digits, tmp_path):
+    """Nothing would be left of the training, so that there is none."""
+    result = train(tmp_path, *ARGUMENTS, "-o", "it", before=limit_files(300))
+    assert_refused(result, 5, "error: it/config.toml cannot be written: File too large\n")
+    assert "warning" not in result.stderr and list((tmp_path / "it").iterdir()) == []
+
+
 def test_a_disk_that_is_full_for_a_while(few_digits, tmp_path):
     def patch():
         at_step(STEPS + 1, limit_files(6000))()

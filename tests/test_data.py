@@ -234,6 +234,20 @@ def offline(monkeypatch):
 # Finding and reading
 
 
+def test_unpacked_files_that_are_not_the_official_ones_are_named(copy100, tmp_path, capsys):
+    """They may be damaged, or changed on purpose."""
+    edition = copy100.original.editions[0]
+    file = copy100.unpack(tmp_path, edition) / edition.train[0].name
+    it = copy100.cifar
+    assert_holds(copy100, cifar.load(it, [tmp_path]))
+    assert capsys.readouterr().err == ""
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    train, _ = cifar.load(it, [tmp_path])
+    assert train.images[-1, -1, -1, -1] == copy100.pixels[TRAIN - 1, -1] ^ 1
+    assert capsys.readouterr().err.startswith(f"warning: {file} is not the official file: md5 ")
+
+
 @pytest.mark.parametrize("number", [0, 1], ids=["binary", "python"])
 @pytest.mark.parametrize("form", ["folder", "parent", "archive"])
 def test_reads_each_edition_from_each_place(copy, number, form, tmp_path):

@@ -151,7 +151,7 @@ def test_unknown_device(name):
         select(name)
 
 
-@pytest.mark.parametrize("setting, threads", [("1", 1), ("3", 3)])
+@pytest.mark.parametrize("setting, threads", [("1", 1), ("03", 3), ("256", 256), ("257", 256), ("4294967296", 256), ("9" * 5000, 256)])
 def test_cpu_threads_that_are_asked_for(monkeypatch, setting, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", setting)
     assert cpu_threads() == threads

@@ -156,7 +156,7 @@ def test_a_loss_that_is_no_number_though_its_gradient_is_one(few_digits, tmp_pat
         trainer.network.classifier.bias.master[:] = [3e38, -3e38] * 5
 
     result = train(tmp_path, *ARGUMENTS, "--lr", "0", "-o", "it", before=at_step(7, plant))
-    assert_diverged(tmp_path / "it", result, "the loss became nan by step 5 of this epoch: try a lower --lr")
+    assert_diverged(tmp_path / "it", result, "the loss became inf by step 5 of this epoch: try a lower --lr")
 
 
 def test_the_last_step_of_an_epoch_can_spoil_the_weights(few_digits, tmp_path):

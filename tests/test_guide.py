@@ -166,7 +166,7 @@ def test_settings_that_may_change():
 def test_exit_codes():
     listed = [int(code) for code in re.findall(r"^- \*\*(\d+)\*\* ", section("Exit codes"), re.MULTILINE)]
     own = {error.exit_code for error in vars(errors).values() if isinstance(error, type)}
-    ended = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
+    ended = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
     assert listed == sorted({0, command.READER_LEFT, *own, *ended})
 
 

@@ -494,6 +494,16 @@ def test_no_folder_to_cache_in(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_folder_at_all(monkeypatch):
+    def mkdtemp(prefix):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(host_build.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(host_build, "lasting_cache_folders", lambda: [])
+    with pytest.raises(DeviceError, match="^there is no folder to build the kernels in: set MINIDL_CACHE to one that can be"):
+        host_build.cache_folder.__wrapped__()
+
+
 def test_read_only_cache_folder(tmp_path):
     (tmp_path / "cache").mkdir(mode=0o555)
     assert_works(process(LAUNCH, MINIDL_CACHE=str(tmp_path / "cache"), XDG_CACHE_HOME=str(tmp_path / "other")))
@@ -598,6 +608,51 @@ def test_compiler_that_is_not_there(fresh_build, monkeypatch, setting, found):
     monkeypatch.setenv("CXX", setting)
     with pytest.raises(DeviceError, match=rf"\$CXX names the compiler '{found.replace('+', '.')}', which is not found"):
         host_build.compiler()
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("#!/nonexistent/sh\n", "No such file or directory"), ("no program", "Exec format error")])
+def test_compiler_that_cannot_be_run(fresh_build, monkeypatch, tmp_path, text, reason):
+    (tmp_path / "c++").write_text(text)
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    with pytest.raises(DeviceError, match=f"the compiler {tmp_path}/c.. cannot be run: {reason}; set .CXX to another"):
+        host_build.library(OPS / "relu.cu", "fast")
+
+
+def test_compiler_whose_name_is_half_quoted(fresh_build, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ 'abc")
+    with pytest.raises(DeviceError, match=re.escape("$CXX is \"g++ 'abc\", which is not a command: No closing quotation")):
+        host_build.compiler()
+
+
+@pytest.mark.parametrize("said, error", [
+    (rb"Ger\344t.cpp:1:1: error: caf\351", r"Ger\xe4t.cpp:1:1: error: caf\xe9"),
+    (rb"/usr/bin/ld: final link failed: No space left on device\ncollect2: error: ld returned 1 exit status",
+     "/usr/bin/ld: final link failed: No space left on device")])
+def test_what_a_compiler_says_in_any_letters(fresh_build, monkeypatch, tmp_path, said, error):
+    (tmp_path / "c++").write_bytes(b"#!/bin/sh\nprintf '" + said + b"\\n' >&2; exit 1\n")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    with pytest.raises(CompileError, match=re.escape(f"relu.cu: {tmp_path}/c++: {error}")):
+        host_build.library(OPS / "relu.cu", "fast")
+
+
+def test_something_else_in_the_place_of_a_library(fresh_build, fake_compiler, tmp_path):
+    host_build.library(OPS / "relu.cu", "fast")
+    (library,) = tmp_path.glob("kernels/*.so")
+    library.unlink()
+    library.mkdir()
+    with pytest.raises(DeviceError, match=f"{library} cannot be written: Is a directory; make room there, or set MINIDL_CACHE"):
+        host_build.library(OPS / "relu.cu", "fast")
+    assert [*tmp_path.glob("kernels/*")] == [library]
+
+
+def test_a_folder_of_strange_letters(tmp_path):
+    folder = f"{tmp_path}/m\udce4 'y'"  # a byte that is not UTF-8
+    shutil.copytree(OPS.parent, f"{folder}/minidl", ignore=shutil.ignore_patterns("__pycache__"))
+    for changes in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        assert_works(process(LAUNCH, PYTHONPATH=folder, MINIDL_CACHE=str(tmp_path / "cache"), **changes))
 
 
 def test_choice_of_compiler(fresh_build, monkeypatch, tmp_path):

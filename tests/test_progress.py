@@ -79,6 +79,18 @@ def test_quiet_says_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
+    progress = Progress(3, False)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        for _ in range(2):
+            progress.row(USUAL)
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for what is left in its buffer
+    assert capsys.readouterr().err == ("warning: the output cannot be written: No space left on device; the run goes on "
+                                       "without\n")
+
+
 # ---- numbers
 
 

@@ -153,7 +153,8 @@ VALUES = [  # name, value, what is said
     ("lr", "fast", "lr is 'fast': it must be a number"),
     ("momentum", 1.1, "momentum is 1.1: it must be from 0 to 1, but not 1"),
     ("momentum", 1, "momentum is 1: it must be from 0 to 1, but not 1"),
-    ("eps", 0, "eps is 0: it must be at least 0, but not 0"),
+    ("eps", 0, "eps is 0: it must be at least 1.2e-38"),
+    ("data_dir", "a\0b", "data_dir is 'a\\x00b': it must be a text without a NUL"),
     ("padding", 32, "padding is 32: it must be from 0 to 31"),
     ("cutout", 33, "cutout is 33: it must be from 0 to 32"),
     ("milestones", 3, "milestones is 3: it must be a list of whole numbers"),
@@ -169,7 +170,7 @@ VALUES = [  # name, value, what is said
     ("time_budget", "0s", "time_budget: '0s' is not a time"),
     ("save_every", "often", "save_every: 'often' is not a time such as 6h, 30m, 90s or 1h30m, nor a number of steps"),
     ("save_every", "0", "save_every: '0' is not a time"),
-    ("ranks", 129, "ranks 129 cannot share a batch of 128"),
+    ("ranks", 65, "ranks is 65: it must be from 1 to 64"),
     ("patience", 3, "patience needs val_split"),
     ("milestones", [3], "milestones is of sched multistep, not cosine"),
     ("restart_at_milestones", True, "restart_at_milestones is of sched multistep, not cosine"),
@@ -177,6 +178,11 @@ VALUES = [  # name, value, what is said
     ("colour", "blue", "unknown setting 'colour'"),
     ("x" * 1000, 1, "unknown setting 'xxx"),
 ]
+
+
+def test_more_ranks_than_images_of_a_batch():
+    with pytest.raises(UsageError, match="^ranks 3 cannot share a batch of 2$"):
+        resolved(ranks=3, batch_size=2)
 
 
 @pytest.mark.parametrize("name, value, said", VALUES, ids=lambda part: str(part)[:20])
@@ -260,7 +266,7 @@ def test_every_recipe_of_every_architecture_comes_back(tmp_path, dataset):
 
 
 def test_every_setting_comes_back(tmp_path):
-    it = resolved("paper", epochs=7, optimizer="adamw", lr=1e-7, beta1=0.1, beta2=1 / 3, eps=2.5e-300, weight_decay=12345.678,
+    it = resolved("paper", epochs=7, optimizer="adamw", lr=1e-7, beta1=0.1, beta2=1 / 3, eps=2.5e-30, weight_decay=12345.678,
                   clip_norm=1e15, warmup_epochs=0.1, milestones=[1, 2**62], factor=1.0, restart_at_milestones=True,
                   label_smoothing=1, mixup=0.2, ema=0.999, padding=31, reflect=False, cutout=32, val_split=10, patience=3,
                   limit_train_batches=5, save_every="90s", inspect=True, tensorboard=True, seed=2**63 - 1, precision="bf16",
@@ -270,8 +276,8 @@ def test_every_setting_comes_back(tmp_path):
     assert chosen("--config", toml(tmp_path, budget.as_toml())) == budget
 
 
-LETTERS = "".join(map(chr, [*range(0x3000), 0x2028, 0xfeff, 0xfffd, 0xffff, 0x1d538, 0x1f600, 0x10ffff]))
-TEXTS = ["", " ", "'", '"', '"""', "'''", "\\", "\\n", "a\nb", "a\r\nb", "\0", "\x7f", "# no comment", "[table]", "x = 1",
+LETTERS = "".join(map(chr, [*range(1, 0x3000), 0x2028, 0xfeff, 0xfffd, 0xffff, 0x1d538, 0x1f600, 0x10ffff]))
+TEXTS = ["", " ", "'", '"', '"""', "'''", "\\", "\\n", "a\nb", "a\r\nb", "\x7f", "# no comment", "[table]", "x = 1",
          "Läufe ✓ 𝔸", "../a b", LETTERS]
 
 

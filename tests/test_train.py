@@ -328,7 +328,7 @@ USAGE = {  # what is asked for: what the answer says
     "--sched multistep": "sched multistep needs milestones: after how many epochs the rate drops",
     "--ema 1": "ema is 1.0: it must be from 0 to 1, but not 1",
     "--momentum 1": "momentum is 1.0: it must be from 0 to 1, but not 1",
-    "--optimizer adam --eps 0": "eps is 0.0: it must be at least 0, but not 0",
+    "--optimizer adam --eps 0": "eps is 0.0: it must be at least 1.2e-38",
     "--epochs 3 --time-budget 1h": "epochs and time_budget exclude each other",
     "--patience 3": "patience needs val_split",
     "--config nowhere.toml": "nowhere.toml cannot be read: No such file or directory",
@@ -441,11 +441,28 @@ sys.exit(command.run(main))
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_first_signal_waits_for_the_step_and_the_second_does_not(tmp_path, number, code):
     result = python(tmp_path, "-c", TWO_SIGNALS, str(int(number)))
     assert (result.returncode, result.stdout) == (code, "the step is done\n")
     assert "Traceback" not in result.stderr
+
+
+def test_what_a_process_was_started_to_ignore_it_ignores(tmp_path):
+    """As by nohup; or SIGINT, in the background of a script."""
+    script = ("import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from minidl import command, signals\n"
+              "print(command.run(lambda: [os.kill(os.getpid(), signal.SIGHUP), signals.obey()][1]))")
+    assert python(tmp_path, "-c", script).stdout == "0\n"
+
+
+def test_a_closed_terminal(tmp_path):
+    with start(tmp_path, *DIGITS, "--epochs", "1000", "-o", "it", stderr=subprocess.PIPE,
+               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as process:
+        while not process.stdout.readline().startswith("   1/1000 "):
+            pass
+        process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 129 and "error: interrupted, and saved after " in errors
 
 
 def test_readers_that_leave_early(tmp_path):

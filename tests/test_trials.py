@@ -148,6 +148,12 @@ def test_seeds_do_not_go_into_the_folder_of_a_run(tmp_path):
     assert left_by(tmp_path / "it") == before
 
 
+def test_all_seeds_must_be_seeds(tmp_path):
+    result = train(tmp_path, *RUN, "--runs", "2", "--seed", str(2**63 - 1), "-o", "it")
+    assert result.returncode == 2 and "error: seed is 9223372036854775808: it must be below 2**63" in result.stderr
+    assert not (tmp_path / "it").exists()
+
+
 def test_seeds_do_not_touch_what_is_not_theirs(tmp_path):
     kept = tmp_path / "it" / "seed-0" / "precious"
     kept.parent.mkdir(parents=True)

@@ -549,6 +549,22 @@ def test_what_an_imported_file_was_trained_on(run_folder, state, tmp_path):
     assert (metadata["dataset"], metadata["mean"], metadata["class_names"]) == ("digits", list(digits.mean), list("0123456789"))
 
 
+def test_what_the_file_says_of_its_data_holds(run_folder, state, tmp_path):
+    """A recipe may normalize images otherwise than the data set's own mean would."""
+    arrays = {**state, "classifier.weight": np.zeros((10, state["classifier.weight"].shape[1])), "classifier.bias": np.zeros(10)}
+    _, digits = data.load("digits")
+    known = {**weights.describe("report-resnext3", 10, {}, digits), "mean": [0.0] * 3, "std": [1.0] * 3}
+    for name, changes, said in (("its own", {}, ""), ("dataset", {"dataset": "cifar10"}, "trained on cifar10, not on digits"),
+                                ("classes", {"dataset": None, "class_names": list("abcdefghij")}, "trained on other classes, not on")):
+        weights.save(tmp_path / f"{name}.npz", arrays, {**known, **changes})
+        result = minidl(tmp_path, "import", f"{name}.npz", "--arch", "report-resnext3", "--dataset", "digits", "-o", "new.npz")
+        if said:
+            assert_refused(result, 2, f"{name}.npz says that it was {said}")
+        else:
+            assert result.returncode == 0 and weights.load(tmp_path / "new.npz")[1] == known
+            (tmp_path / "new.npz").unlink()
+
+
 def test_options_that_the_file_knows(tmp_path):
     """Whoever names the network again does not lose them: extra_pool has no weights that would tell."""
     pytest.importorskip("onnx", reason="its files need it: pip install 'minidl[interchange]'")

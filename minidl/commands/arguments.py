@@ -7,6 +7,7 @@ from typing import Any
 
 import models
 from minidl import weights
+from minidl.atomic_file import check_folder
 from minidl.device import Device
 from minidl.errors import UsageError
 from minidl.layers import Layer
@@ -28,8 +29,9 @@ def add_architecture(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def new_file(path: Path, flag: str = "-o") -> Path:
-    """The path, if there is nothing yet. Raises UsageError otherwise, with the flag that names another: nothing is ever
-    overwritten."""
+    """The path, if there is nothing yet, in a folder that is there. Raises UsageError otherwise, with the flag that names
+    another: nothing is ever overwritten."""
+    check_folder(path)
     if os.path.lexists(path):
         raise UsageError(f"{path} exists: name another with {flag}")
     return path

@@ -30,7 +30,13 @@ def main(args: argparse.Namespace) -> None:
         dataset = data.load(args.dataset, args.data_dir)[0]
         if len(dataset.classes) != metadata["classes"]:
             raise UsageError(f"{args.file} knows {metadata['classes']} classes, {args.dataset} has {len(dataset.classes)}")
-        metadata = weights.describe(metadata["arch"], metadata["classes"], metadata["options"], dataset)
+        of_data = weights.describe(metadata["arch"], metadata["classes"], metadata["options"], dataset)
+        for key in ("dataset", "class_names"):
+            if metadata[key] not in (None, of_data[key]):
+                raise UsageError(f"{args.file} says that it was trained on {metadata['dataset'] or 'other classes'}, not on "
+                                 f"{args.dataset}")
+        # How its images were normalized, the file knows better: not every recipe takes the mean of the data.
+        metadata = {key: of_data[key] if metadata[key] is None else metadata[key] for key in of_data}
     weights.save(output, state, metadata)
     report(output, state, metadata)
 

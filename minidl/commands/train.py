@@ -307,6 +307,7 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     """Train with --runs seeds, one after another. What a former call with the same folder has finished is not done again."""
     if args.runs < 2:
         raise UsageError("--runs 1: a standard deviation needs at least 2")
+    dataclasses.replace(chosen, seed=chosen.seed + args.runs - 1)  # which must be a seed, too
     if args.output and os.path.exists(os.path.join(args.output, "config.toml")):
         raise UsageError(f"{args.output} is the folder of one run: name another one")
     parent = Path(args.output) if args.output else RunFolder.new(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
@@ -413,7 +414,8 @@ def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE
         raise UsageError(f"{path}: another process went on with this run meanwhile; try again")
     folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left
     if chosen.as_dict() != saved.progress["settings"] and not finished(run):
-        folder.write_settings(chosen.as_toml(), run_folder.environment(run.place))
+        with folder.survives("config.toml"):
+            folder.write_settings(chosen.as_toml(), run_folder.environment(run.place))
     return run, folder
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -238,8 +239,18 @@ CIFAR10 = Cifar(
 
 
 def load(cifar: Cifar, folders: Iterable[str | os.PathLike[str]]) -> tuple[Dataset, Dataset]:
-    """The training and the test Dataset of `cifar`, from where `obtain` finds it. Raises DataError."""
-    return read(cifar, obtain(cifar, folders))
+    """The training and the test Dataset of `cifar`, from where `obtain` finds it. Raises DataError.
+
+    Unpacked files that are not the official ones are read all the same, if they can be: somebody may have changed labels on
+    purpose. A warning on stderr names them.
+    """
+    found = obtain(cifar, folders)
+    datasets = read(cifar, found)
+    if not found.packed:  # an archive was compared before
+        for path, file in found.files():
+            if difference := file.difference(path):
+                print(f"warning: {path} is not the official file: {difference}", file=sys.stderr)
+    return datasets
 
 
 def obtain(cifar: Cifar, folders: Iterable[str | os.PathLike[str]]) -> Found:
