@@ -21,6 +21,7 @@ class StepMemory:
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.replayable = True  # no step that works in it was found not to be
 
     def lent(self) -> contextlib.AbstractContextManager[object]:
         """A `with` block in which CuPy takes memory from here. What is in it means nothing any more after the next step."""
@@ -71,7 +72,7 @@ class StepGraph:
 
     The record holds each kernel with the addresses and numbers that it was given. So a step must find what changes from one to
     the next in arrays that stay where they are, and may not wait for the device. What cannot be recorded is done as it is each
-    time, which costs the host's time: one warning says so.
+    time, as are other steps of the same memory, which costs the host's time: one warning says so.
     """
 
     def __init__(self, memory: StepMemory) -> None:
@@ -83,7 +84,7 @@ class StepGraph:
     def run(self, step: Callable[[], None]) -> None:
         """Do the step, on CuPy's current stream. step: the same in each call."""
         with self._memory.lent():
-            if self._runs == 1:  # kernels have been compiled and libraries opened, which cannot be recorded
+            if self._runs == 1 and self._memory.replayable:  # kernels have been compiled and libraries opened, which cannot be recorded
                 self._record(step)
             if self._graph is None:
                 step()
@@ -106,5 +107,6 @@ class StepGraph:
                     raise
                 self._graph, self._stream = stream.end_capture(), stream
         except Exception as error:  # whatever it is, the step itself will meet it, or do without the record
-            print(f"warning: training steps are not replayed as a CUDA graph, kernels are launched one by one: "
+            self._memory.replayable = False
+            print(f"warning: steps are not replayed as a CUDA graph, kernels are launched one by one: "
                   f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)

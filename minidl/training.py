@@ -73,6 +73,7 @@ class Trainer:
         self._share: Array = xp.ones(1, acc)
         self.memory = StepMemory(network.device)
         self._graphs: dict[bool, StepGraph] = defaultdict(partial(StepGraph, self.memory))  # with mixup or without
+        self._evaluators: dict[Batches, Evaluator] = {}
         network.skip_input_gradient()
 
     def step(self, batch: Batch) -> None:
@@ -84,14 +85,12 @@ class Trainer:
         if mixed:
             self._share[...] = batch.share
         self.optimizer.set_rate(batch.lr)
-        # Ranks wait for each other in the middle of a step; and who watches the layers wants them to be called.
-        one_by_one = self.network.device.name == "cpu" or self.team.size > 1 or inspection.watched(self.network)
         with blas.tf32(self.tf32):
-            if one_by_one:
+            if self.team.size == 1 and may_be_replayed(self.network):  # ranks wait for each other in the middle of a step
+                self._graphs[mixed].run(partial(self._step_on_device, mixed))
+            else:
                 with self.memory.lent():
                     self._step_on_device(mixed)
-            else:
-                self._graphs[mixed].run(partial(self._step_on_device, mixed))
 
     def _step_on_device(self, mixed: bool) -> None:
         """The step after what it needs has been put into its place: the host gives and takes no more numbers, so that it can be
@@ -189,8 +188,10 @@ class Trainer:
 
     def evaluate(self, batches: Batches, limit: int | None = None) -> Metrics:
         """As the function of that name, between steps and as they compute."""
+        if batches not in self._evaluators:
+            self._evaluators[batches] = Evaluator(self.network, batches, self.team, self.memory)
         with self.memory.lent(), blas.tf32(self.tf32):
-            return evaluate(self.network, batches, limit, self.team)
+            return self._evaluators[batches].run(limit)
 
     def arrays(self) -> dict[str, Array]:
         """{name: array}, all besides weights and running statistics that training goes on from: write into them to load it."""
@@ -199,20 +200,50 @@ class Trainer:
 
 
 def evaluate(network: Layer, batches: Batches, limit: int | None = None, team: Team = ALONE) -> Metrics:
-    """The network in evaluation mode on all images of `batches`, or those of the first `limit` batches -> Metrics.
+    """The network in evaluation mode, in which it stays, on all images of `batches`, or those of the first `limit` batches ->
+    Metrics.
 
     team: who share the batches.
     """
-    network.eval()
-    totals = network.device.xp.zeros(4)
-    one = network.device.xp.ones(1, network.parameters.master.dtype)
-    for indices, valid in batches.all()[:limit][team.rank::team.size]:
-        x, labels = batches.load(indices, network.step)
-        loss.forward_backward(network.forward(x), labels, totals, one, valid=valid)
-        if team.size == 1:  # of several, all end after the same step of training
-            signals.obey()
-    team.add(totals, 1.0, network.device)
-    return _metrics(network.device.to_host(totals))
+    return Evaluator(network, batches, team, StepMemory(network.device)).run(limit)
+
+
+class Evaluator:
+    """Evaluates a network on `batches` again and again, on a GPU by replaying what it does with a whole batch (StepGraph)."""
+
+    def __init__(self, network: Layer, batches: Batches, team: Team, memory: StepMemory) -> None:
+        """memory: for what is made on a GPU, nothing of which is needed after the next batch."""
+        self.network, self.batches, self.team = network, batches, team
+        xp = network.device.xp
+        self._totals: Array = xp.zeros(4)  # of loss.cu
+        self._indices: Array = xp.zeros(batches.batch_size, np.int32)  # of the present batch, where each finds them
+        self._one: Array = xp.ones(1, network.parameters.master.dtype)
+        self._graph = StepGraph(memory)
+
+    def run(self, limit: int | None = None) -> Metrics:
+        """See `evaluate`."""
+        self.network.eval()
+        self._totals[...] = 0
+        size, replays = self.batches.batch_size, may_be_replayed(self.network)
+        for indices, valid in self.batches.all()[:limit][self.team.rank::self.team.size]:
+            self._indices[...] = indices
+            if replays and valid == size:
+                self._graph.run(partial(self._batch_on_device, size))
+            else:
+                self._batch_on_device(valid)
+            if self.team.size == 1:  # of several, all end after the same step of training
+                signals.obey()
+        self.team.add(self._totals, 1.0, self.network.device)
+        return _metrics(self.network.device.to_host(self._totals))
+
+    def _batch_on_device(self, valid: int) -> None:
+        x, labels = self.batches.load(self._indices, self.network.step)
+        loss.forward_backward(self.network.forward(x), labels, self._totals, self._one, valid=valid)
+
+
+def may_be_replayed(network: Layer) -> bool:
+    """Whether what the network does can be recorded: it is on a GPU, and nobody watches its layers, who wants them to be called."""
+    return network.device.name != "cpu" and not inspection.watched(network)
 
 
 def _metrics(totals: Array) -> Metrics:

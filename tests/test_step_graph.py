@@ -161,6 +161,20 @@ def test_a_record_takes_the_memory_that_single_launches_gave_back(gpu):
     assert replayed(run) and held[1] == held[2] == held[3] <= 1.3 * held[0]
 
 
+def test_evaluations_are_replayed(gpu, monkeypatch):
+    """But for the last batch, of which a part counts; weights and running statistics are those of the moment."""
+    run = new_run(gpu, small(), batch_size=7, **ALL)
+    run.evaluation_limit = None
+    metrics = train(run)
+    (evaluator,) = run.trainer._evaluators.values()
+    assert evaluator._graph._graph is not None and evaluator._graph._runs == 2 * (run.test_batches.size // 7)
+    assert run.test_batches.size % 7
+    without_graphs(monkeypatch)
+    other = new_run(gpu, small(), batch_size=7, **ALL)
+    other.evaluation_limit = None
+    assert metrics == train(other)
+
+
 def test_an_evaluation_takes_the_memory_of_steps(gpu):
     run = new_run(gpu, batch_size=16)
     run.trainer.epoch(run.batches(0))
@@ -232,7 +246,7 @@ def test_a_step_that_waits_for_the_device_is_not_replayed(gpu, monkeypatch, caps
 
     run, metrics = trained()
     said = capsys.readouterr().err
-    assert said.startswith("warning: training steps are not replayed as a CUDA graph, kernels are launched one by one: ")
+    assert said.startswith("warning: steps are not replayed as a CUDA graph, kernels are launched one by one: ")
     assert said.count("\n") == 1 and "capturing" in said
     assert not replayed(run)
     without_graphs(monkeypatch)
