@@ -44,10 +44,11 @@ def environment(**changes):
 
 @contextmanager
 def ctrl_c():
-    """Who ignores Ctrl-C, as what runs in the background does, has children that ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Who ignores Ctrl-C or SIGHUP, as what runs in the background does, has children that ignore it."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def python(folder, *arguments, stdout=subprocess.PIPE, **changes):
@@ -456,8 +457,7 @@ def test_what_a_process_was_started_to_ignore_it_ignores(tmp_path):
 
 
 def test_a_closed_terminal(tmp_path):
-    with start(tmp_path, *DIGITS, "--epochs", "1000", "-o", "it", stderr=subprocess.PIPE,
-               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as process:
+    with start(tmp_path, *DIGITS, "--epochs", "1000", "-o", "it", stderr=subprocess.PIPE) as process:
         while not process.stdout.readline().startswith("   1/1000 "):
             pass
         process.send_signal(signal.SIGHUP)
