@@ -115,7 +115,8 @@ class Bench:
             for ours, theirs in zip(results["minidl"], arrays, strict=True):
                 error = float(np.linalg.norm((ours - theirs).ravel()) / np.linalg.norm(theirs.ravel()))
                 if not error < (np.inf if case.random else TOLERANCES[self.precision]):
-                    raise records.Differ(f"{case.name} {self.precision}: minidl and {name} differ by {error:.2g} of a typical value")
+                    raise records.Differ(f"{case.name} {self.precision}: minidl and {name} differ by {error:.2g} of a typical "
+                                         "value")
 
     def without_torch(self, case):
         """{name: function} of minidl and NumPy."""

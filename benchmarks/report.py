@@ -33,7 +33,8 @@ LOST = 10  # rows of the table of what is lost most
 HEAD = """# Benchmarks
 
 Written by `python benchmarks/report.py` from the records in [results/](results/). Do not edit it: repeat a benchmark, or edit
-experiments.toml and runs.toml. Each record holds its command, commit, hardware and versions. Times on shared machines vary from hour to hour: compare ratios.
+experiments.toml and runs.toml. Each record holds its command, commit, hardware and versions. Times on shared machines vary
+from hour to hour: compare ratios.
 
     python benchmarks/kernels.py --help       every kernel and every matrix product of the networks, against the ceilings
     python benchmarks/training.py --help      images per second and memory of a training step; scaling; start-up

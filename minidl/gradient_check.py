@@ -124,7 +124,8 @@ class _Trial:
             slopes = np.array([self._slopes({name: unit}, STEP) for unit in _units(gradient.shape)]).reshape(-1, 3)
             expected = slopes[:, 0]
             allowed = self._allowed(expected, np.sqrt(np.mean(expected[np.isfinite(expected)] ** 2)), STEP)
-            results.append(self._result(name, [name], gradient.ravel(), slopes, allowed, np.full(gradient.size, STEP), gradient.shape))
+            steps = np.full(gradient.size, STEP)
+            results.append(self._result(name, [name], gradient.ravel(), slopes, allowed, steps, gradient.shape))
         return results
 
     def directions(self) -> list[Result]:

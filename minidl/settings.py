@@ -74,13 +74,15 @@ class Settings:
                         word="NAME", begins="what is trained, and on what")
     model_kwargs: dict[str, Any] = setting({}, dict, "options of the network, such as dropout=0.3 for a Wide ResNet")
     dataset: str = setting(None, str, "digits need no download", choices=data.NAMES)
-    data_dir: str | None = setting(None, str, "where the official files of CIFAR are, or shall be downloaded to", word="FOLDER", free=True)
+    data_dir: str | None = setting(None, str, "where the official files of CIFAR are, or shall be downloaded to", word="FOLDER",
+                                   free=True)
     normalize: str = setting("dataset", str, "whose mean and standard deviation the pixels are normalized with",
                              choices=tuple(NORMALIZATIONS))
     val_split: int = setting(0, int, "training images that are held out for validation", low=0)
 
     recipe: str = setting("fast", str, "where settings that are not given come from: fast, 50 epochs; paper, each author's "
-                                       "own; report, the student report's", choices=("fast", "paper", "report"), begins="recipe and length")
+                                       "own; report, the student report's", choices=("fast", "paper", "report"),
+                         begins="recipe and length")
     epochs: int = setting(1, int, "passes over the training images", low=1, flags=["-e"])
     time_budget: str | None = setting(None, str, "train as many epochs as fit into this time, such as 6h or 30m",
                                       word="TIME", free=True)
@@ -106,7 +108,8 @@ class Settings:
 
     sched: str = setting("cosine", str, "course of the learning rate", choices=tuple(optim.SCHEDULES),
                          begins="schedule")
-    warmup_epochs: float = setting(0.0, float, f"in which the rate grows, at most {LONGEST_WARMUP} of all; of onecycle always {ONECYCLE_WARMUP}", low=0)
+    warmup_epochs: float = setting(0.0, float, f"in which the rate grows, at most {LONGEST_WARMUP} of all; of onecycle always "
+                                               f"{ONECYCLE_WARMUP}", low=0)
     milestones: list[int] = setting([], list, "of multistep: after how many epochs the rate drops", low=1)
     factor: float = setting(0.1, float, "of multistep: what a drop multiplies the rate with", low=0, high=1)
     restart_at_milestones: bool = setting(False, bool, "the optimizer forgets its moments at each drop")

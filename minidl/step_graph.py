@@ -84,7 +84,8 @@ class StepGraph:
     def run(self, step: Callable[[], None]) -> None:
         """Do the step, on CuPy's current stream. step: the same in each call."""
         with self._memory.lent():
-            if self._runs == 1 and self._memory.replayable:  # kernels have been compiled and libraries opened, which cannot be recorded
+            # Kernels have been compiled and libraries opened the first time, which cannot be recorded.
+            if self._runs == 1 and self._memory.replayable:
                 self._record(step)
             if self._graph is None:
                 step()

@@ -40,8 +40,8 @@ PAPER_OF: dict[str, Recipe] = {
     # of github.com/prlz77/ResNeXt.pytorch, on which the author's code seems to rest: issue 14 has its names of layers.
     "res2net": dict(RESNEXT, batch_size=64, lr=0.05, milestones=[150, 225], normalize="imagenet"),
     # github.com/szagoruyko/wide-residual-networks: train.lua and scripts/train_cifar.sh.
-    "wideresnet": dict(SGD, **CROP_AND_FLIP, model_kwargs=dict(gamma="uniform"), reflect=True, normalize="cifar10", epochs=200, batch_size=128, lr=0.1,
-                       sched="multistep", milestones=[59, 119, 159], factor=0.2, restart_at_milestones=True),
+    "wideresnet": dict(SGD, **CROP_AND_FLIP, model_kwargs=dict(gamma="uniform"), reflect=True, normalize="cifar10", epochs=200,
+                       batch_size=128, lr=0.1, sched="multistep", milestones=[59, 119, 159], factor=0.2, restart_at_milestones=True),
 }
 # The small SimpleNets were trained in Caffe only: 310k for 120,800 iterations of 64 images, drops after 50,000 and 95,000.
 PAPER_OF_MEMBER: dict[str, Recipe] = {

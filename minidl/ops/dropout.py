@@ -14,8 +14,8 @@ def apply(x: Array, rate: float, key: int, layer: int, step: Array) -> Array:
     """x of any shape -> y: each element 0 with probability `rate`, else x / (1 - rate).
 
     The decision is a pure function of key (64 bits), layer (32 bits), the number in step (an int64 array of one
-    element, on the device of x) and the element's position. Its probability is `rate` to 1/65536, so that a rate within a few of these of 1 does not
-    keep the mean. Raises ValueError unless 0 <= rate < 1.
+    element, on the device of x) and the element's position. Its probability is `rate` to 1/65536, so that a rate within
+    a few of these of 1 does not keep the mean. Raises ValueError unless 0 <= rate < 1.
     """
     y = empty(x.shape, x.dtype, like=x)
     KERNELS.dropout[blocks_for(x.size), THREADS](x, step, y, x.size, key, layer, *_decision(rate))
