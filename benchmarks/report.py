@@ -40,9 +40,9 @@ from hour to hour: compare ratios.
     python benchmarks/training.py --help      images per second and memory of a training step; scaling; start-up
     python benchmarks/overhead.py --help      what an epoch of train.py costs beyond its steps
 
-`minidl bench kernels`, `training` and `overhead` are the same. `--peer torch` measures PyTorch too, with as many threads: times in
-turn, in one process; memory in a process for each. A speed ratio above 1 means that minidl is faster, a memory ratio below 1
-that it needs less. A commit with + had files that differed from it.
+`minidl bench kernels`, `training` and `overhead` are the same. `--peer torch` measures PyTorch too, with as many threads: times
+in turn, in one process; memory on a CPU in a process for each. A speed ratio above 1 means that minidl is faster, a memory
+ratio below 1 that it needs less. A commit with + had files that differed from it.
 """
 
 

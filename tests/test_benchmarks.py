@@ -263,6 +263,8 @@ def test_startup(results, monkeypatch, capsys):
     (training, ["--plot", "a.png"], "--plot draws what --scaling finds"),
     (training, ["--scaling", "--plot", "a.jpg"], "a.jpg: a picture is one of"),
     (training, ["--compile"], "--compile is for --peer torch"),
+    (training, ["--json", "nowhere/a.json"], "nowhere/a.json: there is no folder nowhere"),
+    (kernels, ["--json", "nowhere/a.json"], "nowhere/a.json: there is no folder nowhere"),
     (kernels, ["--networks", "resnxt"], "unknown architecture 'resnxt'"),
     (kernels, ["--networks", "wrn-10-1", "--filter", "lstm"], "--filter lstm: nothing that these networks do"),
 ])
