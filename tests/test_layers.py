@@ -109,7 +109,7 @@ def test_the_gradient_of_a_bias_in_front_of_batch_norm_is_zero(machine, rng, mon
         Residual(Sequential(Conv2d(3, 3, 1), ReLU(), Conv2d(3, 3, 1)), Conv2d(3, 3, 1), norm=BatchNorm2d(3)),
         Sequential(ReLU(), Conv2d(3, 3, 1)), BatchNorm2d(3), Residual(Conv2d(3, 3, 1), norm=BatchNorm2d(3)))
     before_norm = {"0.bias", "5.body.0.bias", "6.body.2.bias", "7.1.bias", "9.body.bias"}
-    network.initialize(machine.place, "float64", seed=2)
+    network.initialize(machine.place, "float64", seed=1)
     x, u = rng.normal(size=(2, 4, 5, 3)), rng.normal(size=(3, 4, 5, 3))
     real, gradients = layers.backward_of, []
     for backward_of in (real, lambda layer, dy, plus=None, dx=None, centred=False: real(layer, dy, plus, dx)):
@@ -121,9 +121,9 @@ def test_the_gradient_of_a_bias_in_front_of_batch_norm_is_zero(machine, rng, mon
     zeros, sums = gradients
     for name in zeros:
         if name in before_norm:
-            assert (zeros[name] == 0).all() and (abs(sums[name]) < 1e-12).all()
+            assert (zeros[name] == 0).all() and (abs(sums[name]) < 1e-13).all()
         elif name.endswith("bias"):
-            assert abs(zeros[name]).max() > 1e-3 and np.array_equal(zeros[name], sums[name])
+            assert (abs(zeros[name]) > 1e-3).all() and np.array_equal(zeros[name], sums[name])
 
 
 def test_names_and_shapes_are_those_of_pytorch():
