@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train one of the architectures on CIFAR-100, CIFAR-10 or the bundled digits: `python train.py --help`.
 
-The same as `minidl train`. A run, read from top to bottom, is minidl/commands/train.py.
+The same as `minidl train`. A run, read from top to bottom, is minidl/fit.py.
 """
 
 import argparse

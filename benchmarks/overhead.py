@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 import records
-from minidl import command
-from minidl.commands import run_settings, train
+from minidl import command, fit
+from minidl.commands import run_settings, runs
 from minidl.commands.arguments import positive
 from minidl.progress import Progress
 from minidl.run_folder import RunFolder
@@ -72,7 +72,7 @@ def measure(run, repeats):
             saver._last += bare[-1]  # checkpoints are in proportion to the time since the last one, which this was not
 
         def take_epoch(_):
-            took = seconds(train.train_epoch, run, folder, progress, saver)
+            took = seconds(fit.train_epoch, run, folder, progress, saver)
             events = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
             checkpoints.append(sum(event["seconds"] for event in events if event["event"] == "save") - sum(checkpoints))
             epochs.append(took - checkpoints[-1])
@@ -91,8 +91,8 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write the result and the environment there")
     args = parser.parse_args()
     args.epochs = args.repeats + 1  # which the schedule must reach
-    run = train.new_run(run_settings.chosen(args))
-    train.announce(run)
+    run = runs.new_run(run_settings.chosen(args))
+    runs.announce(run)
     bare, epochs, checkpoints = measure(run, args.repeats)
     row = {"arch": run.settings.arch, "dataset": run.settings.dataset, "precision": run.settings.precision,
            "batch": run.settings.batch_size, "steps": run.steps_per_epoch, "repeats": args.repeats,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +14,15 @@ from minidl.layers import Layer
 from minidl.run import Run
 from minidl.settings import STORAGE
 from minidl.summary import summarize
+
+
+@contextlib.contextmanager
+def ample_memory(run: Run) -> Iterator[None]:
+    """A `with` block that trains: where there is not enough memory, it raises DeviceError, which says what would fit."""
+    try:
+        yield
+    except MemoryError as error:  # CuPy's is one too
+        raise shortage(run, error) from None
 
 
 def shortage(run: Run, error: BaseException) -> DeviceError:

@@ -22,7 +22,6 @@ from minidl.settings import LONGEST_WARMUP, NORMALIZATIONS, ONECYCLE_WARMUP, STO
 from minidl.training import Batch, Metrics, Trainer
 
 
-
 class Run:
     """network: not initialized yet. Stands before its first step; `load` takes it elsewhere.
 
@@ -106,6 +105,12 @@ class Run:
         """What happens before the first step of the epoch `self.epoch`."""
         if self.settings.restart_at_milestones and self.epoch in self.settings.milestones:
             self.trainer.optimizer.restart()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the validation accuracy has not grown for as many as the settings allow."""
+        patience = self.settings.patience
+        return self.epoch >= self.settings.epochs or bool(patience and self.best and self.epoch - self.best[0] >= patience)
 
     # ---- evaluation
 

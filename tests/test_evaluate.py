@@ -14,9 +14,8 @@ import pytest
 
 import models
 from minidl import data, weights
-from minidl.commands import evaluate
-from minidl.commands.arguments import network_with
-from minidl.commands.evaluate import Evaluation
+from minidl.commands import evaluate, trained
+from minidl.evaluation import Evaluation, outputs
 from minidl.data.dataset import Dataset
 from minidl.device import select
 from minidl.errors import CheckpointError, UsageError
@@ -151,9 +150,9 @@ def test_images_are_normalized_as_in_training(write, state):
     """By what the file says, whatever the data set says today."""
     place = select("cpu")
     path = write(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
-    network = network_with(*evaluate.load(str(path)), place)
+    network = trained.network_with(*trained.load(str(path)), place)
     changed = dataclasses.replace(FEW, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    logits = evaluate.outputs(network, changed, 16, "it")
+    logits = outputs(network, changed, 16, "it")
     x = (FEW.images / 255 - np.reshape((0.1, 0.2, 0.3), (3, 1, 1))) / np.reshape((0.4, 0.5, 0.6), (3, 1, 1))
     expected = network.forward(np.ascontiguousarray(x.transpose(1, 2, 3, 0), np.float32))
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-5)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 import models
 from conftest import CUPY
 from minidl import blas, checkpoint, command, data, device, memory, random_keys, weights
-from minidl.commands.train import ample_memory
 from minidl.data.batches import Batches
 from minidl.errors import DeviceError
 from minidl.layers import Conv2d, GlobalAvgPool2d, Linear
+from minidl.memory import ample_memory
 from minidl.ops import optimizer as optimizer_op
 from minidl.run import Run
 from minidl.settings import resolve

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import models
-from minidl.commands import lr_find, run_settings, train as train_command
+from minidl.commands import lr_find, run_settings, runs
 from minidl.commands.lr_find import Curve, search
 from minidl.errors import DivergedError
 from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, Sequential
@@ -27,7 +27,7 @@ def parsed(*arguments):
 
 
 def new_run(*arguments):
-    return train_command.new_run(run_settings.chosen(parsed(*arguments)))
+    return runs.new_run(run_settings.chosen(parsed(*arguments)))
 
 
 def command(folder, *arguments, before=lambda: None):

@@ -13,9 +13,8 @@ import zlib
 import numpy as np
 import pytest
 
-from minidl import images, weights
-from minidl.commands import evaluate, predict
-from minidl.commands.arguments import network_with
+from minidl import evaluation, images, weights
+from minidl.commands import predict, trained
 from minidl.errors import CheckpointError, DataError, UsageError
 from test_evaluate import ARCH, FEW, TEST_SET, state  # noqa: F401: a fixture
 
@@ -242,7 +241,7 @@ def call(*arguments):
 def test_a_test_image_is_what_evaluation_takes_it_for(checkpoint, files, capsys):
     call(checkpoint, *files, "--json", "--topk", 100)
     found = json.loads(capsys.readouterr().out)
-    logits = evaluate.outputs(network_with(*evaluate.load(str(checkpoint))), FEW, 64, "it").astype(float)
+    logits = evaluation.outputs(trained.network_with(*trained.load(str(checkpoint))), FEW, 64, "it").astype(float)
     shares = np.exp(logits) / np.exp(logits).sum(axis=0)
     assert len(set(logits.argmax(axis=0))) > 3, "it tells them apart"
     for path, answer, column in zip(files, found, shares.T, strict=True):

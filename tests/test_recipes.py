@@ -12,7 +12,7 @@ import pytest
 
 import models
 from minidl import data
-from minidl.commands import train
+from minidl.commands import runs, train
 from minidl.data import cifar
 from minidl.layers import ChannelDropout, Dropout
 from minidl.run import Run
@@ -150,7 +150,7 @@ def test_normalization_constants():
 
 def test_momentum_is_discarded_at_the_drops_of_a_wide_resnet():
     chosen = settings("paper", "wrn-10-1", "digits", epochs=200, batch_size=8, limit_train_batches=1, device="cpu")
-    run = train.new_run(chosen)
+    run = runs.new_run(chosen)
     optimizer = run.trainer.optimizer
     kept = []
     for run.epoch in range(200):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minidl import time_budget
-from minidl.commands import train
+from minidl.commands import runs, train
 from minidl.errors import UsageError
 from minidl.settings import read_toml, resolve
 from models.recipes import recipe
@@ -22,7 +22,7 @@ RUN = dict(arch=ARCH, dataset="digits", device="cpu", batch_size=16, limit_train
 
 def new_run(name="fast", **given):
     given = {name: value for name, value in {**RUN, **given}.items() if value is not None}
-    return train.new_run(resolve(given, recipe(name, given["arch"], "digits")))
+    return runs.new_run(resolve(given, recipe(name, given["arch"], "digits")))
 
 
 def call(*arguments):

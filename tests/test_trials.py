@@ -15,7 +15,7 @@ import pytest
 
 import models
 from minidl import data
-from minidl.commands import train as command
+from minidl.commands import runs
 from minidl.data.batches import Batches
 from minidl.settings import read_toml, resolve
 from minidl.training import evaluate
@@ -308,7 +308,7 @@ def test_no_tensorboard(tmp_path):
 
 def new_run(**given):
     given = {"arch": "small", "dataset": "digits", "device": "cpu", "batch_size": 8, **given}
-    return command.new_run(resolve(given, recipe("fast", "small", "digits")))
+    return runs.new_run(resolve(given, recipe("fast", "small", "digits")))
 
 
 def contents(batches, indices=None):

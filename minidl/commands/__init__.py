@@ -1,5 +1,5 @@
 """The commands of `python -m minidl`, one file each: a docstring whose first line is its help, add_arguments, and main.
-arguments.py and run_settings.py hold what several of them share."""
+arguments.py, run_settings.py, runs.py and trained.py hold what several of them share; seeds.py is a part of train.py."""
 
 import models
 from minidl.errors import UsageError

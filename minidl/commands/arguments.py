@@ -1,16 +1,12 @@
-"""Arguments that several commands have, and what they stand for."""
+"""Arguments that several commands have."""
 
 import argparse
 import os
 from pathlib import Path
 from typing import Any
 
-import models
-from minidl import weights
 from minidl.atomic_file import check_folder
-from minidl.device import Device
 from minidl.errors import UsageError
-from minidl.layers import Layer
 
 MODEL_KWARGS: dict[str, Any] = dict(nargs="+", default=[], metavar="NAME=VALUE", help="options of the network")
 
@@ -35,11 +31,3 @@ def new_file(path: Path, flag: str = "-o") -> Path:
     if os.path.lexists(path):
         raise UsageError(f"{path} exists: name another with {flag}")
     return path
-
-
-def network_with(state: weights.State, metadata: weights.Metadata, place: Device | str = "cpu") -> Layer:
-    """The network of the metadata with its weights, on a device. Raises CheckpointError with the first mismatches if they do
-    not fit."""
-    network = models.create(metadata["arch"], metadata["classes"], **metadata["options"]).initialize(place)
-    network.load_state_dict(state)
-    return network

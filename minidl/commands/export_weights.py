@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from minidl import onnx_export, weights
-from minidl.commands.arguments import add_architecture, network_with, new_file
+from minidl.commands.arguments import add_architecture, new_file
 from minidl.commands.import_weights import beside, described, report
+from minidl.commands.trained import network_with
 from minidl.data.dataset import IMAGE_SHAPE
 from minidl.errors import UsageError
 

@@ -7,7 +7,8 @@ import numpy as np
 
 import models
 from minidl import data, weights
-from minidl.commands.arguments import add_architecture, network_with, new_file
+from minidl.commands.arguments import add_architecture, new_file
+from minidl.commands.trained import network_with
 from minidl.errors import UsageError
 
 

@@ -23,9 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from minidl import plots
-from minidl.commands import run_settings, train
+from minidl.commands import run_settings, runs
 from minidl.commands.arguments import new_file, positive
 from minidl.errors import DivergedError, UsageError
+from minidl.memory import ample_memory
 from minidl.run import Run
 from minidl.wording import aligned
 
@@ -49,10 +50,10 @@ def main(args: argparse.Namespace) -> None:
     if args.steps < FEWEST_STEPS:
         raise UsageError(f"--steps is {args.steps}: a curve needs at least {FEWEST_STEPS}")
     picture = picture_path(args.output)
-    run = train.new_run(run_settings.chosen(args))
+    run = runs.new_run(run_settings.chosen(args))
     if not args.json:
-        train.announce(run)
-    with train.ample_memory(run):
+        runs.announce(run)
+    with ample_memory(run):
         curve = search(run, args.steps)
     if args.json:
         s = run.settings

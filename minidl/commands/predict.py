@@ -9,10 +9,11 @@ import json
 import numpy as np
 
 from minidl import device, images
-from minidl.commands.arguments import network_with, positive
-from minidl.commands.evaluate import load, outputs
+from minidl.commands.arguments import positive
+from minidl.commands.trained import load, network_with
 from minidl.data.dataset import IMAGE_SHAPE, Dataset
 from minidl.errors import CheckpointError
+from minidl.evaluation import outputs
 from minidl.wording import aligned, words
 
 BATCH_SIZE = 128

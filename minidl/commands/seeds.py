@@ -1,0 +1,66 @@
+"""The same run with several seeds: mean and standard deviation."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+from minidl import checkpoint, settings, signals
+from minidl.atomic_file import write_atomically
+from minidl.commands import runs
+from minidl.errors import UsageError
+from minidl.run import Run
+from minidl.run_folder import RunFolder
+from minidl.settings import Settings
+from minidl.wording import percent
+
+
+def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
+    """Train with --runs seeds, one after another. What a former call with the same folder has finished is not done again."""
+    if args.runs < 2:
+        raise UsageError("--runs 1: a standard deviation needs at least 2")
+    dataclasses.replace(chosen, seed=chosen.seed + args.runs - 1)  # which must be a seed, too
+    if args.output and os.path.exists(os.path.join(args.output, "config.toml")):
+        raise UsageError(f"{args.output} is the folder of one run: name another one")
+    parent = Path(args.output) if args.output else RunFolder.new(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
+    last = []
+    for seed in range(chosen.seed, chosen.seed + args.runs):
+        print(f"seed {seed}")
+        try:
+            run = train_seed(parent / f"seed-{seed}", dataclasses.replace(chosen, seed=seed), args.quiet)
+        except signals.Stop as stop:
+            raise signals.Stop(stop.exit_code, f"{stop}, or with all seeds: the same command with -o {parent}") from None
+        chosen = dataclasses.replace(run.settings, seed=chosen.seed)  # what a time budget came to holds for all
+        last.append(run.history[-1])
+    results = {name: [float(row[name]) for row in last] for name in ("test_top1", "test_top5", "test_loss")}
+    found = {name: {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
+             for name, values in results.items()}
+    write_atomically(parent / "summary.json", lambda file: file.write(json.dumps(found, indent=2).encode() + b"\n"))
+    top1, top5 = (f"{percent(statistics.mean(results[name]))} +- {100 * statistics.stdev(results[name]):.2f}"
+                  for name in ("test_top1", "test_top5"))
+    print(f"{args.runs} seeds, mean +- standard deviation: test top-1 {top1}, top-5 {top5}")
+    print(f"folder: {parent}")
+
+
+def train_seed(path: Path, chosen: Settings, quiet: bool) -> Run:
+    """Train to the end a run of which there may be a part in the folder `path`, or all."""
+    begin = time.perf_counter()
+    if any((path / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
+        decided = ("epochs", "milestones", "time_budget") if chosen.time_budget else ()  # long ago
+        given = {name: getattr(chosen, name) for name in settings.fields() if name not in decided}
+        run, folder = runs.reopened(path, *runs.saved_run(path, given, "name another folder with -o"))
+        runs.announce(run)
+        runs.go_on(run, folder, quiet)
+    else:
+        run = runs.new_run(chosen)
+        runs.announce(run)
+        budget = runs.plan(run, begin)
+        # A run that was killed before its first checkpoint begins anew.
+        folder = RunFolder(path) if (path / "config.toml").exists() else RunFolder.new("", path)
+        runs.train_new(run, folder, quiet, budget, begin)
+    return run
