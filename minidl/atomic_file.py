@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import platform
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,9 @@ from typing import BinaryIO, TypeAlias
 from minidl.errors import CheckpointError, UsageError
 
 FilePath: TypeAlias = str | os.PathLike[str]
+
+# How temporary names end: on a shared disk, the number of a process says nothing about those of other machines.
+_HOST = f"-{re.sub(r'[^A-Za-z0-9]', '', platform.node())}.tmp"
 
 
 def check_folder(path: FilePath) -> None:
@@ -29,7 +34,7 @@ def write_atomically(path: FilePath, write: Callable[[BinaryIO], object], previo
     """
     path = Path(path)
     names = [path] if previous is None else [path, Path(previous)]
-    hidden = {name: name.with_name(f".{name.name}.{os.getpid()}.tmp") for name in names}  # of two processes, one wins
+    hidden = {name: name.with_name(f".{name.name}.{os.getpid()}{_HOST}") for name in names}  # of two processes, one wins
     try:
         for name in names:
             _sweep(name)
@@ -40,9 +45,9 @@ def write_atomically(path: FilePath, write: Callable[[BinaryIO], object], previo
         if previous is not None and path.exists():
             _give_second_name(path, hidden[Path(previous)])
         # The new file first: should the old one be damaged, the one before it is needed until then.
-        for name in names:
-            if hidden[name].exists():
-                hidden[name].replace(name)
+        hidden[path].replace(path)
+        if previous is not None and hidden[Path(previous)].exists():
+            hidden[Path(previous)].replace(previous)
         _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
@@ -53,9 +58,9 @@ def write_atomically(path: FilePath, write: Callable[[BinaryIO], object], previo
 
 
 def _sweep(path: Path) -> None:
-    """Remove what processes left that were killed while they wrote `path`."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        number = stale.name.split(".")[-2]
+    """Remove what processes of this machine left that were killed while they wrote `path`."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*{_HOST}"):
+        number = stale.name.removesuffix(_HOST).split(".")[-1]
         if number.isdigit() and not _runs(int(number)):
             with contextlib.suppress(OSError):
                 stale.unlink()

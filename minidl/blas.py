@@ -1,7 +1,8 @@
 """Matrix products: cuBLAS on CuPy arrays, BLAS through numpy.matmul on NumPy arrays.
 
 cuBLAS is called through a handle and a workspace of our own, because CuPy's wrappers refuse to run while a stream
-is captured into a CUDA graph. No other file knows of this.
+is captured into a CUDA graph. No other file knows of this. There is one handle for each GPU, and whether TF32 is allowed is one
+fact of the process: products on a GPU are for one thread at a time.
 """
 
 from __future__ import annotations

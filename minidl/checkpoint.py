@@ -15,6 +15,7 @@ from minidl import weights
 from minidl.errors import CheckpointError
 
 LAST, PREVIOUS, BEST = weights.LAST, weights.PREVIOUS, "best.npz"
+FORMAT = 1  # of what training goes on from, which grows when its arrays or numbers get another meaning
 
 
 @dataclass
@@ -31,8 +32,8 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write last.npz, whole or not at all, and keep the one before. Raises CheckpointError where it cannot be written."""
     arrays = {weights.TRAINING + name: array for name, array in checkpoint.arrays.items()}
-    weights.save(folder / LAST, {**checkpoint.state, **arrays}, {**checkpoint.about, "training": checkpoint.progress},
-                 folder / PREVIOUS)
+    training = {"format": FORMAT, **checkpoint.progress}
+    weights.save(folder / LAST, {**checkpoint.state, **arrays}, {**checkpoint.about, "training": training}, folder / PREVIOUS)
 
 
 def load(path: Path) -> tuple[Checkpoint, list[str]]:
@@ -61,7 +62,9 @@ def _load(path: Path) -> Checkpoint:
     if metadata is None or "training" not in metadata:
         raise CheckpointError(f"{path} holds weights only: a run cannot go on from it")
     match metadata["training"]:
-        case {"settings": dict(), "epoch": epoch, "step": int(), "history": list(history)} as progress if len(history) == epoch:
+        case {"settings": dict(), "epoch": epoch, "step": int(), "history": list(history)} as progress if (
+                len(history) == epoch and progress.get("format", 1) == FORMAT):
+            progress.pop("format", None)
             arrays = {name.removeprefix(weights.TRAINING): state.pop(name)
                       for name in list(state) if name.startswith(weights.TRAINING)}
             return Checkpoint(state, arrays, {key: metadata[key] for key in weights.METADATA}, progress)

@@ -1,5 +1,6 @@
 """What every command shares: errors become one line and an exit code."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -19,7 +20,8 @@ def run(main: Callable[[], int | None], may_speak: Callable[[], bool] = lambda: 
     """
     def fail(message: object, code: int) -> int:
         if str(message) and may_speak():
-            print(f"error: {message}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the code says it, too
+                print(f"error: {message}", file=sys.stderr, flush=True)
         return code
 
     _open_streams()
@@ -27,7 +29,7 @@ def run(main: Callable[[], int | None], may_speak: Callable[[], bool] = lambda: 
     try:
         code = main()
         sys.stdout.flush()
-        return code or 0
+        return code or signals.asked()  # one that came too late for the work is for what a script does next
     except UserError as error:
         return fail(error, error.exit_code)
     except MemoryError as error:
@@ -38,7 +40,7 @@ def run(main: Callable[[], int | None], may_speak: Callable[[], bool] = lambda: 
         _give_up_stdout()  # whoever read the output has left
         return READER_LEFT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):  # EIO: of a terminal that was closed
             raise
         _give_up_stdout()
         return fail(error if error.filename else f"the output cannot be written: {error.strerror}", CheckpointError.exit_code)

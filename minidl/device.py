@@ -173,7 +173,8 @@ def cpu_threads() -> int:
 @functools.cache
 def host_threads() -> ctypes.CDLL:
     """The thread team of this process, a ctypes library with `run_on_team` and `set_team_size`."""
-    team = host_build.library(host_build.OPS / "host_threads.cpp", "fast")
+    source = host_build.OPS / "host_threads.cpp"
+    team = host_build.library(source, host_build.read_source(source), "fast")
     team.set_team_size(cpu_threads())
     return team
 

@@ -68,8 +68,9 @@ def check(layer: Layer, shape: tuple[int, ...], *, device: Device | None = None,
     default the CPU); then its parameters are moved off their initial values, at which a forgotten factor of 1 does not
     show. Values of x are distinct, up to 400 of them within -2..2.
 
-    A backward that returns None, as after `skip_input_gradient`, has no gradient to x. Raises ValueError where y is not
-    finite, or a gradient has another shape than its argument.
+    A backward that returns None, as after `skip_input_gradient`, has no gradient to x. Raises ValueError for what a network
+    cannot do with: y is not finite, or of another shape than `output_shape` says; a gradient has another shape than its
+    argument; forward changes x, or backward dy.
     """
     return _Trial(layer, shape, device, seed).elements()
 
@@ -97,6 +98,11 @@ class _Trial:
         self.start = {name: values.copy() for name, values in self.values.items()}
 
         y = layer.forward(self.values["x"])
+        self._stays("forward", "x", self.values["x"], self.start["x"])
+        said = (*layer.output_shape(shape[:-1]), shape[-1])
+        flat = (said[0], said[-1]) if said[1:3] == (1, 1) else said  # as Linear gives it
+        if y.shape not in (said, flat):
+            raise ValueError(f"{type(layer).__name__}: forward gives {tuple(y.shape)}, and output_shape says {said}")
         self.u = self.device.array(self.rng.normal(size=y.shape))
         size = float(abs(self.u * y).sum())
         if not np.isfinite(size):
@@ -108,7 +114,9 @@ class _Trial:
                              if not np.array_equal(gradient, self.gradients[name], equal_nan=True)}
 
     def _backward(self) -> dict[str, Array]:
-        dx = self.layer.backward(self.u.copy())
+        dy = self.u.copy()
+        dx = self.layer.backward(dy)
+        self._stays("backward", "dy", dy, self.u)
         gradients = {} if dx is None else {"x": dx}
         gradients |= {name: parameter.grad for name, parameter in self.parameters.items()}
         for name, gradient in gradients.items():
@@ -116,6 +124,10 @@ class _Trial:
                 raise ValueError(f"{type(self.layer).__name__}: the gradient to {name} has shape {tuple(gradient.shape)}, "
                                  f"{name} {tuple(self.values[name].shape)}")
         return {name: np.array(self.device.to_host(gradient)) for name, gradient in gradients.items()}
+
+    def _stays(self, method: str, argument: str, array: Array, before: Array) -> None:
+        if not bool((array == before).all()):  # other layers read it, too
+            raise ValueError(f"{type(self.layer).__name__}: {method} changes {argument}, which must stay as it is")
 
     def elements(self) -> list[Result]:
         """A Result for each argument, of all its elements."""

@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -112,29 +113,35 @@ def cache_folder() -> Path:
     return Path(temporary)
 
 
-@functools.cache
-def sources_digest(source: Path) -> str:
-    """A digest of a kernel file (Path) and of all headers it may include."""
-    digest = hashlib.sha256()
-    for path in [source, *sorted(OPS.glob("*.cuh")), *sorted(OPS.glob("*.h"))]:
-        digest.update(path.read_bytes())
+def read_source(source: Path) -> str:
+    """The text of a kernel file."""
+    return source.read_text(encoding="utf-8")
+
+
+def sources_digest(source: Path, text: str) -> str:
+    """A digest of the text of a kernel file, and of all headers that it may include: those beside it, and those of minidl. Taken
+    anew each time, as who writes kernels changes them while a process runs."""
+    digest = hashlib.sha256(text.encode())
+    for folder in dict.fromkeys((source.parent, OPS)):
+        for path in sorted([*folder.glob("*.cuh"), *folder.glob("*.h")]):
+            digest.update(os.fsencode(path.name) + path.read_bytes())
     return digest.hexdigest()
 
 
-def library(source: Path, mode: str, defines: Iterable[str] = (), epilogue: str = "") -> ctypes.CDLL:
-    """Build the file `source` (Path) in `mode`, or find it built, and load it -> ctypes library.
+def library(source: Path, text: str, mode: str, defines: Iterable[str] = (), epilogue: str = "") -> ctypes.CDLL:
+    """Build `text`, that of the file `source` when it was read, in `mode`, or find it built, and load it -> ctypes library.
 
     `epilogue` is text to compile after it. Raises CompileError, and DeviceError without a compiler or where what it
     builds cannot be loaded.
     """
     command = [*compiler(), *FLAGS[mode], f"-I{source.parent}", f"-I{OPS}", *(f"-D{define}" for define in defines)]
-    key = hashlib.sha256(os.fsencode("\0".join([sources_digest(source), epilogue, _machine(), *command]))).hexdigest()
+    key = hashlib.sha256(os.fsencode("\0".join([sources_digest(source, text), epilogue, _machine(), *command]))).hexdigest()
     path = cache_folder() / f"{source.stem}-{mode}-{key[:24]}.so"
     # An emulated block lives in global state: PyDLL keeps the interpreter's lock while it runs.
     load = ctypes.CDLL if mode == "fast" else ctypes.PyDLL
     if not _is_whole(path):
         try:
-            _compile(command, source, epilogue, path)
+            _compile(command, source, f"{text}\n{epilogue}", path)
         except OSError as error:
             raise DeviceError(f"{path} cannot be written: {error.strerror}; make room there, or set MINIDL_CACHE to another "
                               "folder") from None
@@ -154,15 +161,16 @@ def _is_whole(path: Path) -> bool:
     return content[-_DIGEST_BYTES:] == hashlib.sha256(content[:-_DIGEST_BYTES]).digest()
 
 
-def _compile(command: list[str], source: Path, epilogue: str, path: Path) -> None:
+def _compile(command: list[str], source: Path, text: str, path: Path) -> None:
+    """source: where the text is from, for the compiler's errors."""
     _sweep(path.parent)
     # Each process its own, renamed when whole.
-    fd, name = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".so", dir=path.parent)
+    fd, temporary = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".so", dir=path.parent)
     os.close(fd)
-    built, unit = Path(name), Path(name).with_suffix(".cpp")
+    built, unit = Path(temporary), Path(temporary).with_suffix(".cpp")
     try:
-        unit.write_text(f'#include "{source.name}"\n{epilogue}')
-        result = _run([*command, str(unit), "-o", name])
+        unit.write_text(f"#line 1 {json.dumps(str(source), ensure_ascii=False)}\n{text}", encoding="utf-8", errors="surrogateescape")
+        result = _run([*command, str(unit), "-o", temporary])
         if result.returncode:
             first = _first_error(result.stderr) or f"code {result.returncode}"
             raise CompileError(first if source.name in first else f"{source.name}: {command[0]}: {first}")

@@ -34,17 +34,22 @@ def watch(network: Layer, around: Around) -> Iterator[None]:
     On a GPU the next step of training writes over the arrays of one: copy what is to be kept.
     """
     leaves = [(name, layer) for name, layer in network.named_layers() if not layer.children()]
+    kinds = "forward", "backward"
+    before: list[dict[str, Any]] = [{kind: vars(layer)[kind] for kind in kinds if kind in vars(layer)} for _, layer in leaves]
+    first = network not in _watched
     try:
         _watched.add(network)
         for name, layer in leaves:
-            for kind in ("forward", "backward"):
+            for kind in kinds:
                 setattr(layer, kind, partial(around, name, layer, kind, getattr(layer, kind)))  # hides the method
         yield
     finally:
-        _watched.discard(network)
-        for _, layer in leaves:
-            for kind in ("forward", "backward"):
+        if first:
+            _watched.discard(network)
+        for (_, layer), hidden in zip(leaves, before):
+            for kind in kinds:
                 vars(layer).pop(kind, None)
+            vars(layer).update(hidden)
 
 
 def first_nonfinite(network: Layer, step: Callable[[], object]) -> str | None:

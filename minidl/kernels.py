@@ -114,8 +114,10 @@ class Kernels:
     """The kernels of one .cu file, as attributes. Nothing is read or compiled before the first use."""
 
     def __init__(self, path: str | Path, fixed_threads: bool = False) -> None:
-        """`path`: a file name in minidl/ops, or a Path. fixed_threads: blocks have the size that the launcher says, always."""
-        self.path, self.fixed_threads = OPS / path, fixed_threads
+        """`path`: the name of a file in minidl/ops, or the Path of one of yours. It is read once, when it is first needed: make
+        another Kernels after you have changed it. fixed_threads: blocks have the size that the launcher says, always."""
+        self.path = OPS / path if isinstance(path, str) else path.absolute()
+        self.fixed_threads = fixed_threads
 
     def __getattr__(self, name: str) -> Kernel:
         if name.startswith("_") or name not in self.signatures:
@@ -127,13 +129,18 @@ class Kernels:
     @functools.cached_property
     def signatures(self) -> dict[str, list[Parameter]]:
         """{kernel name: [Parameter, ...]}, in the order of the file."""
-        return parse_signatures(self.path.read_text())
+        return parse_signatures(self.source)
+
+    @functools.cached_property
+    def source(self) -> str:
+        """The text of the file, which all targets compile."""
+        return host_build.read_source(self.path)
 
     @functools.cache
     def host_library(self, mode: str, precision: str) -> ctypes.CDLL:
         real, acc, _ = PRECISIONS[precision]
         epilogue = "".join(f"EXPORT({name})\n" for name in self.signatures)
-        library = host_build.library(self.path, mode, (f"REAL={real}", f"ACC={acc}"), epilogue)
+        library = host_build.library(self.path, self.source, mode, (f"REAL={real}", f"ACC={acc}"), epilogue)
         if mode == "fast":
             library.set_team(host_threads().run_on_team)
         return library
@@ -143,13 +150,17 @@ class Kernels:
         import cupy
 
         # CuPy's cache of compiled kernels does not see included files: the digest makes it.
-        options = (*gpu_options(precision), f"-DSOURCES={host_build.sources_digest(self.path)}")
-        module = cupy.RawModule(code=self.path.read_text(), options=options)
+        options = (*gpu_options(precision), f"-I{self.path.parent}",
+                   f"-DSOURCES={host_build.sources_digest(self.path, self.source)}")
+        module = cupy.RawModule(code=self.source, options=options)
         try:
             module.compile()
         except cupy.cuda.compiler.CompileException as error:
             lines = [line for line in str(error).splitlines() if "error" in line] or [str(error)]
             raise CompileError(f"{self.path.name}: {lines[0]}") from None
+        except OSError as error:  # of its cache, which ours is not
+            raise DeviceError(f"CuPy cannot keep the kernels that it compiled: {error}; set CUPY_CACHE_DIR to a folder that can "
+                              "be written") from None
         return module
 
 
@@ -173,6 +184,8 @@ class Parameter:
             return np.dtype(precision)
         if self.c_type == "acc":
             return acc_dtype(precision)
+        if self.c_type not in C_TYPES:
+            raise TypeError(f"a kernel's parameter {self.name} is {self.c_type}, which is none of real, acc, {', '.join(C_TYPES)}")
         return np.dtype(C_TYPES[self.c_type])
 
 

@@ -28,7 +28,7 @@ from minidl.errors import CheckpointError
 from minidl.initializers import Initializer
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.ops import add, avgpool, batchnorm, conv, dropout, linear, maxpool, optimizer, relu
-from minidl.ops.shapes import check_sizes, output_size, pair
+from minidl.ops.shapes import check_sizes, check_window, output_size, pair
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,7 +68,8 @@ def _missing(thing: Layer | Parameter, name: str) -> NoReturn:
     """Say why it has no attribute `name`: what a class declares without a value, `initialize` gives to it."""
     kind = type(thing).__name__
     if any(name in inspect.get_annotations(it) for it in type(thing).__mro__ if it.__module__ == __name__):
-        raise NotInitialized(f"this {kind} has no {name.lstrip('_')} yet: call initialize() of the whole network")
+        raise NotInitialized(f"this {kind} has no {name.lstrip('_')} yet: call initialize() of the whole network; its parts must be "
+                             "attributes, those in a list are not found")
     raise AttributeError(f"{kind!r} object has no attribute {name!r}")
 
 
@@ -76,8 +77,8 @@ class Parameters:
     """All parameters of a network in flat arrays, so that an optimizer is one launch; and all running statistics in one more.
 
     data, master, grad: flat arrays as in Parameter; by_name: {name: Parameter}; buffers: as master, of what is kept but not
-    learned. Each tensor starts at a multiple of 64 elements, which suits vector loads and tensor cores; the gaps hold zeros,
-    and stay zero.
+    learned; step: the step of the network, which its optimizer counts. Each tensor starts at a multiple of 64 elements, which
+    suits vector loads and tensor cores; the gaps hold zeros, and stay zero.
     """
 
     ALIGNMENT = 64
@@ -87,8 +88,8 @@ class Parameters:
     grad: Array
     buffers: Array
 
-    def __init__(self, by_name: dict[str, Parameter], device: Device, dtype: np.dtype[Any]) -> None:
-        self.by_name = by_name
+    def __init__(self, by_name: dict[str, Parameter], device: Device, dtype: np.dtype[Any], step: Array) -> None:
+        self.by_name, self.step = by_name, step
         acc = acc_dtype(dtype)
         places, size = self._places([parameter.size for parameter in by_name.values()])
         self.master, self.grad = (device.xp.zeros(size, acc) for _ in range(2))
@@ -145,7 +146,7 @@ class Layer:
         _missing(self, name)
 
     def forward(self, x: Array) -> Array:
-        """x (C, H, W, N) -> y."""
+        """x (C, H, W, N), which stays as it is -> y."""
         raise NotImplementedError
 
     def backward(self, dy: Array) -> Any:  # an Array; None after skip_input_gradient; a pair from a BatchNorm2d given z
@@ -226,9 +227,9 @@ class Layer:
         device.check_type(dtype)
         self._check_places()
         self.device, self.dtype = device, dtype
-        self.step = device.xp.zeros(1, np.int64)  # of training; dropout masks depend on it
+        self.step = device.xp.zeros(1, np.int64)  # of training; dropout masks and augmentation depend on it
         by_name = self.named_parameters()
-        self.parameters = Parameters(by_name, device, dtype)
+        self.parameters = Parameters(by_name, device, dtype, self.step)
         for name, parameter in by_name.items():
             rng = random_keys.generator(seed, random_keys.INITIALIZE, zlib.crc32(name.encode()))
             values = parameter.initializer(rng, parameter.shape).astype(parameter.master.dtype)
@@ -262,13 +263,7 @@ class Layer:
         """
         arrays = self._named_arrays()
         state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
-        faults = [f"{name}: missing in the file" for name in arrays if name not in state]
-        faults += [f"{name}: not in the model" for name in state if name not in arrays]
-        faults += [f"{name}: file {tuple(state[name].shape)}, model {arrays[name].shape}"
-                   for name in arrays if name in state and tuple(state[name].shape) != arrays[name].shape]
-        if faults:
-            more = f"\n... and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise CheckpointError("the weights do not fit this network:\n" + "\n".join(faults[:5]) + more)
+        check_shapes(state, {name: array.shape for name, array in arrays.items()})
         for name, array in arrays.items():
             array[...] = self.device.array(np.asarray(state[name], dtype=array.dtype))
         self.parameters.cast()
@@ -290,7 +285,8 @@ class Layer:
             if name not in ("parameters", "_saved"):
                 setattr(copied, name, value if name == "device" else copy.deepcopy(value, memo))
         if "parameters" in vars(self):
-            copied.parameters = Parameters(copied.named_parameters(), self.device, self.dtype)  # copies of views are no views
+            # Copies of views are no views.
+            copied.parameters = Parameters(copied.named_parameters(), self.device, self.dtype, copied.step)
             copied.parameters.gather_buffers(copied)
             for name in ("data", "master", "grad"):
                 getattr(copied.parameters, name)[...] = getattr(self.parameters, name)
@@ -312,6 +308,17 @@ class Layer:
             raise ValueError(f"{type(self).__name__}: an input (C, H, W, N) is needed, got one of {len(shape) + 1} dimensions")
         if shape[0] != channels:
             raise ValueError(f"{type(self).__name__}: {channels} input channels are needed, got (C, H, W) = {tuple(shape)}")
+
+
+def check_shapes(state: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError, with the first five mismatches, unless the state has an array of each shape and no other."""
+    faults = [f"{name}: missing in the file" for name in shapes if name not in state]
+    faults += [f"{name}: not in the model" for name in state if name not in shapes]
+    faults += [f"{name}: file {tuple(state[name].shape)}, model {shapes[name]}"
+               for name in shapes if name in state and tuple(state[name].shape) != shapes[name]]
+    if faults:
+        more = f"\n... and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError("the weights do not fit this network:\n" + "\n".join(faults[:5]) + more)
 
 
 class Tracer(Protocol[Value]):
@@ -387,15 +394,14 @@ class Conv2d(Layer):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...] | list[int], stride: int = 1,
                  padding: int = 0, groups: int = 1, bias: bool = True,
                  initializer: Initializer = initializers.he_normal()) -> None:
-        kernel_height, kernel_width = pair(kernel_size)
-        check_sizes("Conv2d", in_channels=in_channels, out_channels=out_channels, kernel_height=kernel_height,
-                    kernel_width=kernel_width, stride=stride, groups=groups)
-        check_sizes("Conv2d", least=0, padding=padding)
+        self.kernel_size = pair(kernel_size)
+        check_window("Conv2d", self.kernel_size, stride, padding)
+        check_sizes("Conv2d", in_channels=in_channels, out_channels=out_channels, groups=groups)
         for what, channels in (("input", in_channels), ("output", out_channels)):
             if channels % groups:
                 raise ValueError(f"Conv2d: {channels} {what} channels do not divide into {groups} groups")
-        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, pair(kernel_size)
-        self.stride, self.padding, self.groups = stride, padding, groups
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.stride, self.padding = stride, padding
         self.weight = Parameter((out_channels, in_channels // groups, *self.kernel_size), initializer)
         self.bias = Parameter((out_channels,), initializers.zeros) if bias else None
         self.input_gradient = True
@@ -551,8 +557,7 @@ class _Pool2d(Layer):
         self.stride = self.kernel_size[0] if stride is None else stride
         if stride is None and self.kernel_size[0] != self.kernel_size[1]:
             raise ValueError(f"{type(self).__name__}: window {self.kernel_size} is not square and needs a stride")
-        check_sizes(type(self).__name__, kernel_height=self.kernel_size[0], kernel_width=self.kernel_size[1], stride=self.stride)
-        check_sizes(type(self).__name__, least=0, padding=padding)
+        check_window(type(self).__name__, self.kernel_size, self.stride, padding)
 
     def output_shape(self, shape: Shape) -> Shape:
         return shape[0], *output_size(type(self).__name__, shape[1:], self.kernel_size, self.stride, self.padding)

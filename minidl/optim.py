@@ -53,7 +53,7 @@ class Optimizer:
         self.scale = self.state[optimizer.SCALE:optimizer.SCALE + 1]
 
     def step(self, lr: float) -> None:
-        """Update all parameters from their gradients, with learning rate `lr`."""
+        """Update all parameters from their gradients, with learning rate `lr`. The next forward draws other dropout masks."""
         self.set_rate(lr)
         self.update()
 
@@ -67,6 +67,7 @@ class Optimizer:
         optimizer.norm(at.grad, self.state, self.clip_norm)
         self._update(at.master, at.grad, *self.moments.values(), at.data, self.state, **self.settings)
         optimizer.advance(self.state, self.GROWTH_INTERVAL if self.scales_loss else 0)
+        at.step += 1
 
     def restart_scaling(self) -> None:
         """The loss scale is what it is before the first step."""

@@ -218,7 +218,8 @@ def lr_find(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[
         axes.plot(rates, losses, color=COLOURS[5], linewidth=0.7)
         axes.plot(rates, smoothed, color=COLOURS[0])
         # The end, where the loss explodes, would press the rest into one line.
-        low, start = min(smoothed), smoothed[0]
+        low = min(smoothed)
+        start = max(smoothed[:smoothed.index(low) + 1])
         margin = 0.3 * (start - low) or 1
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")  # the default writes powers, as mathematics

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from tqdm import tqdm
 
 from minidl.training import Metrics
-from minidl.wording import brief, loss_text, rate_text
+from minidl.wording import brief, loss_text, rate_text, warn
 
 
 class Progress:
@@ -55,7 +55,7 @@ class Progress:
         except BrokenPipeError:  # whoever read has left, and may mean the run
             raise
         except OSError as error:  # the disk is full that a log is on: what the run writes may be elsewhere
-            print(f"warning: the output cannot be written: {error.strerror}; the run goes on without", file=sys.stderr, flush=True)
+            warn(f"the output cannot be written: {error.strerror}; the run goes on without")
             self.quiet = True
 
     def _line(self, epoch: str, lr: str, train: str, train_top1: str, val: str, test: str, test_top1: str, test_top5: str,

@@ -23,7 +23,7 @@ from minidl.training import Batch, Metrics, Trainer
 
 
 class Run:
-    """network: not initialized yet. Stands before its first step; `load` takes it elsewhere.
+    """network: not initialized yet, else ValueError. Stands before its first step; `load` takes it elsewhere.
 
     epoch, step: how many epochs are done, and how many steps of the next one; history: {column: text} for each epoch done;
     best: the epoch with the best validation accuracy, and that accuracy, or None; seconds: of work before this process.
@@ -55,6 +55,8 @@ class Run:
         tf32 = settings.precision == "tf32"
         if tf32 and place.name == "cpu":
             blas.start_on_host()
+        if "parameters" in vars(network):
+            raise ValueError("the network has values already, which Run would replace: load weights into run.network afterwards")
         network.initialize(place, dtype, settings.seed, team.rank)
 
         def batches(dataset: Dataset, size: int) -> Batches:
@@ -156,12 +158,12 @@ class Run:
         raw = {name.removeprefix(prefix): array for name, array in checkpoint.arrays.items() if name.startswith(prefix)}
         saved = {name: array for name, array in checkpoint.arrays.items() if not name.startswith(prefix)}
         own = self.trainer.arrays()
-        self.network.load_state_dict(raw or checkpoint.state)
         for name in sorted(own.keys() | saved.keys()):
             if name not in saved or name not in own or own[name].shape != saved[name].shape:
-                raise CheckpointError(f"the checkpoint does not fit these settings: of {name!r} it has "
-                                      f"{saved[name].shape if name in saved else 'nothing'}, and the run needs "
+                raise CheckpointError(f"the checkpoint does not fit these settings, which only a new run can have: {name}: file "
+                                      f"{saved[name].shape if name in saved else 'nothing'}, run "
                                       f"{own[name].shape if name in own else 'nothing'}")
+        self.network.load_state_dict(raw or checkpoint.state)
         for name, array in own.items():
             array[...] = self.place.array(saved[name], array.dtype)
         progress = checkpoint.progress

@@ -23,6 +23,7 @@ from minidl.atomic_file import write_atomically
 from minidl.device import Device
 from minidl.errors import CheckpointError, UsageError
 from minidl.extras import library
+from minidl.wording import warn
 
 COLUMNS = ("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "images_per_second", "seconds")
 
@@ -43,16 +44,31 @@ class RunFolder:
         self._tensorboard: Any = None
 
     @classmethod
-    def new(cls, name: str, output: str | os.PathLike[str] | None = None) -> RunFolder:
-        """`output`, which must not exist or be empty; or a new folder runs/<name>-<time>. Raises UsageError."""
+    def new(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """A folder that is not there yet, or empty. Raises UsageError."""
+        path = Path(path)
         try:
-            path = Path(output) if output else _new_folder(name)
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path)
-            check_empty(path)
         except OSError as error:
-            raise UsageError(f"the output folder {output or 'runs'} cannot be made: {error.strerror}") from None
+            raise UsageError(f"the output folder {path} cannot be made: {error.strerror}") from None
+        folder = cls(path)
+        check_empty(path)
         return folder
+
+    @classmethod
+    def dated(cls, name: str) -> RunFolder:
+        """A new folder runs/<name>-<time>. Raises UsageError."""
+        stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in range(1, 1000):  # two runs may start in one second
+            path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                path.mkdir(parents=True)
+                return cls(path)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UsageError(f"the output folder runs cannot be made: {error.strerror}") from None
+        raise UsageError(f"the folder runs holds 999 runs named {stem}")
 
     def write_settings(self, settings: str, environment: Mapping[str, Any]) -> None:
         """settings: the text of config.toml; environment: to env.json. Raises CheckpointError where they cannot be written: that
@@ -60,6 +76,17 @@ class RunFolder:
         write_atomically(self.path / "config.toml", lambda file: file.write(settings.encode()))
         text = json.dumps(environment, indent=2) + "\n"
         write_atomically(self.path / "env.json", lambda file: file.write(text.encode()))
+
+    def compare(self, environment: Mapping[str, Any]) -> None:
+        """Warn where env.json tells of other hardware or versions than `environment`: no bits are promised then."""
+        try:
+            before = json.loads((self.path / "env.json").read_text())
+            changed = [f"{key} {before[key]!r}, now {environment[key]!r}" for key in ("hardware", "cpu", "versions")
+                       if before[key] != environment[key]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if changed:
+            warn(f"the run will not be, bit for bit, what it would have been without the stop: it had {'; '.join(changed)}")
 
     def add_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
         """Append the last of `history`, {column: text} per epoch, to metrics.csv; where that failed before, or it has other
@@ -123,7 +150,7 @@ class RunFolder:
         except (OSError, CheckpointError) as error:
             reason = str(error) if isinstance(error, CheckpointError) else f"{self.path / file}: {error.strerror or error}"
             if file not in self.troubles:
-                print(f"warning: {reason}; the run goes on", file=sys.stderr, flush=True)
+                warn(f"{reason}; the run goes on")
             self.troubles[file] = reason
         else:
             self.troubles.pop(file, None)
@@ -149,7 +176,8 @@ class NoFolder(RunFolder):
     def _nothing(self, *values: Any, **named: Any) -> None:
         pass
 
-    write_settings = add_metrics = write_metrics = log = save = save_best = draw_curves = start_tensorboard = close = _nothing
+    write_settings = compare = add_metrics = write_metrics = log = _nothing
+    save = save_best = draw_curves = start_tensorboard = close = _nothing
 
 
 def tensorboard_writer() -> Any:
@@ -177,18 +205,6 @@ def newest(arch: str | None = None) -> Path:
     if not found:
         raise UsageError(f"there is no run {'of ' + arch + ' ' if arch else ''}in the folder runs: name one, --resume FOLDER")
     return max(found, key=lambda path: (path / checkpoint.LAST).stat().st_mtime_ns)
-
-
-def _new_folder(name: str) -> Path:
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in range(1, 1000):  # two runs may start in one second
-        path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            continue
-    raise UsageError(f"the folder runs holds 999 runs named {stem}")
 
 
 def environment(device: Device) -> dict[str, Any]:

@@ -1,15 +1,19 @@
-"""Ctrl-C, SIGTERM and SIGHUP, obeyed between two steps, where nothing is half done; asked twice, at once.
+"""Ctrl-C, SIGTERM and SIGHUP, obeyed between two steps, where nothing is half done; asked again, at once.
 
 An exception raised at any moment, as Python does by default, can be lost: those of finalizers are only printed.
 """
 
+import contextlib
 import os
 import signal
+import time
 from types import FrameType
 
 _EXIT_CODES = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
 NUMBERS = tuple(_EXIT_CODES)
+SETTLE_SECONDS = 0.5
 _asked: list[int] = []  # signals that came
+_last = 0.0  # when the first of them, or one right after it, came
 
 
 class Stop(BaseException):
@@ -21,8 +25,12 @@ class Stop(BaseException):
 
 
 def install() -> None:
-    """From now on the first of these signals waits for `obey`, and the second ends the process where it is. What the process
-    was started to ignore, as by nohup, it goes on ignoring."""
+    """From now on the first of these signals waits for `obey`, and a later one ends the process where it is. What the process
+    was started to ignore, as by nohup, it goes on ignoring.
+
+    One that follows within SETTLE_SECONDS is the same request: a terminal that closes sends its own and its shell's, and who
+    stops a job of several ranks may signal each, as well as the process that passes signals on.
+    """
     for number in NUMBERS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _remember)
@@ -40,6 +48,14 @@ def obey() -> None:
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    if _asked:
+    global _last
+    now = time.monotonic()
+    if _asked and now - _last >= SETTLE_SECONDS:
         os._exit(_EXIT_CODES[signal.Signals(number)])
+    if not _asked and number == signal.SIGINT:
+        with contextlib.suppress(OSError):
+            if os.isatty(2):  # print might be in the middle of another
+                os.write(2, b"\nstopping after this step; Ctrl-C again: at once, without saving\n")
+    if not _asked:
+        _last = now
     _asked.append(number)

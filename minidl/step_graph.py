@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 from minidl.device import Device, first_line
+from minidl.wording import warn
 
 
 class StepMemory:
@@ -109,5 +109,5 @@ class StepGraph:
                 self._graph, self._stream = stream.end_capture(), stream
         except Exception as error:  # whatever it is, the step itself will meet it, or do without the record
             self._memory.replayable = False
-            print(f"warning: steps are not replayed as a CUDA graph, kernels are launched one by one: "
-                  f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
+            warn(f"steps are not replayed as a CUDA graph, kernels are launched one by one: {type(error).__name__}: "
+                 f"{first_line(error)}")

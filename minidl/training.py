@@ -103,7 +103,6 @@ class Trainer:
         self.optimizer.update()
         if self.average:
             self.average.update()
-        self.network.step += 1
 
     def _gradients(self, indices: Array, share: Array | None, totals: Array) -> None:
         """Forward and backward on this rank's part of the batch, mixed with the share if there is one; adds to totals (4)."""

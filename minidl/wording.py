@@ -1,6 +1,15 @@
-"""Numbers, names and tables as people read them."""
+"""What people read: numbers, names, tables and warnings."""
 
+import contextlib
+import sys
 from collections.abc import Iterable, Sequence
+
+
+def warn(text: str) -> None:
+    """One line on stderr about what is not as it should be, while the work goes on: even if stderr itself, a log on a full disk or
+    a terminal that was closed, takes nothing any more."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def words(name: str) -> str:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from minidl.host_build import OPS, CompileError, cache_folder, sources_digest
+from minidl.host_build import OPS, CompileError, cache_folder, read_source, sources_digest
 from minidl.kernels import PRECISIONS, gpu_options
 
 # Where the wheels of CUDA 13 and 12 put the library, and the headers of the same version.
@@ -73,7 +73,7 @@ def program_of(source, precision, arch):
     """A file of OPS, by its name, as the GPU's loader compiles it -> Program. It is compiled once: what several processes ask
     for lies in the cache of the kernels. May be called from several threads at once."""
     options = gpu_options(precision)
-    key = hashlib.sha256(repr((source, sources_digest(OPS / source), OF_CUPY, options, arch, version())).encode()).hexdigest()
+    key = hashlib.sha256(repr((source, sources_digest(OPS / source, read_source(OPS / source)), OF_CUPY, options, arch, version())).encode()).hexdigest()
     kept = cache_folder() / f"nvrtc-{key}"
     if not kept.exists():
         program = compile_to_cubin(OPS / source, options, arch)

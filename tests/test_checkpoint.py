@@ -4,7 +4,9 @@ import contextlib
 import json
 import mmap
 import os
+import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +20,9 @@ import numpy as np
 import pytest
 
 from minidl import checkpoint, weights
+from minidl.atomic_file import write_atomically
 from minidl.checkpoint import LAST, PREVIOUS, Checkpoint
+from minidl.errors import CheckpointError
 from minidl.run_folder import RunFolder
 from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, rows, send, train  # noqa: F401
 from test_train import assert_refused
@@ -134,12 +138,30 @@ def test_the_temporary_files_of_the_dead_are_swept_and_not_those_of_the_living(t
     with subprocess.Popen(["sleep", "100"]) as living:
         dead = subprocess.Popen(["true"])
         dead.wait()
-        kept = [f".{LAST}.{living.pid}.tmp", f".{PREVIOUS}.{living.pid}.tmp", ".last.npz.it.tmp", f".best.npz.{dead.pid}.tmp"]
-        for name in (*kept, f".{LAST}.{dead.pid}.tmp", f".{PREVIOUS}.{dead.pid}.tmp", f".{LAST}.99999999999999999999.tmp"):
+        here = f"-{re.sub('[^A-Za-z0-9]', '', platform.node())}.tmp"
+        kept = [f".{LAST}.{living.pid}{here}", f".{PREVIOUS}.{living.pid}{here}", f".last.npz.it{here}",
+                f".best.npz.{dead.pid}{here}", f".{LAST}.{dead.pid}-elsewhere.tmp"]  # of a machine that shares the disk
+        for name in (*kept, f".{LAST}.{dead.pid}{here}", f".{PREVIOUS}.{dead.pid}{here}", f".{LAST}.99999999999999999999{here}"):
             (tmp_path / name).write_bytes(b"half")
         save(tmp_path, 1)
         assert hidden(tmp_path) == sorted(kept)
         living.kill()
+
+
+def test_a_temporary_file_that_somebody_removes(tmp_path):
+    """Nothing is called written that is not."""
+    (tmp_path / "it").write_bytes(b"old")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/it cannot be written: No such file or directory$"):
+        write_atomically(tmp_path / "it", lambda file: [path.unlink() for path in tmp_path.glob(".it.*")])
+    assert (tmp_path / "it").read_bytes() == b"old"
+
+
+def test_a_checkpoint_of_a_later_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/{LAST} is not a checkpoint of this version$"):
+        checkpoint.load(tmp_path / LAST)
 
 
 def test_a_file_system_without_second_names(tmp_path, monkeypatch):
@@ -166,7 +188,7 @@ def test_modes_follow_the_umask(tmp_path):
 
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len({RunFolder.new("it").path for _ in range(20)}) == 20 == len(list((tmp_path / "runs").iterdir()))
+    assert len({RunFolder.dated("it").path for _ in range(20)}) == 20 == len(list((tmp_path / "runs").iterdir()))
 
 
 # ---- a full disk -------------------------------------------------------------------------------------------------

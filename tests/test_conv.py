@@ -279,8 +279,8 @@ def test_without_input_gradient(target, rng):
     ((6, 5, 5, 2), (8, 6, 3, 3), dict(groups=0), "do not divide into 0 groups"),
     ((6, 5, 5, 2), (8, 3, 3, 3), dict(), r"conv: input has 6 channels, weight \(8, 3, 3, 3\) with 1 groups needs 3"),
     ((6, 3, 3, 2), (8, 6, 5, 5), dict(), "conv: window 5x5 is larger than the padded image 3x3"),
-    ((6, 3, 3, 2), (8, 6, 3, 3), dict(stride=0), "stride 0"),
-    ((6, 3, 3, 2), (8, 6, 3, 3), dict(padding=-1), "padding -1"),
+    ((6, 3, 3, 2), (8, 6, 3, 3), dict(stride=0), "conv: stride is 0"),
+    ((6, 3, 3, 2), (8, 6, 3, 3), dict(padding=-1), "conv: padding is -1"),
 ])
 def test_refused(target, shape, weight, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -312,3 +312,9 @@ def test_which_convolutions_are_computed_by_winograd(monkeypatch, dtype, tf32, o
     x, weight = (np.zeros(shape, kernels.storage_dtype(dtype)) for shape in ((groups * outputs[1], 6, 6, 2), outputs))
     method, _ = conv._chosen(x, weight, conv._Geometry(x, weight, stride, padding, groups))
     assert (method is winograd) == chosen
+
+
+def test_a_gradient_of_another_type_is_refused():
+    x, weight = np.zeros((2, 4, 4, 1), np.float32), np.zeros((3, 2, 1, 1), np.float32)
+    with pytest.raises(TypeError, match="conv: dy is float64, the input float32: convert one with astype"):
+        conv.backward(np.zeros((3, 4, 4, 1)), x, weight, np.empty_like(weight))

@@ -19,6 +19,7 @@ from minidl.evaluation import Evaluation, outputs
 from minidl.data.dataset import Dataset
 from minidl.device import select
 from minidl.errors import CheckpointError, UsageError
+from minidl.layers import Layer
 from minidl.ops import loss
 from minidl.settings import resolve
 from models import recipes
@@ -270,3 +271,10 @@ def test_as_a_process(tmp_path):
     result = subprocess.run([sys.executable, "-m", "minidl", "eval", tmp_path / "nothing"], capture_output=True, text=True)
     assert result.returncode == CheckpointError.exit_code and result.stdout == ""
     assert result.stderr == f"error: {tmp_path / 'nothing'} cannot be read: No such file or directory\n"
+
+
+def test_a_small_file_that_names_a_large_network_takes_no_memory(write, monkeypatch):
+    monkeypatch.setattr(Layer, "initialize", lambda *_: pytest.fail("memory was taken"))
+    path = write(arch="wrn-28-20", classes=100)
+    with pytest.raises(CheckpointError, match="the weights do not fit this network:\nconv1.weight: missing in the file\n"):
+        trained.network_with(*weights.load(path))

@@ -155,6 +155,10 @@ class Wrapped(Layer):
 @pytest.mark.parametrize("forward, backward, message", [
     (lambda x: x / 0, lambda dy: dy, "Wrapped: forward gives values that are not finite"),
     (lambda x: x * np.nan, lambda dy: dy, "Wrapped: forward gives values that are not finite"),
+    (lambda x: x[:, :, ::2].copy(), lambda dy: dy.repeat(2, axis=2),
+     r"Wrapped: forward gives \(3, 2, 2, 2\), and output_shape says \(3, 2, 4, 2\)"),
+    (lambda x: np.multiply(x, 2, out=x), lambda dy: 2 * dy, "Wrapped: forward changes x, which must stay as it is"),
+    (lambda x: 2 * x, lambda dy: np.multiply(dy, 2, out=dy), "Wrapped: backward changes dy, which must stay as it is"),
     (lambda x: x, lambda dy: dy[:1], r"Wrapped: the gradient to x has shape \(1, 2, 4, 2\), x \(3, 2, 4, 2\)"),
 ])
 @pytest.mark.filterwarnings("ignore:divide by zero")

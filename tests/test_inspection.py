@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -93,6 +94,23 @@ def test_methods_are_put_back_after_an_error(place, rng):
     with pytest.raises(ZeroDivisionError):
         inspection.first_nonfinite(network, lambda: 1 / 0)
     assert methods(network) == []
+
+
+def test_who_watches_goes_on_watching_after_another(place, rng):
+    network, seen = residual(place).train(), []
+
+    def around(name, layer, kind, call, *arguments, **out):
+        seen.append(name)
+        return call(*arguments, **out)
+
+    step = partial(a_step, network, *arrays(place, rng))
+    with inspection.watch(network, around):
+        assert inspection.first_nonfinite(network, step) is None
+        once = len(seen)
+        assert inspection.watched(network)
+        step()
+    assert once and len(seen) == 2 * once
+    assert methods(network) == [] and not inspection.watched(network)
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------

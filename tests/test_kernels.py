@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -588,10 +589,14 @@ def test_no_compiler(tmp_path):
                                 "install g++, or `pip install ziglang`\n")
 
 
+def build(source):
+    return host_build.library(source, host_build.read_source(source), "fast")
+
+
 @pytest.fixture
 def fresh_build(monkeypatch, tmp_path):
     """host_build as a new process would find it, with an empty cache in tmp_path."""
-    remembered = host_build.compiler, host_build._machine, host_build.cache_folder, host_build.sources_digest
+    remembered = host_build.compiler, host_build._machine, host_build.cache_folder
     monkeypatch.setenv("MINIDL_CACHE", str(tmp_path))
 
     def forget():
@@ -617,7 +622,7 @@ def test_compiler_that_cannot_be_run(fresh_build, monkeypatch, tmp_path, text, r
     (tmp_path / "c++").chmod(0o755)
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     with pytest.raises(DeviceError, match=f"the compiler {tmp_path}/c.. cannot be run: {reason}; set .CXX to another"):
-        host_build.library(OPS / "relu.cu", "fast")
+        build(OPS / "relu.cu")
 
 
 def test_compiler_whose_name_is_half_quoted(fresh_build, monkeypatch):
@@ -635,16 +640,16 @@ def test_what_a_compiler_says_in_any_letters(fresh_build, monkeypatch, tmp_path,
     (tmp_path / "c++").chmod(0o755)
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     with pytest.raises(CompileError, match=re.escape(f"relu.cu: {tmp_path}/c++: {error}")):
-        host_build.library(OPS / "relu.cu", "fast")
+        build(OPS / "relu.cu")
 
 
 def test_something_else_in_the_place_of_a_library(fresh_build, fake_compiler, tmp_path):
-    host_build.library(OPS / "relu.cu", "fast")
+    build(OPS / "relu.cu")
     (library,) = tmp_path.glob("kernels/*.so")
     library.unlink()
     library.mkdir()
     with pytest.raises(DeviceError, match=f"{library} cannot be written: Is a directory; make room there, or set MINIDL_CACHE"):
-        host_build.library(OPS / "relu.cu", "fast")
+        build(OPS / "relu.cu")
     assert [*tmp_path.glob("kernels/*")] == [library]
 
 
@@ -720,17 +725,73 @@ def test_what_a_library_depends_on(fresh_build, fake_compiler, monkeypatch, tmp_
     (tmp_path / "ops").mkdir()
     for name in ("kernel.cu", "common.cuh"):
         (tmp_path / "ops" / name).touch()
-    host_build.library(tmp_path / "ops" / "kernel.cu", "fast")
+    build(tmp_path / "ops" / "kernel.cu")
     change(monkeypatch, tmp_path)
     fresh_build()
-    host_build.library(tmp_path / "ops" / "kernel.cu", "fast")
+    build(tmp_path / "ops" / "kernel.cu")
     assert len(list(tmp_path.glob("kernels/*"))) == libraries
 
 
 def test_library_that_cannot_be_loaded(fake_compiler, tmp_path):
     (tmp_path / "empty.so").write_text("for another machine")
     with pytest.raises(DeviceError, match="fake-c.. built of relu.cu cannot be loaded: .* set MINIDL_CACHE to a folder"):
-        host_build.library(OPS / "relu.cu", "fast")
+        build(OPS / "relu.cu")
+
+
+# It has the name of a function of the C library, too.
+TIMES = 'extern "C" __global__ void times(const real* x, real* y, int n) { GRID_LOOP(i, n) y[i] = FACTOR * x[i]; }\n'
+
+
+def factor_of(kernels, dtype="float32"):
+    y = np.empty(1, dtype)
+    kernels.times[1, 32](np.ones(1, dtype), y, 1)
+    return float(y[0])
+
+
+@pytest.mark.parametrize("place_of_factor", ["times.cu", "factor.cuh"])
+def test_kernels_that_change_while_the_process_runs(fresh_build, tmp_path, place_of_factor):
+    """As in a notebook: in the file itself, or in a header beside it. What is kept for the next process is what was compiled."""
+    def write(factor):
+        define = f"#define FACTOR {factor}\n"
+        beside = place_of_factor != "times.cu"
+        (tmp_path / "factor.cuh").write_text(define if beside else "")
+        (tmp_path / "times.cu").write_text(f'#include "common.cuh"\n#include "factor.cuh"\n{"" if beside else define}{TIMES}')
+        return Kernels(tmp_path / "times.cu")
+
+    before = write(2)
+    assert factor_of(before) == 2
+    after = write(3)
+    assert [factor_of(after), factor_of(after, "float64")] == [3, 3]
+    if place_of_factor == "times.cu":
+        assert factor_of(before, "float64") == 2, "it was read once"
+    again = write(2)
+    assert [factor_of(again), factor_of(again, "float64")] == [2, 2], "nothing was kept by the name of something else"
+
+
+def test_a_path_is_that_of_the_present_folder(fresh_build, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "times.cu").write_text(f'#include "common.cuh"\n#define FACTOR 5\n{TIMES}')
+    assert factor_of(Kernels(Path("times.cu"))) == 5
+
+
+def test_a_parameter_of_a_type_that_kernels_do_not_take(tmp_path):
+    (tmp_path / "wrong.cu").write_text('extern "C" __global__ void wrong(real* x, size_t n) {}\n')
+    with pytest.raises(TypeError, match="a kernel's parameter n is size_t, which is none of real, acc, float, double, int"):
+        Kernels(tmp_path / "wrong.cu").wrong[1, 1](np.zeros(1, np.float32), 1)
+
+
+def test_cupy_cannot_keep_what_it_compiled(monkeypatch):
+    class RawModule:
+        def __init__(self, code, options):
+            pass
+
+        def compile(self):
+            raise PermissionError(13, "Permission denied", "/home/it/.cupy/kernel_cache/tmpx")
+
+    compiler = SimpleNamespace(CompileException=type("CompileException", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=RawModule, cuda=SimpleNamespace(compiler=compiler)))
+    with pytest.raises(DeviceError, match="^CuPy cannot keep the kernels that it compiled: .*kernel_cache.*; set CUPY_CACHE_DIR to a"):
+        Kernels("relu.cu").gpu_module("float32")
 
 
 def test_source_with_an_error(fresh_build, tmp_path):

@@ -1,6 +1,7 @@
 """Layers and their compositions: gradients of whole networks, names, shapes, state, and what is refused."""
 
 import copy
+import itertools
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from minidl.device import select
 from minidl.errors import CheckpointError, UsageError
 from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Composition, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d,
                            Layer, Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
+from minidl.optim import SGD
 from reference import assert_close
 
 
@@ -228,7 +230,7 @@ def test_nothing_is_computed_before_it_is_initialized():
             (lambda: network.forward(x), "Parameter has no data"), (network.state_dict, "Parameter has no master"),
             (lambda: network.parameters, "Sequential has no parameters"), (lambda: network.conv.device, "Conv2d has no device"),
             (lambda: network.norm.running_var, "BatchNorm2d has no running_var"), (lambda: network.drop.forward(x), "Dropout has no step")):
-        with pytest.raises(RuntimeError, match=f"^this {missing} yet: call initialize\\(\\) of the whole network$"):
+        with pytest.raises(RuntimeError, match=f"^this {missing} yet: call initialize\\(\\) of the whole network; its parts must be attributes"):
             use()
     assert not hasattr(network, "parameters")
     with pytest.raises(AttributeError, match="^'Conv2d' object has no attribute 'shape'$"):
@@ -250,6 +252,19 @@ def test_each_rank_has_masks_of_its_own(layer):
     x = np.ones((64, 1, 1, 8), np.float32)
     alone, first, second = (Sequential(layer(0.5)).initialize(seed=3, **ranks).forward(x) for ranks in ({}, {"rank": 0}, {"rank": 1}))
     assert np.array_equal(alone, first) and 0.3 < (first != second).mean() < 0.7
+
+
+@pytest.mark.parametrize("layer", [Dropout(0.5), ChannelDropout(0.5)])
+def test_a_step_of_an_optimizer_changes_the_masks(place, layer):
+    network = Sequential(conv=Conv2d(3, 64, 1), drop=layer).initialize(place)
+    sgd, x = SGD(network.parameters), place.array(np.ones((3, 2, 2, 8), np.float32))
+    masks = []
+    for _ in range(3):
+        masks.append(place.to_host(network.forward(x) != 0))
+        network.backward(place.xp.zeros((64, 2, 2, 8), np.float32))
+        sgd.step(0.0)
+    assert int(network.step[0]) == 3
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(masks, 2))
 
 
 def test_a_device_may_be_named():

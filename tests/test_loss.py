@@ -150,3 +150,9 @@ def test_exponentials_and_logarithms(target, rng, dtype):
 def test_refused(target, logits, labels, settings, message):
     with pytest.raises(ValueError, match=message):
         run(target, np.zeros(logits), np.zeros(labels), **settings)
+
+
+@pytest.mark.parametrize("scale", [1.0, None, np.ones(()), np.ones(2)])
+def test_a_scale_that_is_no_array_of_one_element(scale):
+    with pytest.raises(TypeError, match="loss: scale must be an array of one element, such as an optimizer's, got "):
+        loss.forward_backward(np.zeros((5, 3), np.float32), np.zeros(3, np.int32), np.zeros(4), scale)

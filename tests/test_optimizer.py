@@ -29,7 +29,7 @@ OPTIMIZERS = {
 
 
 def parameters(target, values, dtype):
-    result = Parameters({"w": Parameter(values.shape, None)}, target.place, storage_dtype(dtype))
+    result = Parameters({"w": Parameter(values.shape, None)}, target.place, storage_dtype(dtype), target.place.xp.zeros(1, np.int64))
     result.by_name["w"].master[...] = target.acc(values, dtype)
     result.cast()
     return result
@@ -69,7 +69,8 @@ def test_steps_equal_the_definition(target, rng, name, dtype):
 
 
 def test_the_gaps_between_parameters_stay_zero(target, rng):
-    flat = Parameters({"a": Parameter((3,), None), "b": Parameter((5, 2), None)}, target.place, storage_dtype("float32"))
+    flat = Parameters({"a": Parameter((3,), None), "b": Parameter((5, 2), None)}, target.place, storage_dtype("float32"),
+                      target.place.xp.zeros(1, np.int64))
     assert flat.count() == 13 and flat.master.size == 128
     steppers = [make(flat, weight_decay=0.1, clip_norm=1.0) for make in optim.OPTIMIZERS.values()]
     for stepper in steppers:

@@ -16,7 +16,7 @@ import pytest
 
 from minidl import data, device, nvidia_driver, optim, parallel, signals
 from minidl.data.batches import Augmentation, Batches
-from minidl.errors import DeviceError
+from minidl.errors import DeviceError, UsageError
 from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Sequential
 from minidl.nvidia_driver import Driver, Gpu
 from minidl.parallel import ALONE, Team
@@ -241,6 +241,20 @@ def test_ranks_wait_for_the_one_that_saves(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_a_signal_to_each_process_at_once_is_one_request(tmp_path):
+    """As systemd and others stop a job: the first rank gets its own, and that which the launcher passes on."""
+    with start(tmp_path, *RANKS, "--epochs", "1000", "-o", "it", stderr=subprocess.PIPE) as process:
+        while not (line := process.stdout.readline()).lstrip().startswith("1/1000 "):
+            assert line
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2
+        for pid in (process.pid, *map(int, children)):
+            os.kill(pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 143 and "error: interrupted, and saved after " in errors, errors
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("seconds", [0, 0.2, 0.4, 0.6, 0.8, 1.2])
 def test_ctrl_c_of_a_terminal_while_ranks_start(tmp_path, seconds):
     """It goes to the whole group of processes."""
@@ -256,6 +270,12 @@ def test_ctrl_c_of_a_terminal_while_ranks_start(tmp_path, seconds):
 def test_what_is_not_shared_is_refused(tmp_path):
     result = train(tmp_path, *DIGITS, "--ranks", "2", "--profile")
     assert result.returncode == 2 and "--profile is for one rank, not 2" in result.stderr
+
+
+def test_one_gpu_for_several_ranks(monkeypatch):
+    monkeypatch.setattr(device, "_missing_for_gpu", lambda: None)
+    with pytest.raises(UsageError, match="^device cuda:1 is one GPU, and of 2 ranks each needs its own: say cuda$"):
+        main("--dataset", "digits", "--arch", "wrn-10-1", "--ranks", "2", "--device", "cuda:1")
 
 
 def test_each_rank_needs_a_gpu_of_its_own(monkeypatch):

@@ -192,6 +192,8 @@ def test_learning_rate_search(tmp_path):
     assert list(suggested.get_xdata()) == [0.02, 0.02] and "suggested: 0.02" in texts(axes)
     assert axes.get_xscale() == "log" and axes.get_ylim()[0] < 2 < 4 < axes.get_ylim()[1] < 6, "the end is not what is shown"
     assert_legible(axes.figure)
+    (axes,) = plots.lr_find(rates[:4], [2.3, 2.5, 2.6, 2.2], [2.3, 2.4, 2.5, 2.4 - 0.15], None, tmp_path / "it.png").axes
+    assert axes.get_ylim()[1] > 2.5, "a loss that rises first is seen"
     assert len(plots.lr_find(rates, losses, smoothed, None, tmp_path / "it.png").axes[0].lines) == 2
 
 
@@ -336,6 +338,12 @@ def test_what_is_not_a_run(make_run):
     for path in ("nothing", "it/metrics.csv", "."):
         with pytest.raises(CheckpointError, match="metrics.csv cannot be read: "):
             call(path)
+
+
+def test_the_folder_of_several_seeds(make_run):
+    (make_run("it", "").parent / "summary.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"^\. holds the runs of several seeds: name them, as in \./seed-\*$"):
+        call(".")
 
 
 def test_the_committed_records_can_be_read():

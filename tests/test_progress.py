@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from minidl import wording
 from minidl.progress import Progress
 from minidl.wording import brief, loss_text, percent, rate_text
 from minidl.training import Metrics
@@ -89,6 +90,18 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for what is left in its buffer
     assert capsys.readouterr().err == ("warning: the output cannot be written: No space left on device; the run goes on "
                                        "without\n")
+
+
+def test_where_the_log_of_warnings_is_full_too(monkeypatch):
+    progress = Progress(3, False)
+    with open("/dev/full", "w") as full:
+        for stream in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, stream, full)
+        progress.row(USUAL)
+        wording.warn("it goes on")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert progress.quiet
 
 
 # ---- numbers

@@ -57,6 +57,13 @@ def test_a_flag_can_take_back_what_the_file_or_the_recipe_says(tmp_path):
     assert (it.restart_at_milestones, it.flip, it.milestones, it.sched) == (False, False, [], "constant")
 
 
+def test_a_folder_of_data_is_one_from_wherever_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/it")
+    assert [chosen("--arch", "wrn-10-1", "--data-dir", it).data_dir for it in ("data", "../data", "/data", "~/data")] == [
+        f"{tmp_path}/data", f"{tmp_path.parent}/data", "/data", "/home/it/data"]
+
+
 def test_the_file_chooses_the_device_and_the_recipe(tmp_path):
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
@@ -301,13 +308,13 @@ def test_a_path_that_is_not_utf8_can_be_written(tmp_path):
 def test_printed_settings_are_a_file_of_settings(tmp_path):
     """Whatever the locale, and byte by byte."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    arguments = ["--device", "cpu", "--recipe", "paper", "--arch", "wideresnet", "--data-dir", "Läufe 𝔸\n",
+    arguments = ["--device", "cpu", "--recipe", "paper", "--arch", "wideresnet", "--data-dir", "/Läufe 𝔸\n",
                  "--epochs", "30", "--model-kwargs", "dropout=0.3"]
     result = subprocess.run([sys.executable, ROOT / "train.py", *arguments, "--print-config"], cwd=tmp_path, env=environment,
                             capture_output=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, b"") and not list(tmp_path.iterdir())
     expected = chosen(*arguments)
-    assert (expected.data_dir, expected.milestones, expected.model_kwargs) == ("Läufe 𝔸\n", [9, 18, 24],
+    assert (expected.data_dir, expected.milestones, expected.model_kwargs) == ("/Läufe 𝔸\n", [9, 18, 24],
                                                                                   {"gamma": "uniform", "dropout": 0.3})
     assert result.stdout.decode("utf-8") == expected.as_toml()
     assert chosen("--config", toml(tmp_path, result.stdout)) == expected

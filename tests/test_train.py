@@ -245,7 +245,7 @@ def test_a_terminal_gets_a_bar(tmp_path, columns):
 def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20300101-000000")
-    paths = {run_folder.RunFolder.new("it").path for _ in range(3)}
+    paths = {run_folder.RunFolder.dated("it").path for _ in range(3)}
     assert len(paths) == 3 and all(path.is_dir() for path in paths)
 
 
@@ -275,19 +275,19 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
 
 
 def test_a_folder_that_another_has_just_taken(tmp_path):
-    taken = run_folder.RunFolder.new("it", tmp_path)
+    taken = run_folder.RunFolder.new(tmp_path)
     with pytest.raises(UsageError, match=f"another process writes to {tmp_path}: wait for its end, or name another folder"):
-        run_folder.RunFolder.new("it", tmp_path)
+        run_folder.RunFolder.new(tmp_path)
     taken.close()
-    run_folder.RunFolder.new("it", tmp_path)
+    run_folder.RunFolder.new(tmp_path)
 
 
 def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path):
-    assert run_folder.RunFolder.new("it", tmp_path).path == tmp_path
+    assert run_folder.RunFolder.new(tmp_path).path == tmp_path
     (tmp_path / "file").write_text("")
     for bad in ("file", "file/below"):
         with pytest.raises(UsageError, match=f"the output folder .*{bad} cannot be made: "):
-            run_folder.RunFolder.new("it", tmp_path / bad)
+            run_folder.RunFolder.new(tmp_path / bad)
 
 
 def test_list_of_architectures(tmp_path):
@@ -429,11 +429,13 @@ def test_a_signal_that_comes_in_a_finalizer_is_not_lost(tmp_path, number, code):
 
 TWO_SIGNALS = """
 import os, sys, time
-from minidl import command
+from minidl import command, signals
 
 def main():
-    os.kill(os.getpid(), int(sys.argv[1]))
+    for _ in range(3):  # such as those of a terminal that closes, and of its shell
+        os.kill(os.getpid(), int(sys.argv[1]))
     print("the step is done", flush=True)
+    time.sleep(signals.SETTLE_SECONDS)
     os.kill(os.getpid(), int(sys.argv[1]))
     time.sleep(60)
     print("the second signal waited too")

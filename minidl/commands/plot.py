@@ -1,7 +1,6 @@
-"""Draw loss, accuracy and learning rate of runs, also of such that still go on.
+"""Draw loss, accuracy and learning rate of runs, also of runs that are not finished.
 
-The accuracy in the table is that of the last epoch. Which epoch was the best on the test set is not said: that set selects
-nothing.
+The accuracy in the table is that of the last epoch. The best test epoch is not shown: the test set must not choose it.
 """
 
 import argparse
@@ -40,6 +39,8 @@ def main(args: argparse.Namespace) -> None:
 def read(folder: Path) -> plots.History:
     """What a run has recorded so far. Raises CheckpointError with the reason where that cannot be read, or is nothing."""
     path = folder / "metrics.csv"
+    if (folder / "summary.json").exists() and not path.exists():
+        raise CheckpointError(f"{folder} holds the runs of several seeds: name them, as in {folder}/seed-*")
     try:
         text = path.read_text(encoding="utf-8-sig")
         complete = text[:text.rfind("\n") + 1]  # the last line may be in the making
@@ -70,9 +71,8 @@ def _checked(row: dict[str, str]) -> dict[str, str]:
 
 def _classes(folder: Path) -> int | None:
     """How many classes the data of a run has, None where its config.toml does not say so."""
-    try:
+    try:  # one line of it, as older versions may have had other settings
         found = re.search(r'^dataset = "(\w+)"$', (folder / "config.toml").read_text(encoding="utf-8"), re.MULTILINE)
     except (OSError, ValueError):
         return None
-    name = found[1] if found else ""
-    return data.CIFARS[name].classes if name in data.CIFARS else 10 if name == "digits" else None
+    return data.CLASSES.get(found[1]) if found else None

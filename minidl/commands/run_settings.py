@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 import models
@@ -45,6 +46,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     if "model_kwargs" in flags:
         flags["model_kwargs"] = {**from_file.get("model_kwargs", {}), **models.parse_options(flags["model_kwargs"])}
     flags = settings.checked(flags)
+    if "data_dir" in flags:  # the run's folder tells it to who stands elsewhere
+        flags["data_dir"] = os.path.abspath(os.path.expanduser(flags["data_dir"]))
     for source in (from_file, flags):
         if "epochs" in source and "time_budget" in source:
             raise UsageError("epochs and time_budget exclude each other: the budget decides how many epochs there are")

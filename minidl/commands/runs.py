@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from minidl.parallel import ALONE, Team
 from minidl.run import Run, subset
 from minidl.run_folder import NoFolder, RunFolder
 from minidl.settings import Settings
-from minidl.wording import brief, percent
+from minidl.wording import brief, percent, warn
 
 OVERFIT_REPEATS = 20
 
@@ -92,7 +91,7 @@ def saved_run(path: Path, given: dict[str, Any], remedy: str) -> tuple[Checkpoin
     """
     saved, remarks = checkpoint.load(path)
     for remark in remarks:
-        print(f"warning: {remark}", file=sys.stderr)
+        warn(remark)
     try:
         before = Settings(**saved.progress["settings"])
     except (TypeError, UsageError) as error:
@@ -105,6 +104,8 @@ def saved_run(path: Path, given: dict[str, Any], remedy: str) -> tuple[Checkpoin
     if changed and remedy:
         lines = [f"{name}: the run has {getattr(before, name)!r}, given is {value!r}" for name, value in changed.items()]
         raise UsageError("\n".join([*lines, remedy]))
+    if now.val_split and not changed.keys().isdisjoint({"val_split", "seed"}):
+        warn("of the images that are held out now, some were trained on: what is measured on them is too good")
     return saved, now
 
 
@@ -129,5 +130,7 @@ def go_on(run: Run, folder: RunFolder, quiet: bool) -> None:
               f"{percent(run.history[-1]['test_top1'])}")
         return
     print(f"going on after {run.epoch} epochs and {run.step} steps of {run.steps_per_epoch}")
-    folder.log("resume", epoch=run.epoch, step=run.step, settings=run.settings.as_dict())
+    environment = run_folder.environment(run.place)
+    folder.compare(environment)
+    folder.log("resume", epoch=run.epoch, step=run.step, settings=run.settings.as_dict(), environment=environment)
     fit(run, folder, quiet)

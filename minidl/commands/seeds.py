@@ -27,7 +27,7 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     dataclasses.replace(chosen, seed=chosen.seed + args.runs - 1)  # which must be a seed, too
     if args.output and os.path.exists(os.path.join(args.output, "config.toml")):
         raise UsageError(f"{args.output} is the folder of one run: name another one")
-    parent = Path(args.output) if args.output else RunFolder.new(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
+    parent = Path(args.output) if args.output else RunFolder.dated(f"{chosen.arch}-{chosen.dataset}-{args.runs}-runs").path
     last = []
     for seed in range(chosen.seed, chosen.seed + args.runs):
         print(f"seed {seed}")
@@ -61,6 +61,6 @@ def train_seed(path: Path, chosen: Settings, quiet: bool) -> Run:
         runs.announce(run)
         budget = runs.plan(run, begin)
         # A run that was killed before its first checkpoint begins anew.
-        folder = RunFolder(path) if (path / "config.toml").exists() else RunFolder.new("", path)
+        folder = RunFolder(path) if (path / "config.toml").exists() else RunFolder.new(path)
         runs.train_new(run, folder, quiet, budget, begin)
     return run

@@ -74,6 +74,8 @@ def main(args: argparse.Namespace) -> int | None:
         for flag in ("runs", "fast_dev_run", "overfit_batch", "profile"):
             if getattr(args, flag):
                 raise UsageError(f"--{flag.replace('_', '-')} is for one rank, not {chosen.ranks}")
+        if ":" in chosen.device:
+            raise UsageError(f"device {chosen.device} is one GPU, and of {chosen.ranks} ranks each needs its own: say cuda")
         if device.gpu_number(chosen.device) is not None and chosen.ranks > (gpus := device.gpu_count()):
             raise DeviceError(f"ranks {chosen.ranks}: on GPUs each needs its own, and there {'are' if gpus > 1 else 'is'} {gpus}: "
                               "ask for fewer, or use --device cpu")
@@ -111,8 +113,10 @@ def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> Non
     if args.overfit_batch:
         print("A trial: one batch again and again, which is also the test set.")
     budget = runs.plan(run, begin)
-    name = f"{chosen.arch}-{chosen.dataset}"
-    folder = RunFolder.new(name, args.output) if team.rank == 0 else NoFolder()
+    if team.rank > 0:
+        folder: RunFolder = NoFolder()
+    else:
+        folder = RunFolder.new(args.output) if args.output else RunFolder.dated(f"{chosen.arch}-{chosen.dataset}")
     runs.train_new(run, folder, args.quiet or team.rank > 0, budget, begin)
     if demo:
         print("Next, the real thing: minidl train --arch simplenet-310k --epochs 10 --dataset cifar100")

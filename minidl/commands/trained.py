@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import models
 from minidl import weights
 from minidl.device import Device
 from minidl.errors import CheckpointError
-from minidl.layers import Layer
+from minidl.layers import Layer, check_shapes
+
+FREE_SIZE = 1_000_000  # parameters: a small file may name a large network, for which memory is taken only if it fits
 
 
 def load(path: str) -> tuple[weights.State, weights.Metadata]:
@@ -32,6 +35,9 @@ def _may_be_numbers(values: Any) -> bool:
 def network_with(state: weights.State, metadata: weights.Metadata, place: Device | str = "cpu") -> Layer:
     """The network of the metadata with its weights, on a device. Raises CheckpointError with the first mismatches if they do
     not fit."""
-    network = models.create(metadata["arch"], metadata["classes"], **metadata["options"]).initialize(place)
-    network.load_state_dict(state)
+    network = models.create(metadata["arch"], metadata["classes"], **metadata["options"])
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters().items()}
+    if sum(map(math.prod, shapes.values())) > FREE_SIZE + 2 * sum(array.size for array in state.values()):
+        check_shapes({name: array for name, array in state.items() if name in shapes}, shapes)
+    network.initialize(place).load_state_dict(state)
     return network

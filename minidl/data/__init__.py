@@ -7,10 +7,11 @@ from minidl.data import cifar, digits
 from minidl.data.dataset import Dataset
 from minidl.errors import UsageError
 
-__all__ = ["CIFARS", "NAMES", "Dataset", "folders", "load"]
+__all__ = ["CIFARS", "CLASSES", "NAMES", "Dataset", "folders", "load"]
 
 CIFARS = {dataset.name: dataset for dataset in (cifar.CIFAR100, cifar.CIFAR10)}
-NAMES = (*CIFARS, "digits")
+CLASSES = {**{name: it.classes for name, it in CIFARS.items()}, "digits": len(digits.CLASSES)}  # how many each has
+NAMES = tuple(CLASSES)
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dataset, Dataset]:

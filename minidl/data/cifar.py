@@ -12,7 +12,6 @@ from __future__ import annotations
 import gzip
 import math
 import os
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from minidl.data.checked_file import File
 from minidl.data.dataset import IMAGE_SHAPE, Dataset, check_labels
 from minidl.device import Array
 from minidl.errors import DataError
+from minidl.wording import warn
 
 HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 PIXELS = math.prod(IMAGE_SHAPE)  # bytes of an image
@@ -249,7 +249,7 @@ def load(cifar: Cifar, folders: Iterable[str | os.PathLike[str]]) -> tuple[Datas
     if not found.packed:  # an archive was compared before
         for path, file in found.files():
             if difference := file.difference(path):
-                print(f"warning: {path} is not the official file: {difference}", file=sys.stderr)
+                warn(f"{path} is not the official file: {difference}")
     return datasets
 
 

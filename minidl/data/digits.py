@@ -20,6 +20,7 @@ ENLARGE = 4  # 8x8 to the 32x32 of CIFAR, each pixel a square
 TEST_EVERY = 5  # images 0, 5, 10, ... are the test set
 MEAN = (0.3053, 0.3053, 0.3053)  # of the training pixels, on the 0..1 scale
 STD = (0.3762, 0.3762, 0.3762)
+CLASSES = tuple("0123456789")
 
 
 def load() -> tuple[Dataset, Dataset]:
@@ -32,6 +33,6 @@ def load() -> tuple[Dataset, Dataset]:
     test = np.arange(len(labels)) % TEST_EVERY == 0
 
     def dataset(chosen: Array) -> Dataset:
-        return Dataset("digits", images[chosen], labels[chosen], tuple("0123456789"), MEAN, STD)
+        return Dataset("digits", images[chosen], labels[chosen], CLASSES, MEAN, STD)
 
     return dataset(~test), dataset(test)

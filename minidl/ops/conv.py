@@ -68,6 +68,8 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     or dbias does not fit.
     """
     g = _Geometry(x, weight, stride, padding, groups)
+    if dy.dtype != x.dtype:
+        raise TypeError(f"conv: dy is {dy.dtype}, the input {x.dtype}: convert one with astype")
     if dy.shape != g.out_shape:
         raise ValueError(f"conv: dy has shape {dy.shape}, the output {g.out_shape}")
     dweight = result("conv", "dweight", dweight, weight.shape, weight)

@@ -7,7 +7,7 @@
 
 #include <utility>
 
-#define __global__
+#define __global__ __attribute__((visibility("hidden")))  // else a kernel named as a function of the C library would be that
 #define __device__
 #define __launch_bounds__(...)
 // static: the loader merges inline functions of all its libraries, and so the arrays that SHARED makes in them.

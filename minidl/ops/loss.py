@@ -15,12 +15,14 @@ def forward_backward(logits: Array, labels: Array, totals: Array, scale: Array, 
     Only the first `valid` columns count; the rest pad the batch. A label outside 0..K-1 gives a NaN loss.
     scale: an array of one element of the accumulation type, 1 except for the loss scaling of float16.
     After augment.mix: its `share`, and as other_labels those of the partners; hits count against `labels`.
-    Raises ValueError for shapes that do not fit, or a smoothing outside 0..1.
+    Raises ValueError for shapes that do not fit, or a smoothing outside 0..1, TypeError for another scale.
     """
     if logits.ndim != 2 or labels.shape != (logits.shape[1],):
         raise ValueError(f"loss: logits {logits.shape} and labels {labels.shape} do not fit (K, N) and (N,)")
     if (other_labels is None) != (share is None) or (other_labels is not None and other_labels.shape != labels.shape):
         raise ValueError(f"loss: mixup needs a share, and other labels (N,), not {getattr(other_labels, 'shape', None)}")
+    if getattr(scale, "shape", None) != (1,):
+        raise TypeError(f"loss: scale must be an array of one element, such as an optimizer's, got {scale}")
     if totals.shape != (4,):
         raise ValueError(f"loss: totals {totals.shape} are not 4 numbers")
     if not 0 <= smoothing <= 1:

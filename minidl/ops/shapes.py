@@ -20,14 +20,18 @@ def pair(size: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
     return sides
 
 
+def check_window(op: str, window: tuple[int, ...], stride: int, padding: int) -> None:
+    """Raise ValueError, naming `op`, for a window (height, width), stride or padding that no image could have."""
+    check_sizes(op, kernel_height=window[0], kernel_width=window[1], stride=stride)
+    check_sizes(op, least=0, padding=padding)
+
+
 def output_size(op: str, size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: int) -> tuple[int, ...]:
     """(H, W) of the input, (kh, kw) of the window -> (H', W') of the output.
 
     H' = floor((H + 2 * padding - kh) / stride) + 1. Raises ValueError, naming `op`, for an impossible window.
     """
-    if stride < 1 or padding < 0 or min(window) < 1:
-        raise ValueError(f"{op}: window {window}, stride {stride}, padding {padding}: "
-                         "window and stride must be at least 1, padding at least 0")
+    check_window(op, window, stride, padding)
     padded = tuple(length + 2 * padding for length in size)
     if window[0] > padded[0] or window[1] > padded[1]:
         raise ValueError(f"{op}: window {window[0]}x{window[1]} is larger than the padded image {padded[0]}x{padded[1]}")
