@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from minidl import host_build, nvidia_driver
 from minidl.errors import DeviceError, UsageError
+from minidl.wording import counted
 
 # A numpy or a cupy array: CuPy's have NumPy's interface, and no type stubs of their own.
 Array: TypeAlias = npt.NDArray[Any]
@@ -107,7 +108,7 @@ def gpu_count() -> int:
 
 
 def _cpu() -> Device:
-    return Device("cpu", np, f"CPU, {cpu_threads()} threads")
+    return Device("cpu", np, f"CPU, {counted(cpu_threads(), 'thread')}")
 
 
 def _gpu(index: int) -> Device:

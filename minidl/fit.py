@@ -39,7 +39,7 @@ def fit(run: Run, folder: RunFolder, quiet: bool = False) -> None:
         if run.team.rank > 0:
             raise signals.Stop(stop.exit_code, "") from None
         folder.log("stop", epoch=run.epoch, step=run.step, exit_code=stop.exit_code)
-        where = f"after {run.epoch} epochs and {run.step} steps"
+        where = f"after {run.position()}"
         raise signals.Stop(stop.exit_code, f"interrupted, and saved {where}; go on with --resume {folder.path}" if saver.saved
                            else f"interrupted {where}, and not saved: {folder.troubles[checkpoint.LAST]}") from None
     except Exception as error:

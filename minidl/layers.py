@@ -166,6 +166,12 @@ class Layer:
         """What `forward` does, told to a Tracer: x and the result are its values."""
         return tracer.layer(self, x)
 
+    def __repr__(self) -> str:
+        """The parts, one below another, with the shapes of parameters."""
+        shapes = ", ".join(f"{name} {'x'.join(map(str, it.shape))}" for name, it in self.own_parameters().items())
+        parts = "".join(f"\n{name}: {part!r}".replace("\n", "\n  ") for name, part in self.children().items())
+        return f"{type(self).__name__}({shapes}{parts}" + ("\n)" if parts else ")")
+
     # ---- what is kept from forward to backward
 
     def remakes_output(self, remakes_input: bool) -> bool:

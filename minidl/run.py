@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from minidl.layers import Layer
 from minidl.parallel import ALONE, Team
 from minidl.settings import LONGEST_WARMUP, NORMALIZATIONS, ONECYCLE_WARMUP, STORAGE, Settings
 from minidl.training import Batch, Metrics, Trainer
+from minidl.wording import counted
 
 
 class Run:
@@ -27,6 +28,7 @@ class Run:
 
     epoch, step: how many epochs are done, and how many steps of the next one; history: {column: text} for each epoch done;
     best: the epoch with the best validation accuracy, and that accuracy, or None; seconds: of work before this process.
+    start: weights to begin with, {name: array}, as far as they fit, or None; fresh: then the names of those that began at random.
     What a trial changes: repeats, how often an epoch goes over the images; evaluation_limit, of batches, None for all.
     """
 
@@ -34,7 +36,7 @@ class Run:
     evaluation_limit: int | None = None
 
     def __init__(self, settings: Settings, network: Layer, train_set: Dataset, test_set: Dataset, place: Device,
-                 team: Team = ALONE) -> None:
+                 team: Team = ALONE, start: Mapping[str, Array] | None = None) -> None:
         self.settings, self.network, self.place, self.team = settings, network, place, team
         self.epoch = self.step = 0
         self.history: list[dict[str, str]] = []
@@ -56,8 +58,9 @@ class Run:
         if tf32 and place.name == "cpu":
             blas.start_on_host()
         if "parameters" in vars(network):
-            raise ValueError("the network has values already, which Run would replace: load weights into run.network afterwards")
+            raise ValueError("the network has values already, which Run would replace: give weights as `start`")
         network.initialize(place, dtype, settings.seed, team.rank)
+        self.fresh = None if start is None else _begin_with(network, start)
 
         def batches(dataset: Dataset, size: int) -> Batches:
             return Batches(dataset, place, dtype, size, settings.seed)
@@ -136,6 +139,10 @@ class Run:
 
     # ---- where it stands
 
+    def position(self) -> str:
+        """For people."""
+        return f"{counted(self.epoch, 'epoch')} and {counted(self.step, 'step')}"
+
     def about(self) -> weights.Metadata:
         """What a file says about the weights."""
         return weights.describe(self.settings.arch, len(self.train_set.classes), self.settings.model_kwargs, self.train_set)
@@ -182,6 +189,16 @@ class Run:
             yield
         finally:
             self.load(before)
+
+
+def _begin_with(network: Layer, start: Mapping[str, Array]) -> list[str]:
+    """Load those of the weights whose names and shapes the network has -> its names that are left as they are."""
+    own = network.state_dict()
+    fitting = {name: array for name, array in start.items() if name in own and array.shape == own[name].shape}
+    if not fitting:
+        raise CheckpointError("none of the weights to begin with fits the network")
+    network.load_state_dict({**own, **fitting})
+    return [name for name in own if name not in fitting]
 
 
 def _normalized(dataset: Dataset, name: str) -> Dataset:

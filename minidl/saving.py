@@ -73,6 +73,6 @@ class Saver:
         for name, array in [*state.state.items(), *state.arrays.items()]:
             # "state" has the norm of a gradient, perhaps of a step that was skipped.
             if name != "state" and not np.isfinite(array).all():
-                raise DivergedError(f"after {self.run.epoch} epochs and {self.run.step} steps {name} is not finite: "
+                raise DivergedError(f"after {self.run.position()} {name} is not finite: "
                                     "try a lower --lr")
         return state

@@ -70,12 +70,14 @@ class Settings:
     """Raises UsageError for a value of the wrong type or out of range, and for settings that do not go together. None: not set,
     or not known to the optimizer."""
 
-    arch: str = setting(None, str, "simplenet, resnext, res2net, wideresnet, or a name that `--arch list` prints", flags=["-a"],
+    arch: str = setting(None, str, "simplenet, resnext, res2net, wideresnet, a name that `--arch list` prints, or FILE.py:FUNCTION", flags=["-a"],
                         word="NAME", begins="what is trained, and on what")
     model_kwargs: dict[str, Any] = setting({}, dict, "options of the network, such as dropout=0.3 for a Wide ResNet")
-    dataset: str = setting(None, str, "digits need no download", choices=data.NAMES)
+    dataset: str = setting(None, str, "digits need no download; own: given by a program in Python", choices=(*data.NAMES, data.OWN))
     data_dir: str | None = setting(None, str, "where the official files of CIFAR are, or shall be downloaded to", word="FOLDER",
                                    free=True)
+    init: str | None = setting(None, str, "weights to begin with, of a run or a file, as far as they fit the network", word="RUN",
+                               free=True)
     normalize: str = setting("dataset", str, "whose mean and standard deviation the pixels are normalized with",
                              choices=tuple(NORMALIZATIONS))
     val_split: int = setting(0, int, "training images that are held out for validation", low=0)
@@ -119,7 +121,7 @@ class Settings:
     ema: float = setting(0.0, float, "decay of the averaged weights, which are evaluated; 0: no average", low=0, high=1,
                          excluded=1)
     padding: int = setting(0, int, "pixels by which training images are shifted at most", low=0, high=SIDE - 1)
-    reflect: bool = setting(False, bool, "shifted images are continued by their mirror image, not by the mean colour")
+    reflect: bool = setting(False, bool, "shifted images are continued by their mirror image, not by zeros, the mean colour")
     flip: bool = setting(False, bool, "half of the training images are mirrored")
     cutout: int = setting(0, int, "side of a square that is cut out of training images; 0: none", low=0, high=SIDE)
     mixup: float = setting(0.0, float, "alpha of mixup, images blended in pairs; 0: none", low=0)
@@ -164,7 +166,7 @@ class Settings:
         """The text of a config.toml that gives these settings."""
         values = self.as_dict()
         options = values.pop("model_kwargs")
-        if self.time_budget:  # which decides how many there are
+        if self.time_budget and not self.milestones:  # else they are what these are counted in
             del values["epochs"]
         lines: list[str] = [f"{name} = {_toml(value)}\n" for name, value in values.items()]
         if options:

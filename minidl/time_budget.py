@@ -7,7 +7,7 @@ import time
 from minidl import signals
 from minidl.errors import UsageError
 from minidl.run import Run
-from minidl.wording import brief
+from minidl.wording import brief, counted
 
 WARMUP_STEPS, STEPS, FEWEST_STEPS = 20, 100, 2
 # Steps are measured for a SHARE of the budget, but for LEAST_SECONDS unless that is more than LARGEST_SHARE of it; evaluation
@@ -66,7 +66,7 @@ def epochs_within(run: Run, budget: float, spent: float) -> int:
     epochs = int(run.team.of_first((budget - spent) / epoch))
     if epochs < 1:
         raise UsageError(f"time_budget {brief(budget)}: one epoch takes {brief(epoch)}, and {brief(spent)} have passed")
-    count = f"{epochs} epochs" if epochs > 1 else "1 epoch"
+    count = counted(epochs, "epoch")
     print(f"time budget {brief(budget)}: {count} of {brief(epoch)}, {run.steps_per_epoch} steps of {1000 * step:.1f} ms and "
           f"evaluation of {brief(evaluation)}; estimated end after {brief(spent + epochs * epoch)}", flush=True)
     return epochs

@@ -17,6 +17,17 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def counted(number: int, what: str) -> str:
+    """"1 epoch", "2 epochs"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """"a, b, c and 4 more"."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def percent(share: str | float) -> str:
     """0.4512 -> "45.12%"."""
     return f"{float(share):.2%}"

@@ -1,8 +1,12 @@
-"""The architectures, by name: `create("resnext29-8x64d", 100)`. One file each, paper and table cited."""
+"""The architectures, by name: `create("resnext29-8x64d", 100)`. One file each, paper and table cited. Yours: `register`."""
 
 import difflib
+import importlib.util
+import inspect
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from minidl.errors import UsageError
@@ -10,11 +14,12 @@ from minidl.layers import Layer
 from models import report, res2net, resnext, simplenet, wideresnet
 from models.architecture import Architecture, parse_options
 
-__all__ = ["ALIASES", "REGISTRY", "create", "find", "parse_options"]
+__all__ = ["ALIASES", "REGISTRY", "create", "find", "from_file", "named", "parse_options", "register"]
 
 REGISTRY: dict[str, Architecture] = {
     **simplenet.ARCHITECTURES, **resnext.ARCHITECTURES, **res2net.ARCHITECTURES, **wideresnet.ARCHITECTURES,
     **report.ARCHITECTURES}
+YOURS = "yours"  # the source of an architecture that a user has registered
 # One member of each family, of comparable size.
 ALIASES = {"simplenet": "simplenet-5m", "resnext": "resnext29-2x64d", "res2net": "res2next29-2c24w4s", "wideresnet": "wrn-28-4"}
 # Families whose names have numbers, which may be any, but for the depth of a WRN.
@@ -38,8 +43,50 @@ def find(name: str) -> tuple[str, Architecture]:
             return name, architecture(*map(int, match.groups()))
     known = [*ALIASES, *REGISTRY]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    raise UsageError(f"unknown architecture {name!r}: " + (f"did you mean {' or '.join(near)}?" if near else
-                                                           "`minidl train --arch list` prints those that are known"))
+    raise UsageError(f"unknown architecture {name!r}: " + (
+        f"did you mean {' or '.join(near)}?" if near else "`minidl train --arch list` prints those that are known; one of yours is "
+        "named with its file, --arch FILE.py:FUNCTION"))
+
+
+def register(name: str, builder: Callable[..., Layer]) -> None:
+    """From now on `find` knows an architecture of yours by this name. builder: function (classes, **options) -> Layer. Raises
+    UsageError for a name that minidl's own have."""
+    known = REGISTRY.get(name)
+    if name in ALIASES or known and known.source != YOURS or any(re.fullmatch(pattern, name) for pattern in _FAMILIES):
+        raise UsageError(f"{name} is the name of an architecture of minidl: choose another")
+    REGISTRY[name] = Architecture(builder, {}, "-", YOURS)
+
+
+def named(text: str) -> str:
+    """What a user calls an architecture -> its full name. FILE.py:FUNCTION is one of the user's, which is registered by its
+    own name. Raises UsageError as `find`, and for what is no such function."""
+    builder = from_file(text)
+    if builder is None:
+        return find(text)[0]
+    if not inspect.isfunction(builder):
+        raise UsageError(f"{text} is not a function (classes) -> Layer")
+    name = text.rpartition(":")[2]
+    register(name, builder)
+    return name
+
+
+def from_file(text: str) -> Any:
+    """FILE.py:NAME -> what is called so in that file, which is executed and finds modules beside it; None for a text of another
+    form. Raises UsageError where there is none."""
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py"):
+        return None
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UsageError(f"{text}: there is no file {file}")
+    sys.path.append(str(path.parent.absolute()))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = vars(module).get(name)
+    if found is None:
+        raise UsageError(f"{text}: there is no {name} in {file}")
+    return found
 
 
 def create(name: str, classes: int = 100, /, **options: Any) -> Layer:

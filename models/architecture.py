@@ -36,7 +36,10 @@ class Architecture:
             if name not in self.options():
                 raise UsageError(f"unknown model option {name!r}: this architecture has {', '.join(self.options()) or 'none'}")
         try:
-            return self.builder(classes, **self.settings, **options)
+            network = self.builder(classes, **self.settings, **options)
+            if not isinstance(network, Layer):
+                raise ValueError(f"{self.builder.__name__} returns a {type(network).__name__}, not a Layer")
+            return network
         except (ValueError, TypeError) as error:
             if isinstance(error, TypeError) and not options:
                 raise  # no value that was given is at fault

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from minidl.errors import UsageError
 from minidl.layers import Layer
 from models import find, report, res2net, resnext, simplenet, wideresnet
 
@@ -60,14 +61,18 @@ FAST_DIGITS: Recipe = dict(epochs=3, batch_size=16, lr=0.0125)
 
 
 def recipe(name: str, arch: str, dataset: str) -> Recipe:
-    """The settings of the recipe `name`, fast, paper or report, for the architecture `arch` on a data set."""
+    """The settings of the recipe `name`, fast, paper or report, for the architecture `arch` on a data set. Raises UsageError where
+    there is none."""
     arch, architecture = find(arch)
-    family = FAMILIES[architecture.builder]
+    family = FAMILIES.get(architecture.builder, "")  # of one of the user's
     if name == "fast":
         chosen = dict(FAST, **FAST_OF.get(family, {}))
     elif name == "paper":
         # Who trains a network of the report as the paper would takes the paper of its family.
-        chosen = dict(PAPER_OF_MEMBER.get(arch) or PAPER_OF[family.removeprefix("report-")])
+        paper = PAPER_OF_MEMBER.get(arch) or PAPER_OF.get(family.removeprefix("report-"))
+        if paper is None:
+            raise UsageError(f"there is no paper on {arch}: choose the recipe fast, or report")
+        chosen = dict(paper)
     else:
         chosen = dict(REPORT, **REPORT_OF.get(family, {}))
     chosen["model_kwargs"] = {option: value for option, value in chosen.get("model_kwargs", {}).items()

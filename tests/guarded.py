@@ -28,6 +28,7 @@ def empty(shape, dtype):
     for page in (begin, begin + mmap.PAGESIZE + inside):
         if _LIBC.mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, _NO_ACCESS):
             raise OSError(ctypes.get_errno(), "mprotect")
+    ctypes.memset(begin + mmap.PAGESIZE, 0xFF, inside)  # NaN, of all types: what is read before it is written shows
     at_the_end = next(_turns) % 5 > 0
     return np.ndarray(shape, dtype, memory, mmap.PAGESIZE + at_the_end * (inside - size))
 

@@ -248,3 +248,15 @@ def test_one_value_per_channel_is_refused_in_training(target, rng):
         case.forward()
     case.training = False
     assert_close(target.host(case.forward()), case.expected(), 1e-5)
+
+
+@pytest.mark.parametrize("z", [False, True])
+@pytest.mark.parametrize("place", [0, 39])
+def test_nan_stays_nan(target, place, z):
+    """A ReLU that makes zeros of them would hide that a network has diverged."""
+    x = np.ones((1, 2, 4, 5))
+    x.flat[place] = np.nan
+    ones = [target.array(np.ones(1)) for _ in range(4)]
+    y, _, _ = batchnorm.forward(target.array(x), *ones, training=False, momentum=0.1, eps=1e-5, relu=not z,
+                                z=target.array(np.ones(x.shape)) if z else None)
+    assert np.array_equal(np.isnan(target.host(y)), np.isnan(x))

@@ -239,7 +239,7 @@ def test_a_signal_while_the_disk_is_full(few_digits, tmp_path):
         at_step(STEPS + 3, send(signal.SIGTERM))()
 
     result = train(tmp_path, *ARGUMENTS, "-o", "it", "--save-every", 2, before=patch)
-    assert_refused(result, 143, f"error: interrupted after 1 epochs and 3 steps, and not saved: {TOO_LARGE}\n")
+    assert_refused(result, 143, f"error: interrupted after 1 epoch and 3 steps, and not saved: {TOO_LARGE}\n")
 
 
 def test_best_weights_that_cannot_be_written(few_digits, tmp_path):
@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, kind):
     else:
         reason = f"cannot be read: {damage(path, kind)}"
     result = train(copy, "--resume", "it")
-    assert result.returncode == 0 and f"going on after 1 epochs and 2 steps of {STEPS}" in result.stdout
+    assert result.returncode == 0 and f"going on after 1 epoch and 2 steps of {STEPS}" in result.stdout
     assert result.stderr.startswith(f"warning: it/last.npz {reason}") and result.stderr.count("\n") == 1
     assert result.stderr.endswith("; going on from last.previous.npz\n") and "pickle=" not in result.stderr
     assert digests(copy / "it" / LAST) == digests(copy / "whole" / LAST) and rows(copy / "it") == rows(copy / "whole")

@@ -318,3 +318,20 @@ def test_a_gradient_of_another_type_is_refused():
     x, weight = np.zeros((2, 4, 4, 1), np.float32), np.zeros((3, 2, 1, 1), np.float32)
     with pytest.raises(TypeError, match="conv: dy is float64, the input float32: convert one with astype"):
         conv.backward(np.zeros((3, 4, 4, 1)), x, weight, np.empty_like(weight))
+
+
+@pytest.mark.parametrize("strip_bytes", range(1 << 14, 1 << 17, 1 << 14))
+def test_strips_that_do_not_divide_a_row_of_tiles(target, rng, compute, monkeypatch, strip_bytes):
+    compute("by Winograd")
+    monkeypatch.setattr(winograd, "STRIP_BYTES", strip_bytes)
+    x, weight = rng.normal(size=(5, 8, 20, 3)), rng.normal(size=(3, 5, 3, 3))
+    y = conv.forward(target.array(x), target.array(weight), padding=1)
+    assert_close(target.host(y), reference.conv2d(x, weight, np.zeros(3), 1, 1, 1), 1e-12, "y")
+
+
+def test_weights_transformed_in_unequal_parts(target, rng, compute, monkeypatch):
+    compute("by Winograd")
+    monkeypatch.setattr(winograd, "WEIGHT_PAIRS", 4)
+    x, weight = rng.normal(size=(5, 4, 4, 3)), rng.normal(size=(20, 5, 3, 3))
+    y = conv.forward(target.array(x), target.array(weight), padding=1)
+    assert_close(target.host(y), reference.conv2d(x, weight, np.zeros(20), 1, 1, 1), 1e-12, "y")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from minidl import nvidia_driver
+from minidl import device, nvidia_driver
 from minidl.device import Device, HostPool, array_module, cpu_threads, empty, select, workers
 from minidl.errors import DeviceError, UsageError
 from minidl.kernels import storage_dtype
@@ -58,7 +58,7 @@ def test_cpu_is_always_there(install, cupy):
     install(cupy)
     place = select("cpu")
     assert (place.name, place.xp) == ("cpu", np)
-    assert place.description == f"CPU, {cpu_threads()} threads"
+    assert place.description == ("CPU, 1 thread" if cpu_threads() == 1 else f"CPU, {cpu_threads()} threads")
 
 
 @pytest.mark.parametrize("cupy, message", [
@@ -197,6 +197,36 @@ def pool():
 
 def address(array):
     return array.__array_interface__["data"][0]
+
+
+def test_what_is_kept_is_given_up_where_memory_is_short(pool, monkeypatch):
+    kept = pool.empty(SHAPE, FLOAT)
+    del kept
+    fresh, refusals = device._fresh, ["none left"]
+
+    def once_refused(size):
+        if refusals:
+            raise MemoryError(refusals.pop())
+        return fresh(size)
+
+    monkeypatch.setattr(device, "_fresh", once_refused)
+    array = pool.empty((4 << 20,), FLOAT)
+    assert not refusals and pool.held_bytes() == array.nbytes
+
+
+def test_blocks_are_counted_by_their_own_size(pool):
+    large = pool.empty((6 << 18,), FLOAT)
+    del large
+    smaller = pool.empty((4 << 18,), FLOAT)
+    assert pool.held_bytes() == 6 << 20
+    del smaller
+    assert pool.held_bytes() == 6 << 20
+
+
+def test_a_block_of_twice_the_size_is_taken_and_none_larger(pool):
+    place = address(pool.empty((2 << 18,), FLOAT))
+    assert address(pool.empty((1 << 18,), FLOAT)) == place
+    assert address(pool.empty(((1 << 18) - 1,), FLOAT)) != place
 
 
 @pytest.mark.parametrize("shape, dtype", [

@@ -147,7 +147,7 @@ def test_lines_for_people(doctor):
         assert len(line) <= 80 or " " not in line[27:] or "run: " in line
     assert "\n         run: python -m minidl data --dataset cifar100\n" in result.stdout
     assert "ok       CPU  " in result.stdout
-    assert " 1 threads, OMP_NUM_THREADS=1 " in " ".join(result.stdout.split()), "wherever the name of the CPU lets lines end"
+    assert " 1 thread, OMP_NUM_THREADS=1 " in " ".join(result.stdout.split()), "wherever the name of the CPU lets lines end"
 
 
 def test_no_compiler(doctor, tmp_path):

@@ -93,3 +93,10 @@ def test_arrays_that_begin_anywhere(target, rng, dtype):
     for offset in (1, 2):
         moved = target.array(np.concatenate([np.zeros(offset), x]), dtype)[offset:]
         assert np.array_equal(target.host(dropout.apply(moved, 0.5, KEY, LAYER, step(target, 0))), y)
+
+
+def test_a_block_of_several_tiles(target):
+    """As of arrays of more than 2^28 elements."""
+    x, y = target.array(np.ones(9005), "float32"), target.poison(9005, "float32")
+    dropout.KERNELS.dropout[2, 256](x, step(target, 5), y, 9005, KEY, LAYER, round(0.3 * 2**16), 1 / 0.7)
+    assert np.array_equal(target.host(y), target.host(dropout.apply(x, 0.3, KEY, LAYER, step(target, 5))))

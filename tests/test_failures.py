@@ -163,7 +163,7 @@ def test_the_last_step_of_an_epoch_can_spoil_the_weights(few_digits, tmp_path):
     """No step comes after it in which that would show, but the evaluation, and the best weights would be saved."""
     result = train(tmp_path, *ARGUMENTS, "--val-split", 8, "-o", "it",
                    before=at_step(STEPS, set_weight("bn", "weight", np.nan)))
-    assert_diverged(tmp_path / "it", result, "after 1 epochs and 0 steps bn.weight is not finite: try a lower --lr")
+    assert_diverged(tmp_path / "it", result, "after 1 epoch and 0 steps bn.weight is not finite: try a lower --lr")
     assert not list((tmp_path / "it").glob("*.npz"))
 
 

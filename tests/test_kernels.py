@@ -290,6 +290,55 @@ def test_every_block_runs_once_in_a_team_of_any_size(team):
         device.host_threads().set_team_size(device.cpu_threads())
 
 
+TEAM = """
+#include <stdio.h>
+#include <thread>
+#include <vector>
+extern "C" void run_on_team(void (*body)(void*, long long, long long), void* context, long long blocks);
+extern "C" void set_team_size(int threads);
+
+static void visit(void* visits, long long begin, long long end) {
+    for (long long i = begin; i < end; ++i) ++((char*)visits)[i];
+}
+
+static int wrong = 0;
+
+static void launch_again_and_again() {
+    for (int blocks : {1, 2, 3, 1000, 5})
+        for (int repeat = 0; repeat < 40; ++repeat) {
+            std::vector<char> visits(blocks);
+            run_on_team(visit, visits.data(), blocks);
+            for (char count : visits) wrong += count != 1;
+        }
+}
+
+int main() {
+    for (int size : {2, 5, 1, 7, 3}) {  // larger and smaller
+        set_team_size(size);
+        launch_again_and_again();
+    }
+    std::thread another(launch_again_and_again);
+    another.join();
+    return wrong != 0;
+}
+"""
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_the_team_under_a_sanitizer(tmp_path, sanitizer):
+    (tmp_path / "team.cpp").write_text(TEAM)
+    built = subprocess.run(["g++", "-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", OPS / "host_threads.cpp",
+                            tmp_path / "team.cpp", "-o", tmp_path / "team"], capture_output=True, text=True)
+    if "cannot find" in built.stderr or not shutil.which("g++"):
+        pytest.skip(f"g++ has no library of -fsanitize={sanitizer}")
+    assert built.returncode == 0, built.stderr
+    # setarch: ThreadSanitizer knows no more random places of memory than this version of it was made for.
+    command = ["setarch", "-R", tmp_path / "team"] if shutil.which("setarch") else [tmp_path / "team"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                            env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"})
+    assert result.returncode == 0, result.stderr
+
+
 def test_launches_from_several_threads():
     place = device.select("cpu")
     with ThreadPoolExecutor(4) as pool:
@@ -716,14 +765,15 @@ def change_compiler(monkeypatch, tmp_path):
     (lambda monkeypatch, tmp_path: None, 1),
     (lambda monkeypatch, tmp_path: (tmp_path / "ops" / "kernel.cu").write_text("// changed"), 2),
     (change_header, 2),
+    (lambda monkeypatch, tmp_path: (tmp_path / "ops" / "cuda_on_host.h").write_text("// changed"), 2),
     (lambda monkeypatch, tmp_path: monkeypatch.setitem(host_build.FLAGS, "fast", [*host_build.FLAGS["fast"], "-O0"]), 2),
     (change_compiler, 2),
     (lambda monkeypatch, tmp_path: (tmp_path / "version").write_text("2.0"), 2),
-], ids=["nothing", "source", "header", "flag", "compiler", "compiler version"])
+], ids=["nothing", "source", "header", "header for the host", "flag", "compiler", "compiler version"])
 def test_what_a_library_depends_on(fresh_build, fake_compiler, monkeypatch, tmp_path, change, libraries):
     monkeypatch.setattr(host_build, "OPS", tmp_path / "ops")
     (tmp_path / "ops").mkdir()
-    for name in ("kernel.cu", "common.cuh"):
+    for name in ("kernel.cu", "common.cuh", "cuda_on_host.h"):
         (tmp_path / "ops" / name).touch()
     build(tmp_path / "ops" / "kernel.cu")
     change(monkeypatch, tmp_path)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from minidl.kernels import LARGEST_COUNT, MAX_THREADS, Kernels, launch_settings
-from minidl.ops import augment, avgpool, batchnorm, bias, conv, conv_product, group_conv, maxpool, winograd
+from minidl.ops import (augment, avgpool, batchnorm, bias, conv, conv_product, conv_tensor_core, group_conv, maxpool,
+                        winograd)
 from test_kernels import FOLDER
 
 LIMIT = 2**31
@@ -280,3 +281,24 @@ def test_a_row_that_is_too_long(row):
         batchnorm.forward(x, *[per_channel] * 4, training=True, momentum=0.1, eps=1e-5)
     with pytest.raises(TypeError, match=f"bias_add: row = {row} does not fit int32"):
         bias.add(x, per_channel)
+
+
+def test_convolution_on_tensor_cores(rng):
+    packed = values(rng, 2, 1, 1, 9, 64, 16)
+
+    def launch(x, y):
+        conv_tensor_core.KERNELS.conv_tensor_core_forward_64[2, 128](
+            x, packed, y, None, None, 2, *x.shape[1:3], 3, 4, 4, 8, 1, 1, 8, 4)
+
+    with launch_settings("emulate"):
+        assert_same_when_spread(launch, {"x": values(rng, 4, 4, 9, 8)}, {"y": (6, 4, 4, 8)}, {"x": (4, 4, FAR, 8)})
+
+
+def test_weight_gradient_on_tensor_cores(rng):
+    def launch(dy, x, dweight):
+        conv_tensor_core.KERNELS.conv_tensor_core_dweight_64[2, 128](
+            dy, x, dweight, 2, 2, *x.shape[1:3], 3, *dy.shape[1:], 1, 1, 2)
+
+    with launch_settings("emulate"):
+        assert_same_when_spread(launch, {"dy": values(rng, 6, 1, 5, 8), "x": values(rng, 4, 1, 5, 8)},
+                                {"dweight": (6, 2, 3, 3)}, {"dy": (6, 1, FAR, 8), "x": (4, 1, FAR, 8)})

@@ -138,6 +138,12 @@ def test_names_and_shapes_are_those_of_pytorch():
         "classifier.weight": (5, 6), "classifier.bias": (5,)}
 
 
+def test_what_a_network_looks_like():
+    network = Sequential(conv=Conv2d(3, 4, (1, 5), groups=1), block=Residual(Sequential(ReLU()), norm=BatchNorm2d(4)))
+    assert repr(network) == ("Sequential(\n  conv: Conv2d(weight 4x3x1x5, bias 4)\n  block: Residual(\n    body: Sequential(\n"
+                             "      0: ReLU()\n    )\n    norm: BatchNorm2d(weight 4, bias 4)\n  )\n)")
+
+
 def test_state_goes_round(rng):
     source, sink = every_layer().initialize(seed=1), every_layer().initialize(seed=2)
     x = rng.normal(size=(3, 8, 8, 4)).astype(np.float32)

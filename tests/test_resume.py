@@ -73,7 +73,9 @@ def test_a_stopped_run_goes_on_exactly(few_digits, uninterrupted, tmp_path, name
     assert stopped.returncode == SIGNALS[number], stopped
     progress = checkpoint.load(tmp_path / "it")[0].progress
     assert (progress["epoch"], progress["step"]) == saved_at
-    said = f"interrupted, and saved after {saved_at[0]} epochs and {saved_at[1]} steps; go on with --resume it"
+    epochs, steps = saved_at
+    said = (f"interrupted, and saved after {epochs} epoch{'s' * (epochs != 1)} and {steps} step{'s' * (steps != 1)}; go on with "
+            "--resume it")
     assert stopped.stderr == ("" if number == signal.SIGKILL else f"error: {said}\n")
     resumed = train(tmp_path, "--resume", "it")
     assert (resumed.returncode, resumed.stderr) == (0, ""), resumed

@@ -125,6 +125,25 @@ def test_milestones_keep_their_place_in_proportion(tmp_path):
     assert scaled([10, 20], 1.5) == [15, 30]
 
 
+def test_milestones_and_a_time_budget(tmp_path):
+    """They keep their proportion to the epochs that they were written for, however often the settings go round."""
+    steps = "--arch", "wrn-10-1", "--dataset", "digits", "--sched", "multistep"
+    file = toml(tmp_path, chosen(*steps, "--epochs", "4", "--milestones", "2", "3").as_toml())
+    budget = chosen("--config", file, "--time-budget", "1h")
+    assert (budget.epochs, budget.milestones) == (4, [2, 3])
+    again = chosen("--config", toml(tmp_path, budget.as_toml()))
+    assert again == budget and again.with_epochs(40).milestones == [20, 30]
+    for refused in ((*steps, "--milestones", "2", "3", "--time-budget", "1h"),
+                    ("--config", file, "--milestones", "1", "--time-budget", "1h"),
+                    ("--config", toml(tmp_path, 'arch = "wrn-10-1"\nsched = "multistep"\nmilestones = [1, 2]\ntime_budget = "1h"\n'))):
+        with pytest.raises(UsageError, match="^milestones count epochs, whose number the time budget decides: "):
+            chosen(*refused)
+    with pytest.raises(UsageError, match="^epochs and time_budget exclude each other"):
+        chosen("--config", file, "--epochs", "3", "--time-budget", "1h")
+    recipe_s = chosen("--arch", "wrn-10-1", "--recipe", "paper", "--time-budget", "1h")
+    assert chosen("--config", toml(tmp_path, recipe_s.as_toml())) == recipe_s
+
+
 def test_another_schedule_drops_what_is_of_multistep():
     it = resolved("paper", sched="cosine")
     assert (it.milestones, it.restart_at_milestones) == ([], False)

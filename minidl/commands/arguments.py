@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import models
 from minidl.atomic_file import check_folder
 from minidl.errors import UsageError
 
@@ -20,8 +21,19 @@ def positive(text: str) -> int:
 
 def add_architecture(parser: argparse.ArgumentParser, required: bool) -> None:
     """The arguments that name a network, as train.py has them."""
-    parser.add_argument("-a", "--arch", required=required, help="name of the network")
+    parser.add_argument("-a", "--arch", required=required, help="name of the network, or FILE.py:FUNCTION for one of yours")
     parser.add_argument("--model-kwargs", **MODEL_KWARGS)
+
+
+def add_own_architecture(parser: argparse.ArgumentParser) -> None:
+    """The argument that brings an architecture of the user's, for `know`."""
+    parser.add_argument("-a", "--arch", metavar="FILE.py:FUNCTION", help="where a network of yours is")
+
+
+def know(arch: str | None) -> None:
+    """Register the user's architecture, if there is one, so that a file of weights may name it."""
+    if arch is not None:
+        models.named(arch)
 
 
 def new_file(path: Path, flag: str = "-o") -> Path:

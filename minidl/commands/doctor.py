@@ -31,6 +31,7 @@ from minidl.errors import DeviceError
 from minidl.host_build import CompileError
 from minidl.nvidia_driver import Driver
 from minidl.ops import relu
+from minidl.wording import counted
 
 WIDTH = 80  # columns
 # Of lines for a shell.
@@ -103,7 +104,7 @@ def environment() -> Iterator[Check]:
     yield Check("Python", "ok", f"{facts['versions']['python']}, {sys.executable}")
     yield Check("NumPy", "ok", facts["versions"]["numpy"])
     limit = f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
-    yield Check("CPU", "ok", f"{facts['cpu']}, {device.cpu_threads()} threads{limit}")
+    yield Check("CPU", "ok", f"{facts['cpu']}, {counted(device.cpu_threads(), 'thread')}{limit}")
 
 
 def gpus(driver: Driver | None, failure: str) -> Iterator[Check]:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from minidl import data, device, plots, settings
-from minidl.commands.arguments import new_file, positive
+from minidl.commands.arguments import add_own_architecture, know, new_file, positive
 from minidl.commands.trained import load, network_with
 from minidl.errors import UsageError
 from minidl.evaluation import Evaluation, outputs
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder of a run, or a file of weights that names its network")
     parser.add_argument("--dataset", choices=data.NAMES, help="default: the one that it was trained on")
     parser.add_argument("--data-dir", help="folder with the official files of CIFAR; default: the run's")
+    add_own_architecture(parser)
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
     parser.add_argument("-b", "--batch-size", type=positive, default=128)
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.picture:
         plots.check(new_file(args.picture, "--picture"))
+    know(args.arch)
     place = device.select(args.device)
     state, metadata = load(args.checkpoint)
     name = args.dataset or metadata["dataset"]

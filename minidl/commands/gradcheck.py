@@ -1,7 +1,8 @@
 """Check gradients in float64 against finite differences: of the layers, or of a network.
 
 `gradcheck` takes every layer and `gradcheck Conv2d` one, each element of small inputs and weights; `gradcheck wrn-16-2` a
-network, along random directions. For a layer of your own: minidl.gradient_check.check.
+network, along random directions. Yours are FILE.py:NAME: a class of layers that needs no arguments, on x (3, 4, 5, 2), or a
+function (classes) -> Layer. For others: minidl.gradient_check.check.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropo
                            Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 
 CLASSES, BATCH = 10, 2  # of networks
+YOUR_SHAPE = (3, 4, 5, 2)  # (C, H, W, N) for a layer of a user
 SEVERITY = ("ok", "kink", "unrepeatable", "wrong")  # a case is as bad as the worst of its results
 
 
@@ -89,7 +91,7 @@ CASES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="LAYER", help="a layer, or the name of a network; default: every layer")
+    parser.add_argument("name", nargs="?", metavar="LAYER", help="a layer, or a network; default: every layer of minidl")
     parser.add_argument("--model-kwargs", **MODEL_KWARGS)
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -126,7 +128,10 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case, Callable[..., list
     spelled = {name.lower(): name for name in CASES}
     for near in difflib.get_close_matches(args.name.lower(), spelled, n=1, cutoff=0.75):
         raise UsageError(f"unknown layer {args.name!r}: did you mean {spelled[near]}?")
-    name, architecture = models.find(args.name)
+    yours = models.from_file(args.name)
+    if isinstance(yours, type) and issubclass(yours, Layer):
+        return [(yours.__name__, Case("yours", yours, YOUR_SHAPE), check)]
+    name, architecture = models.find(models.named(args.name))
     network = architecture.create(CLASSES, models.parse_options(args.model_kwargs))
     return [(name, Case("random directions", lambda: network, (*IMAGE_SHAPE, BATCH)), check_directions)]
 

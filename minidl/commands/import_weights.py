@@ -53,7 +53,7 @@ def described(args: argparse.Namespace, state: weights.State, metadata: weights.
     classifier = state.get("classifier.weight", np.empty(0))
     # Without a classifier the state fits no network, however many classes it has.
     classes = classifier.shape[0] if classifier.size and classifier.ndim else 1
-    arch = models.find(args.arch)[0]
+    arch = models.named(args.arch)
     of_file = metadata["options"] if metadata and metadata["arch"] == arch else {}
     given = weights.describe(arch, classes, {**of_file, **models.parse_options(args.model_kwargs)})
     return {**given, **{key: (metadata or given)[key] for key in ("dataset", "mean", "std", "class_names")}}

@@ -9,7 +9,7 @@ import json
 import numpy as np
 
 from minidl import device, images
-from minidl.commands.arguments import positive
+from minidl.commands.arguments import add_own_architecture, know, positive
 from minidl.commands.trained import load, network_with
 from minidl.data.dataset import IMAGE_SHAPE, Dataset
 from minidl.errors import CheckpointError
@@ -23,11 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder of a run, or a file of weights that names its network")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=f"a file: {', '.join(images.FORMATS)}")
     parser.add_argument("-k", "--topk", type=positive, default=5, metavar="K", help="how many classes of each image")
+    add_own_architecture(parser)
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def main(args: argparse.Namespace) -> None:
+    know(args.arch)
     place = device.select(args.device)
     state, metadata = load(args.checkpoint)
     if not (metadata["mean"] and metadata["std"]):

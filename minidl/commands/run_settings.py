@@ -46,11 +46,18 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     if "model_kwargs" in flags:
         flags["model_kwargs"] = {**from_file.get("model_kwargs", {}), **models.parse_options(flags["model_kwargs"])}
     flags = settings.checked(flags)
-    if "data_dir" in flags:  # the run's folder tells it to who stands elsewhere
-        flags["data_dir"] = os.path.abspath(os.path.expanduser(flags["data_dir"]))
+    for name in {"data_dir", "init"} & flags.keys():  # the run's folder tells it to who stands elsewhere
+        flags[name] = os.path.abspath(os.path.expanduser(flags[name]))
+    if "arch" in flags:
+        flags["arch"] = models.named(flags["arch"])
     for source in (from_file, flags):
-        if "epochs" in source and "time_budget" in source:
+        counted = source is from_file and from_file.get("milestones")  # in these epochs
+        if "epochs" in source and "time_budget" in source and not counted:
             raise UsageError("epochs and time_budget exclude each other: the budget decides how many epochs there are")
+    without_length = flags.get("milestones") or from_file.get("milestones") and "epochs" not in from_file
+    if without_length and "time_budget" in {**from_file, **flags}:
+        raise UsageError("milestones count epochs, whose number the time budget decides: leave them to the recipe, or give a file "
+                         "that says of how many epochs they are")
     for choice, belong in (("optimizer", settings.HYPERPARAMETERS), ("sched", settings.OF_MULTISTEP)):
         if choice in from_file and flags.get(choice, from_file[choice]) != from_file[choice]:
             from_file = {name: value for name, value in from_file.items() if name not in belong}  # they are of the file's own

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import models
-from minidl import checkpoint, data, device, run_folder, settings, time_budget
+from minidl import checkpoint, data, device, run_folder, settings, time_budget, weights
 from minidl.checkpoint import Checkpoint
 from minidl.commands import run_settings
 from minidl.device import Device
@@ -21,13 +21,14 @@ from minidl.parallel import ALONE, Team
 from minidl.run import Run, subset
 from minidl.run_folder import NoFolder, RunFolder
 from minidl.settings import Settings
-from minidl.wording import brief, percent, warn
+from minidl.wording import brief, counted, listed, percent, warn
 
 OVERFIT_REPEATS = 20
 
 
-def new_run(chosen: Settings, team: Team = ALONE, overfit: bool = False) -> Run:
-    """A run that stands before its first step. Raises UsageError where it is one of several ranks and has no team."""
+def new_run(chosen: Settings, team: Team = ALONE, overfit: bool = False, goes_on: bool = False) -> Run:
+    """A run that stands before its first step. goes_on: it will be taken elsewhere, so that it is no matter what it begins with.
+    Raises UsageError where it is one of several ranks and has no team."""
     if chosen.tensorboard:
         run_folder.tensorboard_writer()  # that there is none is said now, before anything is done
     if chosen.ranks != team.size:
@@ -39,7 +40,8 @@ def new_run(chosen: Settings, team: Team = ALONE, overfit: bool = False) -> Run:
         chosen = dataclasses.replace(chosen, padding=0, reflect=False, flip=False, cutout=0, mixup=0.0, label_smoothing=0.0,
                                      val_split=0, patience=0)
         train_set = test_set = subset(train_set, np.arange(min(chosen.batch_size, len(train_set.labels))))
-    run = Run(chosen, network, train_set, test_set, _place_of(chosen, team), team)
+    start = weights.load(chosen.init)[0] if chosen.init and not goes_on else None
+    run = Run(chosen, network, train_set, test_set, _place_of(chosen, team), team, start)
     if overfit:
         run.repeats = OVERFIT_REPEATS
     return run
@@ -58,6 +60,9 @@ def announce(run: Run) -> None:
     print(f"{run.place.description} | {s.dataset}: {run.train_batches.size:,} training, {held_out}"
           f"{run.test_batches.size:,} test images | {s.arch}: {run.network.parameters.count():,} parameters, "
           f"{run.network.macs(run.train_set.images.shape[1:]):,} MACs an image | {s.precision}", flush=True)
+    if run.fresh is not None:
+        but = f", but for {listed(run.fresh)}" if run.fresh else ""
+        print(f"begins with the weights of {s.init}{but}", flush=True)
 
 
 def plan(run: Run, since: float) -> float:
@@ -100,7 +105,7 @@ def saved_run(path: Path, given: dict[str, Any], remedy: str) -> tuple[Checkpoin
     of_the_old = settings.HYPERPARAMETERS[1:] if "optimizer" in changed else ()
     now = dataclasses.replace(before, **{**dict.fromkeys(of_the_old), **given})
     if not changed.keys().isdisjoint({"arch", "model_kwargs", "dataset"}):  # that weights do not fit is no matter of choice
-        new_run(dataclasses.replace(now, ranks=1)).network.load_state_dict(saved.state)
+        new_run(dataclasses.replace(now, ranks=1), goes_on=True).network.load_state_dict(saved.state)
     if changed and remedy:
         lines = [f"{name}: the run has {getattr(before, name)!r}, given is {value!r}" for name, value in changed.items()]
         raise UsageError("\n".join([*lines, remedy]))
@@ -111,7 +116,7 @@ def saved_run(path: Path, given: dict[str, Any], remedy: str) -> tuple[Checkpoin
 
 def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE) -> tuple[Run, RunFolder]:
     """A run where its checkpoint was taken, and its folder."""
-    run = new_run(chosen, team, overfit=saved.progress.get("repeats", 1) > 1)
+    run = new_run(chosen, team, overfit=saved.progress.get("repeats", 1) > 1, goes_on=True)
     run.load(saved)
     folder = RunFolder(path if path.is_dir() else path.parent) if team.rank == 0 else NoFolder()
     if team.rank == 0 and checkpoint.load(path)[0].progress != saved.progress:
@@ -126,10 +131,10 @@ def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE
 def go_on(run: Run, folder: RunFolder, quiet: bool) -> None:
     """Train a reopened run to its end."""
     if run.finished:
-        print(f"{folder.path} is finished: {run.epoch} epochs of {run.settings.epochs}, test top-1 "
+        print(f"{folder.path} is finished: {counted(run.epoch, 'epoch')} of {run.settings.epochs}, test top-1 "
               f"{percent(run.history[-1]['test_top1'])}")
         return
-    print(f"going on after {run.epoch} epochs and {run.step} steps of {run.steps_per_epoch}")
+    print(f"going on after {run.position()} of {run.steps_per_epoch}")
     environment = run_folder.environment(run.place)
     folder.compare(environment)
     folder.log("resume", epoch=run.epoch, step=run.step, settings=run.settings.as_dict(), environment=environment)

@@ -10,7 +10,7 @@ from minidl.data.dataset import IMAGE_SHAPE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arch", metavar="ARCH", help="name of the network")
+    parser.add_argument("arch", metavar="ARCH", help="name of the network, or FILE.py:FUNCTION for one of yours")
     parser.add_argument("--model-kwargs", **MODEL_KWARGS)
     parser.add_argument("--classes", type=positive, default=100)
     parser.add_argument("-b", "--batch-size", type=positive, default=128, help="for which memory is given")
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    name, architecture = models.find(args.arch)
+    name, architecture = models.find(models.named(args.arch))
     network = architecture.create(args.classes, models.parse_options(args.model_kwargs))
     costs = summary.summarize(network, IMAGE_SHAPE, args.batch_size, device=device.select())
     if args.json:

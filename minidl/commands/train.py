@@ -130,7 +130,7 @@ def to_resume(args: argparse.Namespace) -> tuple[Path, Checkpoint, Settings]:
             raise UsageError(f"--{flag.replace('_', '-')} does not go with --resume")
     given = run_settings.given(args)
     given.pop("time_budget", None)  # of a file: it decided when the run began
-    if "arch" in given:
+    if "arch" in given:  # of a file, it may be an alias
         given["arch"] = models.find(given["arch"])[0]
     path = Path(args.resume) if args.resume else run_folder.newest(given.get("arch"))
     remedy = "--override goes on with what is given; the result is then not that of either"

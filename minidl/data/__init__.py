@@ -7,11 +7,12 @@ from minidl.data import cifar, digits
 from minidl.data.dataset import Dataset
 from minidl.errors import UsageError
 
-__all__ = ["CIFARS", "CLASSES", "NAMES", "Dataset", "folders", "load"]
+__all__ = ["CIFARS", "CLASSES", "NAMES", "OWN", "Dataset", "folders", "load"]
 
 CIFARS = {dataset.name: dataset for dataset in (cifar.CIFAR100, cifar.CIFAR10)}
 CLASSES = {**{name: it.classes for name, it in CIFARS.items()}, "digits": len(digits.CLASSES)}  # how many each has
 NAMES = tuple(CLASSES)
+OWN = "own"  # what settings call data that a program brings
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dataset, Dataset]:
@@ -24,6 +25,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dat
     """
     if name == "digits":
         return digits.load()
+    if name == OWN:
+        raise UsageError("the data is that of a program, which must give it: see \"Your own\" in docs/guide.md")
     if name not in CIFARS:
         raise UsageError(f"data set {name!r} is unknown, need one of {', '.join(NAMES)}")
     return cifar.load(CIFARS[name], folders(data_dir))

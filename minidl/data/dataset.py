@@ -1,8 +1,12 @@
 """A labelled set of images in host memory."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from minidl.device import Array
 from minidl.errors import DataError
@@ -32,6 +36,24 @@ class Dataset:
     superclasses: tuple[str, ...] = ()
     superclass_of: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, name: str, images: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[str],
+           like: Dataset | None = None) -> Dataset:
+        """A Dataset of your own arrays.
+
+        images: uint8 (M, 3, H, W), (M, H, W, 3), or gray, (M, H, W); labels: whole numbers (M,). mean and std are those of the
+        images, or of the Dataset `like`: a test set takes those of its training set.
+        """
+        pixels, numbers = np.asarray(images), np.asarray(labels)
+        if pixels.ndim == 3:
+            pixels = np.stack([pixels] * 3, axis=1)
+        elif pixels.ndim == 4 and pixels.shape[1] != 3 and pixels.shape[3] == 3:
+            pixels = pixels.transpose(0, 3, 1, 2)
+        if numbers.dtype.kind in "iu" and numbers.size and -2**31 <= numbers.min() <= numbers.max() < 2**31:
+            numbers = numbers.astype(np.int32)
+        mean, std = (like.mean, like.std) if like else _moments(pixels)
+        return cls(name, np.ascontiguousarray(pixels), numbers, tuple(classes), mean, std)
+
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -52,6 +74,14 @@ class Dataset:
             raise DataError(f"{self.name}: mean is {self.mean}, need 3 numbers")
         if len(self.std) != 3 or min(self.std) <= 0:
             raise DataError(f"{self.name}: std is {self.std}, need 3 numbers above 0")
+
+
+def _moments(pixels: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of bytes (M, C, H, W), on the 0..1 scale."""
+    counts = [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(pixels, 1, 0)] if pixels.dtype == np.uint8 else []
+    levels = np.arange(256) / 255
+    means = [float(count @ levels / count.sum()) for count in counts]
+    return tuple(means), tuple(float(np.sqrt(count @ (levels - mean) ** 2 / count.sum())) for count, mean in zip(counts, means))
 
 
 def check_labels(labels: Array, count: int, words: str = "record {}: label {}") -> None:

@@ -161,7 +161,10 @@ inline void run_warp(int begin, int end) {
     bool again = true;
     while (again && !faulted) {
         again = false;
-        for (int i = begin; i < end && !faulted; ++i) {
+        // In odd blocks the last thread is the first: what one writes to global memory and others read without a barrier between
+        // is there in one of the orders, and not in the other.
+        for (int k = begin; k < end && !faulted; ++k) {
+            const int i = blockIdx.x % 2 ? begin + end - 1 - k : k;
             to_fiber(i);
             again |= fibers[i].state == WAITING_FOR_WARP;
         }

@@ -362,7 +362,6 @@ __device__ __forceinline__ void convolve_tiles(const real* __restrict__ x, const
         transform_output<OUTPUTS, WHOLE>(m + (long long)t * elements * g.m_element + result * padded, g.m_element, epilogue,
                                          epilogue.bias_of(first_channel + result), y, tile, g.of_y, images, padded);
     }
-    __syncthreads();  // nobody may overwrite v and m before all have read them
 }
 
 template <int OUTPUTS>
