@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, rows, sen
 from test_train import assert_refused
 from test_weights import npy, pack
 
+HERE = f"-{re.sub('[^A-Za-z0-9]', '', platform.node())}.tmp"  # how temporary names of this machine end
 ABOUT = weights.describe("it", 10, {})
 
 
@@ -138,10 +140,9 @@ def test_the_temporary_files_of_the_dead_are_swept_and_not_those_of_the_living(t
     with subprocess.Popen(["sleep", "100"]) as living:
         dead = subprocess.Popen(["true"])
         dead.wait()
-        here = f"-{re.sub('[^A-Za-z0-9]', '', platform.node())}.tmp"
-        kept = [f".{LAST}.{living.pid}{here}", f".{PREVIOUS}.{living.pid}{here}", f".last.npz.it{here}",
-                f".best.npz.{dead.pid}{here}", f".{LAST}.{dead.pid}-elsewhere.tmp"]  # of a machine that shares the disk
-        for name in (*kept, f".{LAST}.{dead.pid}{here}", f".{PREVIOUS}.{dead.pid}{here}", f".{LAST}.99999999999999999999{here}"):
+        kept = [f".{LAST}.{living.pid}{HERE}", f".{PREVIOUS}.{living.pid}{HERE}", f".last.npz.it{HERE}",
+                f".best.npz.{dead.pid}{HERE}", f".{LAST}.{dead.pid}-elsewhere.tmp"]  # of a machine that shares the disk
+        for name in (*kept, f".{LAST}.{dead.pid}{HERE}", f".{PREVIOUS}.{dead.pid}{HERE}", f".{LAST}.99999999999999999999{HERE}"):
             (tmp_path / name).write_bytes(b"half")
         save(tmp_path, 1)
         assert hidden(tmp_path) == sorted(kept)
@@ -392,3 +393,50 @@ def test_what_is_no_progress_of_a_run(few_digits, tmp_path, progress):
     result = train(tmp_path, "--resume", ".")
     assert_refused(result, 5, " is not a checkpoint of this version")
     assert result.stderr.count("\n") == 1
+
+
+def test_what_is_synced_is_all_of_it(tmp_path, monkeypatch):
+    """A machine that stops, not only a process: the file is on the disk before it gets its name, and then its name."""
+    told, sync, replace = [], os.fsync, Path.replace
+
+    def fsync(descriptor):
+        told.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else os.fstat(descriptor).st_size)
+        sync(descriptor)
+
+    def renamed(path, name):
+        told.append("name")
+        return replace(path, name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_atomically(tmp_path / "it", lambda file: file.write(b"a little"))
+    assert told == [8, "name", "folder"]
+
+
+def test_names_with_brackets_are_swept_too(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".it[1].npz.{dead.pid}{HERE}").write_bytes(b"half")
+    write_atomically(tmp_path / "it[1].npz", lambda file: file.write(b"all"))
+    assert [path.name for path in tmp_path.iterdir()] == ["it[1].npz"]
+
+
+def test_a_folder_that_cannot_be_opened(tmp_path, monkeypatch):
+    def refuse(path, *arguments, **named):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    write_atomically(tmp_path / "it", lambda file: file.write(b"all"))
+    assert (tmp_path / "it").read_bytes() == b"all"
+
+
+def test_a_row_that_could_not_be_written_comes_with_the_next(tmp_path):
+    folder, path = RunFolder.new(tmp_path / "it"), tmp_path / "it" / "metrics.csv"
+    history = [{"epoch": str(number)} for number in (1, 2, 3)]
+    folder.add_metrics(history[:1])
+    path.unlink()
+    path.mkdir()
+    folder.add_metrics(history[:2])
+    path.rmdir()
+    folder.add_metrics(history)
+    assert path.read_text() == "epoch\n1\n2\n3\n" and folder.troubles == {}

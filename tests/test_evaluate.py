@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,12 @@ import numpy as np
 import pytest
 
 import models
-from minidl import data, weights
+from minidl import data, signals, weights
 from minidl.commands import evaluate, trained
-from minidl.evaluation import Evaluation, outputs
 from minidl.data.dataset import Dataset
 from minidl.device import select
 from minidl.errors import CheckpointError, UsageError
+from minidl.evaluation import Evaluation, outputs
 from minidl.layers import Layer
 from minidl.ops import loss
 from minidl.settings import resolve
@@ -278,3 +279,11 @@ def test_a_small_file_that_names_a_large_network_takes_no_memory(write, monkeypa
     path = write(arch="wrn-28-20", classes=100)
     with pytest.raises(CheckpointError, match="the weights do not fit this network:\nconv1.weight: missing in the file\n"):
         trained.network_with(*weights.load(path))
+
+
+def test_ctrl_c(write, monkeypatch):
+    """Between two batches."""
+    network = trained.network_with(*trained.load(str(write())))
+    monkeypatch.setattr(signals, "_asked", [signal.SIGINT])
+    with pytest.raises(signals.Stop):
+        outputs(network, FEW, 8, "it")

@@ -40,7 +40,7 @@ def pieces():
     for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL):
         if language == "sh":
             yield from ((language, line) for line in text.splitlines())
-        elif language == "python":
+        elif language in ("python", "cuda"):
             yield language, text
 
 
@@ -85,6 +85,10 @@ def test_everything_runs_in_its_order(tmp_path):
         if not all(map(there_is, needs(text))):
             if language == "sh":
                 check_arguments(text)
+            continue
+        if name := re.match(r"(?:#|//) (\w+\.(?:py|cu))\n", text):  # a file, which others need
+            (tmp_path / name[1]).write_text(text)
+            ran.append(text)
             continue
         arguments = ["sh", "-c", shortened(text)] if language == "sh" else [sys.executable, "-c", text]
         result = subprocess.run(arguments, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=SECONDS)
@@ -158,7 +162,7 @@ def test_networks_with_settings_of_their_own():
 
 
 def test_settings_that_may_change():
-    sentence = section("Stop and go on").partition("A run keeps its settings.")[2].partition("may change")[0]
+    sentence = section("Stop and go on").partition("A run keeps its settings.")[2].partition("may\n  change")[0]
     # That a time budget is over when a run goes on is another matter.
     assert in_backticks(sentence) | {"time_budget"} == {name for name, spec in settings.fields().items() if spec.free}
 
@@ -172,7 +176,8 @@ def test_exit_codes():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_links(page):
-    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
         path, _, heading = target.partition("#")
         file = (ROOT / page).parent / path if path else ROOT / page
         assert file.exists(), target

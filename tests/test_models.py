@@ -1,5 +1,6 @@
 """The architectures: their sizes as exact integers, their maps, their loss before training, and their names."""
 
+import math
 import re
 
 import numpy as np
@@ -325,3 +326,10 @@ def test_unknown_names(name, message):
 def test_refused_options(name, options, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         models.create(name, **options)
+
+
+def test_the_first_weights_of_simplenet():
+    """Xavier's, uniform, with a gain of sqrt(2)."""
+    weight = models.create("simplenet-310k").initialize().conv3.weight
+    bound = math.sqrt(2 * 6 / (9 * 32 + 9 * 32))
+    assert 0.99 * bound < abs(weight.data).max() <= bound

@@ -304,6 +304,7 @@ def test_an_optimizer_tells_its_settings(name, defaults):
     ("adam", dict(beta2=1.5), "Adam: beta2 1.5 is not in"),
     ("adamw", dict(weight_decay=np.nan), "AdamW: weight_decay nan is not in"),
     ("adadelta", dict(rho=-0.1), "AdaDelta: rho -0.1 is not in"),
+    ("adadelta", dict(rho=1.0), "AdaDelta: rho 1.0 is not in 0 <= rho < 1"),
     ("adam", dict(eps=0.0), "Adam: eps must be more than 0, as it is divided by"),
 ])
 def test_refused(target, name, settings, message):
@@ -366,3 +367,11 @@ def test_arrays_of_other_sizes_are_refused():
                  lambda: optimizer.average(few, many, state, 0.9), lambda: optimizer.cast(many, few)):
         with pytest.raises(ValueError, match=r"optimizer: arrays of [34, ]+ elements"):
             step()
+
+
+def test_scaling_begins_anew():
+    it = optim.SGD(Sequential(conv=Conv2d(3, 4, 1)).initialize(dtype="float16").parameters)
+    before = it.state.copy()
+    it.state[[optimizer.SCALE, optimizer.GOOD_STEPS, optimizer.SKIPPED_IN_ROW]] = 3
+    it.restart_scaling()
+    assert np.array_equal(it.state, before)

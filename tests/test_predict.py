@@ -282,3 +282,19 @@ def test_as_a_process(checkpoint, files):
     result = subprocess.run([sys.executable, "-m", "minidl", "predict", checkpoint, checkpoint], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (DataError.exit_code, "")
     assert result.stderr.count("\n") == 1 and result.stderr.startswith(f"error: {checkpoint} cannot be read: it is none of PNG")
+
+
+def test_far_apart(tmp_path, state, files, capsys):
+    """Logits of 1e5 have exponentials beyond all numbers."""
+    large = {**state, "classifier.weight": 1e5 * state["classifier.weight"], "classifier.bias": 1e5 * state["classifier.bias"]}
+    weights.save(tmp_path / "it.npz", large, weights.describe(ARCH, 10, {}, TEST_SET))
+    call(tmp_path / "it.npz", *files, "--json")
+    for answer in json.loads(capsys.readouterr().out):
+        assert sum(it["probability"] for it in answer["classes"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_half_of_a_normalization(tmp_path, state, files, name):
+    weights.save(tmp_path / "it.npz", state, {**weights.describe(ARCH, 10, {}, TEST_SET), name: None})
+    with pytest.raises(CheckpointError, match="it.npz does not say how images must be normalized"):
+        call(tmp_path / "it.npz", files[0])

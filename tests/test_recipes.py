@@ -251,3 +251,14 @@ def test_trial_on_cifar100(capsys, name, arch):
     output = trial(capsys, name, arch, "--dataset", "cifar100", "--data-dir", CIFAR100)
     images = "45,000 training, 5,000 validation, " if (name, arch) == ("report", "wrn-16-2") else "50,000 training, "
     assert f"| cifar100: {images}10,000 test images | {arch}: " in output
+
+
+def test_the_longest_warmup():
+    assert rates(settings("fast", "wrn-28-4", epochs=3), 100).argmax() == 60, "a fifth of all steps, not two epochs"
+    assert rates(settings("fast", "wrn-28-4", epochs=3, sched="onecycle"), 100).argmax() == 105
+
+
+def test_sgd_in_place_of_the_optimizer_of_a_recipe():
+    """Its rate is that of 128 images, whatever batches the recipe has."""
+    it = settings("paper", "simplenet-5m", optimizer="sgd")
+    assert (it.batch_size, it.lr) == (100, 0.1 * 100 / 128)

@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from minidl import checkpoint, data, optim, signals, weights
+from minidl import checkpoint, data, optim, run_folder, signals, weights
 from minidl.ops import optimizer
 from minidl.run import Run
 from minidl.settings import Settings
@@ -389,3 +390,43 @@ def test_the_newest_run(few_digits, tmp_path):
     assert train(tmp_path, "--resume", "--arch", "small").stdout.endswith(f"run folder: runs/{ours.name}\n")
     assert_refused(train(tmp_path, "--resume", "--arch", "small-wide"), 2, "there is no run of small-wide in the folder runs")
     assert_same_run(ours, twin)
+
+
+def test_seconds_of_work_add_up(few_digits, tmp_path):
+    """What a run did before it was stopped counts."""
+    def slow_and_stopped():
+        at_step(1, lambda *_: time.sleep(1))()
+        at_step(STEPS + 2, send(signal.SIGINT))()
+
+    train(tmp_path, *ARGUMENTS, "-o", "it", before=slow_and_stopped)
+    before = checkpoint.load(tmp_path / "it")[0].progress["seconds"]
+    assert train(tmp_path, "--resume", "it").returncode == 0
+    after = checkpoint.load(tmp_path / "it")[0].progress["seconds"]
+    end = json.loads((tmp_path / "it" / "events.jsonl").read_text().splitlines()[-1])
+    assert 1 < before < after == pytest.approx(end["total_seconds"], abs=0.01)
+
+
+def test_images_per_second_are_of_the_steps_that_were_done(stopped):
+    assert train(stopped.parent, "--resume", "it", before=at_step(2 * STEPS, lambda *_: time.sleep(0.5))).returncode == 0
+    with (stopped / "metrics.csv").open(newline="") as file:
+        row = [*csv.DictReader(file)][1]
+    assert float(row["images_per_second"]) <= 8 / 0.5, "one step of 8 images in half a second"
+
+
+def test_what_was_exported_of_an_older_run_does_not_make_it_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        path = tmp_path / "runs" / f"small-digits-{number}" / "last.npz"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (number, number))
+        os.utime(path.parent, (3 - number, 3 - number))
+    assert run_folder.newest() == Path("runs", "small-digits-2")
+
+
+@pytest.mark.parametrize("first, then, said", [
+    ("0.9", "0", "average/buffers: file (128,), run nothing"),
+    ("0", "0.9", "average/buffers: file nothing, run (128,)")])
+def test_an_average_that_there_was_not(few_digits, tmp_path, first, then, said):
+    assert train(tmp_path, *ARGUMENTS, "--ema", first, "-o", "it", before=at_step(2, send(signal.SIGINT))).returncode == 130
+    assert_refused(train(tmp_path, "--resume", "it", "--ema", then, "--override"), 5, f"does not fit these settings, which only a new run can have: {said}")

@@ -385,3 +385,8 @@ def test_every_setting_is_a_flag_in_a_group_and_a_key_of_the_file(capsys):
     positions = [shown.index(f"\n{title}:\n") for title in titles]
     assert positions == sorted(positions)
     assert shown.startswith("usage: it [option ...]\n")
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "it.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert read_toml(tmp_path / "it.toml") == {"seed": 3}

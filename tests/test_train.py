@@ -118,7 +118,7 @@ def test_one_line_first_then_one_per_epoch_and_no_bar(run):
     result, folder = run
     first, titles, headings, *epochs, outcome, last = result.stdout.splitlines()
     assert (result.returncode, result.stderr) == (0, "")
-    assert first == (f"CPU, {device.cpu_threads()} threads | digits: 1,437 training, 360 test images | "
+    assert first == (f"{device.select('cpu').description} | digits: 1,437 training, 360 test images | "
                      "simplenet-310k: 312,362 parameters, 55,788,160 MACs an image | fp32")
     assert titles.split() == ["train", "test"]
     assert headings.split() == ["epoch", "lr", "loss", "top-1", "loss", "top-1", "top-5", "img/s", "time"]
@@ -491,3 +491,18 @@ def test_output_to_a_full_disk(tmp_path):
         result = train(tmp_path, *DIGITS, "--epochs", "1", stdout=full)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr and "No space left on device" in result.stderr
+
+
+def test_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    source = tmp_path / "minidl" / "run_folder.py"
+    source.parent.mkdir()
+    source.write_text("1")
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm it"):
+        subprocess.run(["git", "-C", tmp_path, *words.split()], check=True)
+    monkeypatch.setattr(run_folder, "__file__", str(source))
+    commit = run_folder._commit()
+    assert len(commit) == 40
+    (tmp_path / "new").touch()
+    assert run_folder._commit() == commit
+    source.write_text("2")
+    assert run_folder._commit() == commit + "+"

@@ -185,7 +185,6 @@ def test_each_step_takes_its_own_images_rate_and_share(shares):
             mixed = {"other_labels": np.ascontiguousarray(labels[::-1]), "share": share}
         network.backward(loss.forward_backward(network.forward(x), labels, totals, one, **mixed))
         optimizer.step(lr)
-        network.step += 1
     assert np.array_equal(it.network.parameters.master, network.parameters.master)
 
 
@@ -260,3 +259,24 @@ def test_training_goes_on_after_an_evaluation():
     evaluate(it.network, batches())
     it.epoch(epoch(it, 0.1))
     assert it.network.training and it.network.norm.running_mean.any()
+
+
+def test_an_evaluation_rounds_as_the_steps_do():
+    it = trainer("float32", tf32=True)
+    with blas.tf32(True):
+        rounded = evaluate(it.network, it.batches)
+    assert it.evaluate(it.batches) == it.evaluate(it.batches) == rounded != evaluate(it.network, it.batches)
+
+
+def test_an_evaluation_begins_anew():
+    it = trainer()
+    it.evaluate(it.batches)
+    it.epoch(epoch(it, 0.1))
+    assert it.evaluate(it.batches) == evaluate(it.network, it.batches)
+
+
+def test_the_layer_is_named_where_only_tf32_overflows():
+    it = trainer("float32", tf32=True)
+    it.network.classifier.weight.master[0, 0] = np.finfo(np.float32).max  # which TF32 rounds to infinity
+    with pytest.raises(DivergedError, match="^step 1: layer classifier, its output is not finite"):
+        it.epoch(epoch(it, 0.1))

@@ -10,13 +10,17 @@ import statistics
 import struct
 import sys
 import tempfile
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import models
-from minidl import data
+from minidl import checkpoint, data
 from minidl.commands import runs
 from minidl.data.batches import Batches
+from minidl.errors import CheckpointError
+from minidl.run_folder import RunFolder
 from minidl.settings import read_toml, resolve
 from minidl.training import evaluate
 from minidl.weights import load
@@ -382,3 +386,48 @@ def test_validation_changes_no_training_but_by_its_images(tmp_path):
     test_set = data.load("digits")[1]
     metrics = evaluate(network, Batches(test_set, network.device, network.dtype, 4, seed=0))
     assert f"{metrics.loss:.5f}" == rows(tmp_path / "it")[-1]["test_loss"]
+
+
+def test_shares_of_mixup(few_digits):
+    """The larger one of each pair's, drawn anew for each step of each epoch."""
+    for alpha, mean in ((1.0, 0.75), (0.2, 0.9)):
+        run = new_run(mixup=alpha, epochs=40)
+        shares = np.array([[float(batch.share[0]) for batch in run.batches(epoch)] for epoch in range(40)])
+        assert shares.min() >= 0.5 and abs(shares.mean() - mean) < 0.05
+        assert len({tuple(row) for row in shares.tolist()}) == 40
+
+
+def test_a_trial_reads_what_it_wrote(few_digits, tmp_path):
+    def patch():
+        def refuse(path):
+            raise CheckpointError(f"{path} cannot be read")
+
+        checkpoint.load = refuse
+
+    result = train(tmp_path, *ARGUMENTS, "--fast-dev-run", before=patch)
+    assert result.returncode == 5 and "resume work" not in result.stdout
+
+
+def test_the_constants_of_a_setting_normalize_all_images(few_digits):
+    run, mean, std = new_run(normalize="imagenet", val_split=10), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for batches in (run.train_batches, run.val_batches, run.test_batches):
+        x, _ = batches.load(np.zeros(8, np.int32), run.network.step)
+        expected = (batches.images[0] / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+        assert x[..., 0] == pytest.approx(expected, abs=1e-5)
+    assert (run.about()["mean"], run.about()["std"]) == ([*mean], [*std])
+
+
+def test_the_average_is_evaluated(few_digits):
+    run = new_run(ema=0.9, val_split=10)
+    run.trainer.epoch(run.batches(0))
+    with run.average.swapped():
+        expected = [evaluate(run.network, batches) for batches in (run.val_batches, run.test_batches)]
+    assert [run.validate(), run.test()] == expected
+    assert run.test() != evaluate(run.network, run.test_batches)
+
+
+def test_tensorboard_sees_each_epoch_at_once(tmp_path):
+    folder, told = RunFolder.new(tmp_path / "it"), []
+    folder._tensorboard = SimpleNamespace(add_scalar=lambda *scalar: told.append(scalar), flush=lambda: told.append("flushed"))
+    folder.add_metrics([{"epoch": "1", "test_top1": "0.5"}])
+    assert told == [("test/top1", 0.5, 1), "flushed"]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from argparse import Namespace
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ import pytest
 
 import models
 from minidl import data, weights
+from minidl.commands.import_weights import described
 from minidl.errors import CheckpointError, UsageError
 from test_train import DIGITS, assert_refused, python, train
 
@@ -680,3 +682,22 @@ def test_pytorch_loads_what_is_exported(tmp_path, kind):
     with torch.no_grad():
         logits = module.eval()(torch.from_numpy(np.ascontiguousarray(images.transpose(3, 0, 1, 2)))).numpy().T
     assert np.allclose(logits, network.eval().forward(images), rtol=1e-4, atol=1e-5)
+
+
+def test_options_of_another_network_are_not_taken_over():
+    of_file = weights.describe("wrn-10-1", 10, {"dropout": 0.3})
+    given = Namespace(arch="simplenet-310k", model_kwargs=[])
+    assert described(given, {"classifier.weight": np.zeros((10, 64))}, of_file)["options"] == {}
+
+
+def test_a_list_in_place_of_the_checksums(tmp_path):
+    metadata = {**weights.describe("it", 10, {}), "crc32": []}
+    np.savez(tmp_path / "it.npz", a=np.zeros(3), metadata=json.dumps({**metadata, "sha256": weights._digest(metadata)}))
+    with pytest.raises(CheckpointError, match="'a' is not what was written"):
+        weights.load(tmp_path / "it.npz")
+
+
+def test_more_arrays_than_the_directory_of_a_zip_file_counts(tmp_path):
+    """The directory of a zip file counts to 65,535, and no further."""
+    weights.save(tmp_path / "it.npz", {str(number): np.zeros(1, np.uint8) for number in range(65_536)})
+    assert len(weights.load(tmp_path / "it.npz")[0]) == 65_536
