@@ -199,7 +199,7 @@ def line(row):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
     parser.add_argument("--networks", nargs="+", default=[*models.ALIASES.values(), works.OTHERS], metavar="NAME",
                         help="whose kernels; default: %(default)s")
@@ -222,7 +222,9 @@ def main():
     found = {work: occurrences for work, occurrences in works.of(args.networks, batch).items()
              if any(text in f"{work.kind} {work}" for text in args.filter)}
     if not found:
-        raise UsageError(f"--filter {' '.join(args.filter)}: nothing that these networks do has this in its kind or shape")
+        kinds = dict.fromkeys(work.kind for work in works.of(args.networks, batch))
+        raise UsageError(f"--filter {' '.join(args.filter)}: nothing that these networks do has this in its kind or shape; there are "
+                         + ", ".join(kinds))
     ceilings = {}
     record = records.Record(args.json, place, batch=batch, threads=device.cpu_threads() if place.name == "cpu" else None,
                             ceilings=ceilings)

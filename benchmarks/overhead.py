@@ -85,7 +85,7 @@ def measure(run, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run_settings.add_arguments(parser)
     parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="epochs of each kind; default: 10")
     parser.add_argument("--json", metavar="FILE", help="write the result and the environment there")

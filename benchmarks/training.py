@@ -271,7 +271,7 @@ def cell(word, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
     parser.add_argument("--networks", nargs="+", metavar="NAME[:BATCH]",
                         help=f"default: {' '.join(models.ALIASES.values())}, on a CPU {' '.join(ON_CPU)}")

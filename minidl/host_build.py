@@ -169,7 +169,8 @@ def _compile(command: list[str], source: Path, text: str, path: Path) -> None:
     os.close(fd)
     built, unit = Path(temporary), Path(temporary).with_suffix(".cpp")
     try:
-        unit.write_text(f"#line 1 {json.dumps(str(source), ensure_ascii=False)}\n{text}", encoding="utf-8", errors="surrogateescape")
+        place = json.dumps(str(source), ensure_ascii=False)  # a text of JSON is one of C++
+        unit.write_text(f"#line 1 {place}\n{text}", encoding="utf-8", errors="surrogateescape")
         result = _run([*command, str(unit), "-o", temporary])
         if result.returncode:
             first = _first_error(result.stderr) or f"code {result.returncode}"

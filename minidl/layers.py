@@ -68,8 +68,8 @@ def _missing(thing: Layer | Parameter, name: str) -> NoReturn:
     """Say why it has no attribute `name`: what a class declares without a value, `initialize` gives to it."""
     kind = type(thing).__name__
     if any(name in inspect.get_annotations(it) for it in type(thing).__mro__ if it.__module__ == __name__):
-        raise NotInitialized(f"this {kind} has no {name.lstrip('_')} yet: call initialize() of the whole network; its parts must be "
-                             "attributes, those in a list are not found")
+        raise NotInitialized(f"this {kind} has no {name.lstrip('_')} yet: call initialize() of the whole network; its parts must "
+                             "be attributes, those in a list are not found")
     raise AttributeError(f"{kind!r} object has no attribute {name!r}")
 
 

@@ -43,37 +43,52 @@ SIDE = IMAGE_SHAPE[1]  # pixels
 MOST_RANKS = 64  # of one machine
 LONGEST_WARMUP = 0.2   # of all steps
 ONECYCLE_WARMUP = 0.35  # of all steps; architectures differ in it by 0.3 to 0.4
+NEEDED = ("arch", "dataset", "epochs", "batch_size", "optimizer", "lr", "sched")  # all but the first two are in each recipe
 # Known to optimizers, each with its own defaults: a recipe's values hold with the recipe's optimizer alone.
 HYPERPARAMETERS = ("lr", "momentum", "nesterov", "weight_decay", "beta1", "beta2", "rho", "eps")
 OF_MULTISTEP = ("milestones", "factor", "restart_at_milestones")
 
 
-def setting(default: Any, kind: type, help: str, *, low: float = -math.inf, high: float = math.inf,
-            excluded: float | None = None, choices: Sequence[str] = (), flags: Sequence[str] = (), word: str = "",
-            free: bool = False, begins: str = "") -> Any:
-    """A field.
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a setting besides its value.
 
-    kind: int, float, str, bool, list (of whole numbers) or dict. low, high: bounds of its values; excluded: the one of them that
-    is no value. word: what stands for a value in help. free: a resumed run may have another value. begins: the title of a group
-    of settings, of which it is the first.
+    default: None for none. kind: int, float, str, bool, list (of whole numbers) or dict. low, high: bounds of its values;
+    excluded: the one of them that is no value. flags: more than that of its name; word: what stands for a value in help. free: a
+    resumed run may have another value. begins: the title of a group of settings, of which it is the first.
     """
-    word = word or {int: "N", float: "X", list: "N", dict: "NAME=VALUE"}.get(kind, "")
-    metadata = dict(kind=kind, help=help, low=low, high=high, excluded=excluded, choices=tuple(choices), flags=tuple(flags),
-                    word=word, free=free, begins=begins)
+
+    default: Any
+    kind: type
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    excluded: float | None = None
+    choices: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    word: str = ""
+    free: bool = False
+    begins: str = ""
+
+
+def setting(default: Any, kind: type, help: str, **more: Any) -> Any:
+    """A field of Settings. more: of its Spec."""
+    spec = Spec(default, kind, help, **{"word": {int: "N", float: "X", list: "N", dict: "NAME=VALUE"}.get(kind, ""), **more})
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=lambda: type(default)(default), metadata={"spec": spec})
+    return field(default=default, metadata={"spec": spec})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Raises UsageError for a value of the wrong type or out of range, and for settings that do not go together. None: not set,
-    or not known to the optimizer."""
+    """Raises UsageError for a value of the wrong type or out of range, for settings that do not go together, and where one of
+    NEEDED is missing. None: not set, or not known to the optimizer."""
 
-    arch: str = setting(None, str, "simplenet, resnext, res2net, wideresnet, a name that `--arch list` prints, or FILE.py:FUNCTION", flags=["-a"],
-                        word="NAME", begins="what is trained, and on what")
+    arch: str = setting(None, str, "simplenet, resnext, res2net, wideresnet, a name that `--arch list` prints, or "
+                                   "FILE.py:FUNCTION", flags=("-a",), word="NAME", begins="what is trained, and on what")
     model_kwargs: dict[str, Any] = setting({}, dict, "options of the network, such as dropout=0.3 for a Wide ResNet")
-    dataset: str = setting(None, str, "digits need no download; own: given by a program in Python", choices=(*data.NAMES, data.OWN))
+    dataset: str = setting(None, str, "digits need no download; own: given by a program in Python",
+                           choices=(*data.NAMES, data.OWN))
     data_dir: str | None = setting(None, str, "where the official files of CIFAR are, or shall be downloaded to", word="FOLDER",
                                    free=True)
     init: str | None = setting(None, str, "weights to begin with, of a run or a file, as far as they fit the network", word="RUN",
@@ -85,20 +100,20 @@ class Settings:
     recipe: str = setting("fast", str, "where settings that are not given come from: fast, 50 epochs; paper, each author's "
                                        "own; report, the student report's", choices=("fast", "paper", "report"),
                          begins="recipe and length")
-    epochs: int = setting(1, int, "passes over the training images", low=1, flags=["-e"])
+    epochs: int = setting(None, int, "passes over the training images", low=1, flags=("-e",))
     time_budget: str | None = setting(None, str, "train as many epochs as fit into this time, such as 6h or 30m",
                                       word="TIME", free=True)
     patience: int = setting(0, int, "stop after so many epochs without a better validation accuracy; 0: never", low=0)
     limit_train_batches: int | None = setting(None, int, "stop each epoch after so many steps", low=1)
-    batch_size: int = setting(128, int, "images per step", low=1, flags=["-b"])
+    batch_size: int = setting(None, int, "images per step", low=1, flags=("-b",))
     seed: int = setting(0, int, "two runs with one seed are identical, bit for bit", low=0)
 
     device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", word="NAME", free=True, begins="machine")
     precision: str = setting("fp32", str, "of stored activations and of matrix products", choices=tuple(STORAGE))
     ranks: int = setting(1, int, "processes that share each batch; on GPUs, one GPU each", low=1, high=MOST_RANKS)
 
-    optimizer: str = setting("sgd", str, "its own settings are below", choices=tuple(optim.OPTIMIZERS), begins="optimizer")
-    lr: float = setting(0.1, float, "peak learning rate; default: the recipe's, for sgd in proportion to the batch size", low=0)
+    optimizer: str = setting(None, str, "its own settings are below", choices=tuple(optim.OPTIMIZERS), begins="optimizer")
+    lr: float = setting(None, float, "peak learning rate; default: the recipe's, for sgd in proportion to the batch size", low=0)
     momentum: float | None = setting(None, float, "of sgd", low=0, high=1, excluded=1)
     nesterov: bool | None = setting(None, bool, "momentum of sgd in Nesterov's form")
     beta1: float | None = setting(None, float, "of adam and adamw", low=0, high=1, excluded=1)
@@ -108,10 +123,10 @@ class Settings:
     weight_decay: float | None = setting(None, float, "on every parameter", low=0)
     clip_norm: float = setting(0.0, float, "largest norm of the whole gradient; 0: no limit", low=0)
 
-    sched: str = setting("cosine", str, "course of the learning rate", choices=tuple(optim.SCHEDULES),
+    sched: str = setting(None, str, "course of the learning rate", choices=tuple(optim.SCHEDULES),
                          begins="schedule")
-    warmup_epochs: float = setting(0.0, float, f"in which the rate grows, at most {LONGEST_WARMUP} of all; of onecycle always "
-                                               f"{ONECYCLE_WARMUP}", low=0)
+    warmup_epochs: float = setting(0.0, float, f"epochs in which the rate grows, at most {LONGEST_WARMUP:.0%}% of all; of onecycle "
+                                               f"always {ONECYCLE_WARMUP:.0%}%", low=0)
     milestones: list[int] = setting([], list, "of multistep: after how many epochs the rate drops", low=1)
     factor: float = setting(0.1, float, "of multistep: what a drop multiplies the rate with", low=0, high=1)
     restart_at_milestones: bool = setting(False, bool, "the optimizer forgets its moments at each drop")
@@ -132,12 +147,13 @@ class Settings:
     tensorboard: bool = setting(False, bool, "also write the metrics for TensorBoard", free=True)
 
     def __post_init__(self) -> None:
-        for name, spec in fields().items():
+        for name, spec in FIELDS.items():
             value = getattr(self, name)
             if value is not None or spec.default is not None:
                 object.__setattr__(self, name, _checked(name, value, spec))
-        if not self.arch or not self.dataset:
-            raise UsageError("arch and dataset must be set")
+        for name in NEEDED:
+            if not getattr(self, name) and getattr(self, name) != 0:
+                raise UsageError(f"{name} must be set")
         own = known_to(self.optimizer)
         for name in HYPERPARAMETERS[1:]:
             if getattr(self, name) is not None and name not in own:
@@ -183,26 +199,7 @@ class Settings:
         return dataclasses.replace(self, epochs=epochs, milestones=scaled(self.milestones, epochs / self.epochs))
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What is known of a setting besides its value."""
-
-    default: Any
-    kind: type
-    help: str
-    low: float
-    high: float
-    excluded: float | None
-    choices: tuple[str, ...]
-    flags: tuple[str, ...]
-    word: str
-    free: bool
-    begins: str
-
-
-def fields() -> dict[str, Spec]:
-    """{name: Spec} of all settings."""
-    return _FIELDS
+FIELDS: dict[str, Spec] = {item.name: item.metadata["spec"] for item in dataclasses.fields(Settings)}
 
 
 def scaled(milestones: Sequence[int], factor: float) -> list[int]:
@@ -244,9 +241,9 @@ def resolve(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The same, each value as the type of its setting. Raises UsageError for what is no setting, or not its value."""
     for name in given:
-        if name not in fields():
+        if name not in FIELDS:
             raise UsageError(f"unknown setting {_shown(name)}")
-    return {name: _checked(name, value, fields()[name]) for name, value in given.items()}
+    return {name: _checked(name, value, FIELDS[name]) for name, value in given.items()}
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -330,14 +327,6 @@ def _shown(value: Any) -> str:
     except ValueError:  # Python writes no more than 4,300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
-
-
-def _spec(item: dataclasses.Field[Any]) -> Spec:
-    default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-    return Spec(default=default, **item.metadata)
-
-
-_FIELDS = {item.name: _spec(item) for item in dataclasses.fields(Settings)}
 
 
 def _toml(value: Any) -> str:

@@ -73,7 +73,8 @@ def program_of(source, precision, arch):
     """A file of OPS, by its name, as the GPU's loader compiles it -> Program. It is compiled once: what several processes ask
     for lies in the cache of the kernels. May be called from several threads at once."""
     options = gpu_options(precision)
-    key = hashlib.sha256(repr((source, sources_digest(OPS / source, read_source(OPS / source)), OF_CUPY, options, arch, version())).encode()).hexdigest()
+    digest = sources_digest(OPS / source, read_source(OPS / source))
+    key = hashlib.sha256(repr((source, digest, OF_CUPY, options, arch, version())).encode()).hexdigest()
     kept = cache_folder() / f"nvrtc-{key}"
     if not kept.exists():
         program = compile_to_cubin(OPS / source, options, arch)

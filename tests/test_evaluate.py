@@ -257,7 +257,7 @@ def test_refused(write, changes, arguments, error, message):
 
 def test_a_file_that_does_not_name_its_network(tmp_path, state):
     weights.save(tmp_path / "it.npz", state)
-    with pytest.raises(CheckpointError, match="it.npz does not say whose weights it holds: `minidl import FILE --arch NAME`"):
+    with pytest.raises(CheckpointError, match="it.npz does not say which network its weights belong to: `minidl import FILE --arch NAME`"):
         call(tmp_path / "it.npz")
 
 

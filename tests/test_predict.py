@@ -272,7 +272,7 @@ def test_refused(tmp_path, state, checkpoint, files):
     with pytest.raises(CheckpointError, match="plain.npz does not say how images must be normalized"):
         call(tmp_path / "plain.npz", files[0])
     weights.save(tmp_path / "plain.npz", state)
-    with pytest.raises(CheckpointError, match="plain.npz does not say whose weights it holds"):
+    with pytest.raises(CheckpointError, match="plain.npz does not say which network its weights belong to"):
         call(tmp_path / "plain.npz", files[0])
 
 

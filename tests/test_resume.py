@@ -138,8 +138,8 @@ def test_a_checkpoint_holds_all_that_training_depends_on(place, tmp_path, precis
     if precision == "bf16":
         pytest.importorskip("ml_dtypes")
     settings = Settings(arch="small", dataset="digits", batch_size=32, epochs=2, limit_train_batches=6, precision=precision,
-                        optimizer="adam", beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-4, ema=0.9, mixup=0.3, cutout=5,
-                        padding=2, clip_norm=0.1)
+                        sched="cosine", lr=0.1, optimizer="adam", beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-4, ema=0.9,
+                        mixup=0.3, cutout=5, padding=2, clip_norm=0.1)
 
     def new_run():
         return Run(settings, small(), *data.load("digits"), place)
@@ -233,7 +233,8 @@ def test_another_network(stopped, arguments, lines, override):
 def test_another_optimizer(stopped):
     before = content(stopped)
     result = train(stopped.parent, "--resume", "it", "--optimizer", "adam", "--override")
-    assert_refused(result, 5, "the checkpoint does not fit these settings, which only a new run can have: first_moment: file nothing, run (")
+    assert_refused(result, 5, "the checkpoint does not fit these settings, which only a new run can have: first_moment: file "
+                              "nothing, run (")
     assert content(stopped) == before
 
 
@@ -429,4 +430,5 @@ def test_what_was_exported_of_an_older_run_does_not_make_it_the_newest(tmp_path,
     ("0", "0.9", "average/buffers: file nothing, run (128,)")])
 def test_an_average_that_there_was_not(few_digits, tmp_path, first, then, said):
     assert train(tmp_path, *ARGUMENTS, "--ema", first, "-o", "it", before=at_step(2, send(signal.SIGINT))).returncode == 130
-    assert_refused(train(tmp_path, "--resume", "it", "--ema", then, "--override"), 5, f"does not fit these settings, which only a new run can have: {said}")
+    assert_refused(train(tmp_path, "--resume", "it", "--ema", then, "--override"), 5,
+                   f"does not fit these settings, which only a new run can have: {said}")

@@ -219,10 +219,11 @@ def test_values(name, value, said):
     assert said in message and len(message) < 250 and "\n" not in message
 
 
-@pytest.mark.parametrize("missing", ["arch", "dataset"])
-def test_arch_and_dataset_are_needed(missing):
-    with pytest.raises(UsageError, match="arch and dataset must be set"):
-        Settings(**{name: value for name, value in WRN.items() if name != missing})
+@pytest.mark.parametrize("missing", ["arch", "dataset", "epochs", "batch_size", "optimizer", "lr", "sched"])
+def test_what_has_no_default_is_needed(missing):
+    """Of a checkpoint, too: what it does not say is not filled in."""
+    with pytest.raises(UsageError, match=f"^{missing} must be set$"):
+        Settings(**{name: value for name, value in resolved().as_dict().items() if name != missing})
 
 
 def test_a_number_of_more_digits_than_python_writes():
@@ -377,11 +378,11 @@ def test_every_setting_is_a_flag_in_a_group_and_a_key_of_the_file(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     shown = capsys.readouterr().out
-    for name, spec in settings.fields().items():
+    for name, spec in settings.FIELDS.items():
         assert shown.count(f"\n  --{name.replace('_', '-')}") + shown.count(f", --{name.replace('_', '-')} ") == 1, name
         assert spec.help and spec.help[0] != " "
-    titles = [spec.begins for spec in settings.fields().values() if spec.begins]
-    assert list(settings.fields())[0] == "arch" and len(titles) == len(set(titles)) == 7
+    titles = [spec.begins for spec in settings.FIELDS.values() if spec.begins]
+    assert list(settings.FIELDS)[0] == "arch" and len(titles) == len(set(titles)) == 7
     positions = [shown.index(f"\n{title}:\n") for title in titles]
     assert positions == sorted(positions)
     assert shown.startswith("usage: it [option ...]\n")

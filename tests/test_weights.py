@@ -598,7 +598,7 @@ def test_weights_without_a_name(tmp_path, state):
     """From PyTorch to ONNX, the network named on the command line."""
     onnx = pytest.importorskip("onnx", reason="its files need it: pip install 'minidl[interchange]'")
     write_torch(tmp_path / "it.pt", state)
-    assert_refused(minidl(tmp_path, "export", "it.pt", "--to", "onnx"), 2, "does not say whose weights it holds", "--arch")
+    assert_refused(minidl(tmp_path, "export", "it.pt", "--to", "onnx"), 2, "does not say which network its weights belong to", "--arch")
     named = "--arch", "report-resnext3", "--model-kwargs", "logits=linear"
     assert minidl(tmp_path, "export", "it.pt", "--to", "onnx", *named).returncode == 0
     properties = {entry.key: entry.value for entry in onnx.load(tmp_path / "it.onnx").metadata_props}

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=data.NAMES, default="cifar100", help="default: %(default)s")
     parser.add_argument("--data-dir", help="folder with the official files of CIFAR, or for them")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw images of each class: .png, .svg, .pdf")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> None:

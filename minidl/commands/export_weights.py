@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     elif args.to == "safetensors":
         weights.save_safetensors(output, state, metadata)
     elif network is None:
-        raise UsageError(f"{args.checkpoint} does not say whose weights it holds: name the network with --arch")
+        raise UsageError(f"{args.checkpoint} does not say which network its weights belong to: name the network with --arch")
     else:
         onnx_export.export(network, output, IMAGE_SHAPE, metadata)
     report(output, state, metadata)

@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="LAYER", help="a layer, or a network; default: every layer of minidl")
     parser.add_argument("--model-kwargs", **MODEL_KWARGS)
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> None:

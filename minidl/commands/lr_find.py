@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=STEPS, metavar="N",
                         help=f"in which the rate grows from {LOWEST:g} to {HIGHEST:g}; default: {STEPS}")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"picture, .png, .svg or .pdf; default: {PICTURE}")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", "--topk", type=positive, default=5, metavar="K", help="how many classes of each image")
     add_own_architecture(parser)
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> None:

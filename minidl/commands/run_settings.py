@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of a run, in groups, and --config."""
     parser.usage = "%(prog)s [option ...]"  # there are too many to list
     # None: not given. Values are checked where those of files are, by Settings.
-    for name, spec in settings.fields().items():
+    for name, spec in settings.FIELDS.items():
         flag = "--" + name.replace("_", "-")
         if spec.begins:
             group = parser.add_argument_group(spec.begins)
@@ -42,7 +42,7 @@ def is_demo(args: argparse.Namespace, on_cpu: bool) -> bool:
 def given(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line and the file say, the command line first."""
     from_file = settings.read_toml(args.config) if args.config else {}
-    flags = {name: getattr(args, name) for name in settings.fields() if getattr(args, name) is not None}
+    flags = {name: getattr(args, name) for name in settings.FIELDS if getattr(args, name) is not None}
     if "model_kwargs" in flags:
         flags["model_kwargs"] = {**from_file.get("model_kwargs", {}), **models.parse_options(flags["model_kwargs"])}
     flags = settings.checked(flags)
@@ -83,5 +83,5 @@ def chosen(args: argparse.Namespace) -> Settings:
 
 def differences(before: Settings, values: dict[str, Any]) -> dict[str, Any]:
     """Of {name: value}, what is not what it was before, without settings that are free."""
-    specs = settings.fields()
+    specs = settings.FIELDS
     return {name: value for name, value in values.items() if not specs[name].free and getattr(before, name) != value}

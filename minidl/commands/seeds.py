@@ -52,7 +52,7 @@ def train_seed(path: Path, chosen: Settings, quiet: bool) -> Run:
     begin = time.perf_counter()
     if any((path / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
         decided = ("epochs", "milestones", "time_budget") if chosen.time_budget else ()  # long ago
-        given = {name: getattr(chosen, name) for name in settings.fields() if name not in decided}
+        given = {name: getattr(chosen, name) for name in settings.FIELDS if name not in decided}
         run, folder = runs.reopened(path, *runs.saved_run(path, given, "name another folder with -o"))
         runs.announce(run)
         runs.go_on(run, folder, quiet)

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-kwargs", **MODEL_KWARGS)
     parser.add_argument("--classes", type=positive, default=100)
     parser.add_argument("-b", "--batch-size", type=positive, default=128, help="for which memory is given")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> None:

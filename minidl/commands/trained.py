@@ -18,8 +18,8 @@ def load(path: str) -> tuple[weights.State, weights.Metadata]:
     """As weights.load, for a file that says enough to run its network. Raises CheckpointError otherwise."""
     state, metadata = weights.load(path)
     if metadata is None:
-        raise CheckpointError(f"{path} does not say whose weights it holds: `minidl import FILE --arch NAME` writes a file "
-                              "that does")
+        raise CheckpointError(f"{path} does not say which network its weights belong to: `minidl import FILE --arch NAME` writes "
+                              "a file that does")
     mean, std, names = (metadata[key] for key in ("mean", "std", "class_names"))
     if not (_may_be_numbers(mean) and _may_be_numbers(std) and (std is None or min(std) > 0) and
             (names is None or len(names) == metadata["classes"] and all(isinstance(name, str) for name in names))):

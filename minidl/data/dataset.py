@@ -78,7 +78,9 @@ class Dataset:
 
 def _moments(pixels: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of bytes (M, C, H, W), on the 0..1 scale."""
-    counts = [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(pixels, 1, 0)] if pixels.dtype == np.uint8 else []
+    if pixels.dtype != np.uint8 or pixels.ndim != 4:
+        return (), ()  # which Dataset refuses, with better reasons
+    counts = [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(pixels, 1, 0)]
     levels = np.arange(256) / 255
     means = [float(count @ levels / count.sum()) for count in counts]
     return tuple(means), tuple(float(np.sqrt(count @ (levels - mean) ** 2 / count.sum())) for count, mean in zip(counts, means))
