@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +35,25 @@ def outputs(network: Layer, dataset: Dataset, batch_size: int, path: str) -> Arr
     if not all(np.isfinite(part).all() for part in logits):
         raise CheckpointError(f"{path}: this network computes numbers that are not finite")
     return np.concatenate(logits, axis=1)
+
+
+def probabilities_of(logits: Array) -> Array:
+    """logits (K, M) -> the probabilities of the classes, float64 (K, M)."""
+    logits = logits.astype(np.float64)
+    shares = np.exp(logits - logits.max(axis=0))
+    return shares / shares.sum(axis=0)
+
+
+def predictions(logits: Array, dataset: Dataset) -> str:
+    """logits (K, M) for the M images of the Dataset -> a text in CSV: of each image its number, its class, the class that the
+    network takes it for, and how probable that is to it."""
+    found, shares = logits.argmax(axis=0), probabilities_of(logits).max(axis=0)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "class", "predicted", "probability"))
+    writer.writerows((number, dataset.classes[label], dataset.classes[index], f"{share:.6f}")
+                     for number, (label, index, share) in enumerate(zip(dataset.labels, found, shares)))
+    return text.getvalue()
 
 
 @dataclass(frozen=True)

@@ -287,3 +287,18 @@ def test_ctrl_c(write, monkeypatch):
     monkeypatch.setattr(signals, "_asked", [signal.SIGINT])
     with pytest.raises(signals.Stop):
         outputs(network, FEW, 8, "it")
+
+
+def test_predictions_of_each_image(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda *_: (None, FEW))
+    call(write(), "--predictions", tmp_path / "it.csv")
+    with (tmp_path / "it.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    logits = outputs(trained.network_with(*trained.load(str(tmp_path / "it.npz"))), FEW, 64, "it").astype(float)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=0)
+    assert [row["image"] for row in found] == [str(number) for number in range(len(FEW.labels))]
+    assert [row["class"] for row in found] == [FEW.classes[label] for label in FEW.labels]
+    assert [row["predicted"] for row in found] == [FEW.classes[index] for index in logits.argmax(axis=0)]
+    np.testing.assert_allclose([float(row["probability"]) for row in found], shares.max(axis=0), atol=1e-5)
+    with pytest.raises(UsageError, match="it.csv exists: name another with --predictions"):
+        call(tmp_path / "it.npz", "--predictions", tmp_path / "it.csv")

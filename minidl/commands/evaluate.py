@@ -12,10 +12,11 @@ import os
 from pathlib import Path
 
 from minidl import data, device, plots, settings
+from minidl.atomic_file import write_atomically
 from minidl.commands.arguments import add_own_architecture, know, new_file, positive
 from minidl.commands.trained import load, network_with
 from minidl.errors import UsageError
-from minidl.evaluation import Evaluation, outputs
+from minidl.evaluation import Evaluation, outputs, predictions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}")
     parser.add_argument("-b", "--batch-size", type=positive, default=128)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write what each image is taken for, in CSV")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw confusion and accuracy of classes: .png, .svg, .pdf")
 
 
 def main(args: argparse.Namespace) -> None:
     if args.picture:
         plots.check(new_file(args.picture, "--picture"))
+    if args.predictions:
+        new_file(args.predictions, "--predictions")
     know(args.arch)
     place = device.select(args.device)
     state, metadata = load(args.checkpoint)
@@ -51,6 +55,8 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps({"checkpoint": args.checkpoint, "arch": metadata["arch"], "dataset": name, **evaluation.as_dict()}))
     else:
         print(f"{metadata['arch']} on the {len(test_set.labels):,} test images of {name}\n\n{evaluation.as_text()}")
+    if args.predictions:
+        write_atomically(args.predictions, lambda file: file.write(predictions(logits, test_set).encode()))
     if args.picture:
         plots.evaluation(evaluation.confusion, evaluation.groups, evaluation.accuracies, evaluation.classes, args.picture)
 

@@ -13,7 +13,7 @@ from minidl.commands.arguments import add_own_architecture, know, positive
 from minidl.commands.trained import load, network_with
 from minidl.data.dataset import IMAGE_SHAPE, Dataset
 from minidl.errors import CheckpointError
-from minidl.evaluation import outputs
+from minidl.evaluation import outputs, probabilities_of
 from minidl.wording import aligned, words
 
 BATCH_SIZE = 128
@@ -39,9 +39,8 @@ def main(args: argparse.Namespace) -> None:
     pixels = np.stack([images.read(path, IMAGE_SHAPE[1]) for path in args.images])
     nothing_known = np.zeros(len(pixels), np.int32)  # labels
     dataset = Dataset("the images", pixels, nothing_known, classes, tuple(metadata["mean"]), tuple(metadata["std"]))
-    logits = outputs(network_with(state, metadata, place), dataset, BATCH_SIZE, args.checkpoint).astype(np.float64)
-    probabilities = np.exp(logits - logits.max(axis=0))
-    probabilities /= probabilities.sum(axis=0)
+    logits = outputs(network_with(state, metadata, place), dataset, BATCH_SIZE, args.checkpoint)
+    probabilities = probabilities_of(logits)
     best = np.argsort(-logits, axis=0, kind="stable")[:args.topk]  # (k, M)
     found = [[{"class": classes[index], "probability": float(column[index])} for index in order]
              for order, column in zip(best.T, probabilities.T)]
