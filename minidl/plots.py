@@ -231,6 +231,41 @@ def lr_find(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[
     return figure
 
 
+MAPS = {"output_zeros": "zeros of the output", "gradient_rms": "gradient of the output", "update_ratio": "update over weight"}
+
+
+def layers_over_epochs(epochs: Sequence[int], statistics: Sequence[Mapping[str, Mapping[str, float]]], path: FilePath) -> Figure:
+    """What `--inspect` saw: a map for each of MAPS, a row for each layer, a column for each of the epochs.
+
+    statistics: of each epoch, {layer: {one of inspection.STATISTICS: value}}. Shares are linear, lengths logarithmic.
+    """
+    names = list(dict.fromkeys(name for rows in statistics for name in rows))
+    height = 1.4 + 0.14 * max(len(names), 10)
+    colors, ticker = library("matplotlib.colors", "plot"), library("matplotlib.ticker", "plot")
+    with picture(path, 11, height) as figure:
+        maps = figure.subplots(1, len(MAPS), sharey=True)
+        for axes, (key, title) in zip(maps, MAPS.items()):
+            table = np.array([[rows.get(name, {}).get(key, math.nan) for rows in statistics] for name in names], float)
+            shares = key == "output_zeros"
+            table = table if shares else np.where(table > 0, table, math.nan)
+            seen = table[np.isfinite(table)]
+            low, high = (0, 1) if shares else (seen.min(), seen.max()) if seen.size else (1, 1)
+            norm = colors.Normalize(low, high) if shares else colors.LogNorm(low, high if high > low else 10 * low)
+            image = axes.pcolormesh(np.append(np.array(epochs) - 0.5, epochs[-1] + 0.5), np.arange(len(names) + 1) - 0.5, table,
+                                    norm=norm, cmap="viridis")
+            bar = figure.colorbar(image, ax=axes, location="bottom", aspect=30)
+            bar.ax.tick_params(labelsize=SMALL)
+            bar.ax.xaxis.set_major_locator(ticker.LinearLocator(3) if shares else ticker.LogLocator(numticks=4))
+            bar.ax.xaxis.set_minor_locator(ticker.NullLocator())
+            bar.ax.xaxis.set_major_formatter("{x:.1f}" if shares else "{x:.0e}")  # the default writes powers, as mathematics
+            axes.set(title=title, xlabel="epoch")
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
+            axes.grid(False)
+        maps[0].set_yticks(range(len(names)), names, fontsize=SMALL)
+        maps[0].set_ylim(len(names) - 0.5, -0.5)  # in the order of the forward, from the top
+    return figure
+
+
 def contact_sheet(images: Array, titles: Sequence[str], path: FilePath, columns: int = 10) -> Figure:
     """images uint8 (M, 3, H, W), M at least 1, row by row, `columns` in each; titles: M names, each written under its image."""
     side, gap, letters, line = 0.8, 0.14, 14, 0.12  # inches, inches, letters in a line, inches

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -350,3 +351,56 @@ def test_the_committed_records_can_be_read():
     runs = [plot.read(folder.parent) for folder in RECORDS.glob("*/metrics.csv")]
     assert len(runs) > 5 and {run.classes for run in runs} == {10, 100}
     assert all(0 < run.column("test_top1")[-1] < 1 for run in runs)
+
+
+# ---- layers over epochs ------------------------------------------------------------------------------------------
+
+
+def statistics(names, epochs):
+    """Of each epoch; the last layer has no weight, as a ReLU."""
+    return [{name: {"output_zeros": 0.1 * epoch, "gradient_rms": 10.0 ** -number, **({} if name == names[-1] else
+                    {"update_ratio": 1e-3 * epoch})} for number, name in enumerate(names)} for epoch in epochs]
+
+
+@pytest.mark.parametrize("names, epochs", [(["conv", "norm", "relu"], [1, 2, 3]), (["one"], [7]),
+                                           ([f"stage3.block{i}.body.conv{i}" for i in range(60)], list(range(1, 51)))])
+def test_a_map_shows_each_layer_and_epoch(tmp_path, names, epochs):
+    given = statistics(names, epochs)
+    figure = plots.layers_over_epochs(epochs, given, tmp_path / "it.png")
+    maps = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in maps] == list(plots.MAPS.values())
+    for axes, key in zip(maps, plots.MAPS):
+        table = np.ma.filled(axes.collections[0].get_array(), np.nan)
+        expected = [[rows[name].get(key, np.nan) for rows in given] for name in names]
+        np.testing.assert_array_equal(table, expected)
+    assert [label.get_text() for label in maps[0].get_yticklabels()] == names
+    assert maps[0].get_ylim()[0] > maps[0].get_ylim()[1], "the first layer is on top"
+    assert_legible(figure)
+
+
+def test_zeros_have_no_logarithm(tmp_path):
+    """As of a layer that is dead, or a rate of 0."""
+    plots.layers_over_epochs([1], [{"a": {"output_zeros": 1.0, "gradient_rms": 0.0, "update_ratio": 0.0}}], tmp_path / "it.png")
+    assert (tmp_path / "it.png").stat().st_size > 1000
+
+
+def test_the_layers_of_a_run(make_run, capsys):
+    run = make_run("it", HEAD + ROWS)
+    events = [{"event": "start"}, *({"event": "inspect", "epoch": epoch, "layers": layers}
+                                    for epoch, layers in zip((1, 2, 1), statistics("abc", (1, 2, 3)))), {"event": "end"}]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert plot.inspected(run) == ([1, 2], statistics("abc", (3, 2)))
+    for _ in range(2):
+        call("it", "--inspect")
+        assert capsys.readouterr().out == "picture: it/layers.png\n"
+    make_run("other", HEAD + ROWS)
+    with pytest.raises(UsageError, match="--inspect is for one run"):
+        call("it", "other", "--inspect")
+    with pytest.raises(CheckpointError, match="other/events.jsonl cannot be read: No such file or directory"):
+        call("other", "--inspect")
+    (run / "events.jsonl").write_text('{"event": "start"}\n')
+    with pytest.raises(CheckpointError, match="it/events.jsonl tells of no layers: train with --inspect"):
+        call("it", "--inspect")
+    (run / "events.jsonl").write_text('{"event": "inspect"')
+    with pytest.raises(CheckpointError, match="it/events.jsonl cannot be read: "):
+        call("it", "--inspect")

@@ -104,8 +104,8 @@ def test_the_first_nan_wins(target, side):
 @pytest.mark.parametrize("forward", [maxpool.forward, avgpool.forward])
 @pytest.mark.parametrize("window, stride, padding, message", [
     ((5, 5), 2, 0, "pool: window 5x5 is larger than the padded image 4x4"),
-    ((2, 2), 0, 0, "pool: window .*stride 0"),
-    ((2, 2), 1, -1, "padding -1"),
+    ((2, 2), 0, 0, "pool: stride is 0"),
+    ((2, 2), 1, -1, "pool: padding is -1"),
 ])
 def test_refused(target, forward, window, stride, padding, message):
     with pytest.raises(ValueError, match=message):

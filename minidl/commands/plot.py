@@ -6,29 +6,38 @@ The accuracy in the table is that of the last epoch. The best test epoch is not 
 import argparse
 import csv
 import io
+import json
 import re
 from pathlib import Path
 
 from minidl import data, plots
 from minidl.commands.arguments import new_file
-from minidl.errors import CheckpointError
+from minidl.errors import CheckpointError, UsageError
 from minidl.wording import aligned
 
-PICTURE = "curves.png"
+PICTURE, LAYERS = "curves.png", "layers.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--inspect", action="store_true",
+                        help=f"of one run with --inspect: a map of its layers over the epochs, {LAYERS}")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE",
                         help=f".png, .svg or .pdf; default: {PICTURE}, in the folder of the run if there is one RUN, else here")
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.inspect and len(args.runs) > 1:
+        raise UsageError("--inspect is for one run")
     if args.output or len(args.runs) > 1:
         output = new_file(args.output or Path(PICTURE))
     else:
-        output = args.runs[0] / PICTURE  # made of its metrics, it may be made again
+        output = args.runs[0] / (LAYERS if args.inspect else PICTURE)  # made of what the folder says, it may be made again
     plots.check(output)
+    if args.inspect:
+        plots.layers_over_epochs(*inspected(args.runs[0]), output)
+        print(f"picture: {output}")
+        return
     runs = [read(folder) for folder in args.runs]
     plots.curves(runs, output)
     print(aligned([("run", "epochs", "test top-1"), *(
@@ -52,6 +61,21 @@ def read(folder: Path) -> plots.History:
     except (ValueError, csv.Error) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error)[:200]}") from None
     return plots.History(folder.resolve().name, history, _classes(folder))
+
+
+def inspected(folder: Path) -> tuple[list[int], list[dict[str, dict[str, float]]]]:
+    """The epochs that a run was inspected in, and {layer: {statistic: value}} of each. Raises CheckpointError where that cannot be
+    read, or is nothing."""
+    path = folder / "events.jsonl"
+    try:
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if '"inspect"' in line]
+        # Of an epoch that was done twice, the last.
+        found = {event["epoch"]: event["layers"] for event in events if event["event"] == "inspect"}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not found:
+        raise CheckpointError(f"{path} tells of no layers: train with --inspect")
+    return sorted(found), [found[epoch] for epoch in sorted(found)]
 
 
 def _checked(row: dict[str, str]) -> dict[str, str]:
