@@ -1,5 +1,6 @@
 """Shapes: of windows that slide over images, of batches and results; and what is refused."""
 
+import functools
 import numbers
 
 from minidl.device import Array, empty
@@ -26,6 +27,7 @@ def check_window(op: str, window: tuple[int, ...], stride: int, padding: int) ->
     check_sizes(op, least=0, padding=padding)
 
 
+@functools.lru_cache(maxsize=1 << 12)  # each step asks the same again
 def output_size(op: str, size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: int) -> tuple[int, ...]:
     """(H, W) of the input, (kh, kw) of the window -> (H', W') of the output.
 
