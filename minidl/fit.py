@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from minidl import checkpoint, inspection, signals
+from minidl import checkpoint, inspection, run_folder, signals
 from minidl.errors import CheckpointError
 from minidl.memory import ample_memory
 from minidl.progress import Progress
@@ -20,8 +20,11 @@ def fit(run: Run, folder: RunFolder, quiet: bool = False) -> None:
     """Train from where the run stands to its end, write what a run writes, and print what came of it.
 
     quiet: no bar, and no line per epoch. Raises what ends it early, when all that there is is saved: Stop, DivergedError,
-    DeviceError.
+    DeviceError; and CheckpointError before the first step where the folder takes nothing.
     """
+    if run.epoch == run.step == 0:
+        folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
+        folder.log("start", settings=run.settings.as_dict())
     if run.settings.tensorboard:
         folder.start_tensorboard()
     progress = Progress(run.settings.epochs, run.val_batches is not None, quiet)

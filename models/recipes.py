@@ -33,7 +33,8 @@ RESNEXT: Recipe = dict(SGD, **CROP_AND_FLIP, epochs=300, batch_size=128, lr=0.1,
                        factor=0.1)
 PAPER_OF: dict[str, Recipe] = {
     # github.com/Coderx7/SimpleNet_Pytorch, the run with 78.37 %. Its network had one more pool:
-    # `--model-kwargs extra_pool=true`.
+    # `--model-kwargs extra_pool=true`. Its images were shifted before they were normalized, so that what they lacked was black,
+    # not the mean colour; and its last dropout was at work in the test, too.
     "simplenet": dict(CROP_AND_FLIP, epochs=550, batch_size=100, optimizer="adadelta", lr=0.1, rho=0.9, eps=1e-3,
                       weight_decay=0.002, sched="multistep", milestones=[100, 190, 306, 390, 440, 540], factor=0.1),
     "resnext": RESNEXT,

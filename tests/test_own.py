@@ -161,6 +161,7 @@ def test_a_run_of_own_network_and_data(registry, rng, tmp_path, monkeypatch, cap
     with pytest.raises(ValueError, match="the network has values already, which Run would replace: give weights as `start`"):
         Run(chosen, run.network, train_set, test_set, device.select("cpu"))
     fit(run, run_folder.RunFolder.new("it"), quiet=True)
+    assert {"config.toml", "env.json", "metrics.csv", "last.npz"} < {path.name for path in (tmp_path / "it").iterdir()}
     assert "after epoch 2: test top-1 " in capsys.readouterr().out and len(run.history) == 2
     about = weights.load("it")[1]
     assert (about["arch"], about["dataset"], about["class_names"]) == ("mine", "squares", ["a", "b", "c"])

@@ -79,8 +79,6 @@ def plan(run: Run, since: float) -> float:
 
 def train_new(run: Run, folder: RunFolder, quiet: bool, budget: float, since: float) -> None:
     """Train a new run to its end, in a new folder. budget: seconds from `since` on, or 0."""
-    folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
-    folder.log("start", settings=run.settings.as_dict())
     fit(run, folder, quiet)
     if budget:
         print(f"time budget {brief(budget)}: it took {brief(time.perf_counter() - since)}")

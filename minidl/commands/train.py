@@ -153,7 +153,6 @@ def try_everything(run: Run, folder: RunFolder, quiet: bool) -> None:
     runs.announce(run)
     run.settings = dataclasses.replace(run.settings.with_epochs(1), limit_train_batches=TRIAL_STEPS, time_budget=None)
     run.evaluation_limit = 1
-    folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
     try:
         fit(run, folder, quiet)
     except signals.Stop as stop:
