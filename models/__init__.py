@@ -77,11 +77,11 @@ def from_file(text: str) -> Any:
     if not file.endswith(".py"):
         return None
     path = Path(file)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"yours_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise UsageError(f"{text}: there is no file {file}")
     sys.path.append(str(path.parent.absolute()))
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     found = vars(module).get(name)
     if found is None:

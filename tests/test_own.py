@@ -20,11 +20,19 @@ from test_train import assert_refused, environment
 
 TRAIN = ["train", "--device", "cpu", "--dataset", "digits", "--epochs", "1", "--limit-train-batches", "3", "--quiet"]
 NETS = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from minidl import BatchNorm2d, Conv2d, GlobalAvgPool2d, Layer, Linear, ReLU, Sequential
 from parts import KERNEL
 
+@dataclass
+class Stem:
+    kernel: int = KERNEL
+
 def tiny(classes, width=4):
-    return Sequential(conv=Conv2d(3, width, KERNEL, stride=4, bias=False), norm=BatchNorm2d(width, relu=True),
+    return Sequential(conv=Conv2d(3, width, Stem().kernel, stride=4, bias=False), norm=BatchNorm2d(width, relu=True),
                       mean=GlobalAvgPool2d(), classifier=Linear(width, classes))
 
 def nothing(classes):
