@@ -16,7 +16,7 @@ from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
 from minidl.device import Array
 from minidl.errors import CheckpointError
-from minidl.layers import Layer
+from minidl.layer import Layer
 from minidl.wording import aligned, words
 
 LISTED = 5  # of the best and of the worst classes

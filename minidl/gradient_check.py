@@ -19,7 +19,7 @@ import numpy as np
 
 from minidl import signals
 from minidl.device import Array, Device, select
-from minidl.layers import Layer
+from minidl.layer import Layer
 
 LIMIT = 1e-6  # of relative errors; those of the differences themselves are near 1e-9
 STEP = 2.5e-4  # the smaller one, for values of about 1; the larger is twice that, and each reaches twice its length

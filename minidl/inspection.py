@@ -14,7 +14,7 @@ import numpy as np
 
 from minidl import signals
 from minidl.device import Array, Device
-from minidl.layers import Layer
+from minidl.layer import Layer
 
 # around(name of the layer, the layer, "forward" or "backward", the call, its arguments) -> what the call returns
 Around: TypeAlias = Callable[..., Any]

@@ -10,7 +10,7 @@ from types import TracebackType
 from minidl import blas
 from minidl.device import Device, pooled_bytes
 from minidl.errors import DeviceError
-from minidl.layers import Layer
+from minidl.layer import Layer
 from minidl.run import Run
 from minidl.settings import STORAGE
 from minidl.summary import summarize

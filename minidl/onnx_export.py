@@ -12,8 +12,9 @@ from minidl import __version__
 from minidl.atomic_file import FilePath, write_atomically
 from minidl.errors import UsageError
 from minidl.extras import library
-from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Layer,
-                           Linear, MaxPool2d, ReLU, Shape, ZeroPadChannels)
+from minidl.layer import Layer, Shape
+from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Linear,
+                           MaxPool2d, ReLU, ZeroPadChannels)
 from minidl.weights import Metadata
 
 OPSET, IR_VERSION = 17, 8  # of ONNX 1.12, 2022; a later IR is refused by runtimes that know the operators

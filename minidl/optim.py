@@ -11,7 +11,7 @@ import numpy as np
 
 from minidl.device import Array, array_module
 from minidl.errors import UsageError
-from minidl.layers import Parameters
+from minidl.layer import Parameters
 from minidl.ops import optimizer
 
 

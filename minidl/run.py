@@ -16,7 +16,7 @@ from minidl.data.dataset import Dataset
 from minidl.device import Array, Device
 from minidl.errors import CheckpointError, UsageError
 from minidl.kernels import acc_dtype, storage_dtype
-from minidl.layers import Layer
+from minidl.layer import Layer
 from minidl.parallel import ALONE, Team
 from minidl.settings import LONGEST_WARMUP, NORMALIZATIONS, ONECYCLE_WARMUP, STORAGE, Settings
 from minidl.training import Batch, Metrics, Trainer

@@ -12,7 +12,8 @@ import numpy as np
 from minidl.data.dataset import IMAGE_SHAPE
 from minidl.device import Device, select
 from minidl.kernels import acc_dtype, storage_dtype
-from minidl.layers import Conv2d, Layer, Shape
+from minidl.layer import Layer, Shape
+from minidl.layers import Conv2d
 from minidl.ops import conv
 from minidl.wording import aligned, megabytes
 

@@ -14,7 +14,7 @@ from minidl import blas, inspection, signals
 from minidl.data.batches import NO_AUGMENTATION, Augmentation, Batches
 from minidl.device import Array
 from minidl.errors import DivergedError
-from minidl.layers import Layer
+from minidl.layer import Layer
 from minidl.ops import augment, loss, optimizer as optimizer_op
 from minidl.optim import Average, Optimizer
 from minidl.parallel import ALONE, Team

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minidl.errors import UsageError
-from minidl.layers import Layer
+from minidl.layer import Layer
 from models import report, res2net, resnext, simplenet, wideresnet
 from models.architecture import Architecture, parse_options
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from minidl.errors import UsageError
-from minidl.layers import Layer
+from minidl.layer import Layer
 
 Choice = TypeVar("Choice", str, int, bool)
 

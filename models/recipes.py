@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minidl.errors import UsageError
-from minidl.layers import Layer
+from minidl.layer import Layer
 from models import find, report, res2net, resnext, simplenet, wideresnet
 
 Recipe = dict[str, Any]

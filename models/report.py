@@ -19,7 +19,8 @@ from __future__ import annotations
 from typing import Any
 
 from minidl.initializers import he_normal
-from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Layer, Linear, ReLU, Residual, Sequential
+from minidl.layer import Layer
+from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Residual, Sequential
 from models.architecture import Architecture, one_of
 from models.simplenet import simplenet
 from models.wideresnet import wide_resnet

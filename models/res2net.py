@@ -23,7 +23,8 @@ from __future__ import annotations
 from typing import Any
 
 from minidl.device import Array, empty
-from minidl.layers import Again, AvgPool2d, BatchNorm2d, Composition, Layer, Residual, Sequential, Tracer, Value
+from minidl.layer import Again, Composition, Layer, Tracer, Value
+from minidl.layers import AvgPool2d, BatchNorm2d, Residual, Sequential
 from minidl.ops import add
 from models.architecture import Architecture, one_of
 from models.resnext import bottleneck, conv, network_of_stages, shortcut_of_type

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from minidl.initializers import he_normal, zeros
-from minidl.layers import (AvgPool2d, BatchNorm2d, Conv2d, GlobalAvgPool2d, Layer, Linear, Residual, Sequential,
-                           ZeroPadChannels)
+from minidl.layer import Layer
+from minidl.layers import AvgPool2d, BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, Residual, Sequential, ZeroPadChannels
 from models.architecture import Architecture, one_of
 
 BLOCKS = 3                                    # of each stage

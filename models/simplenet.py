@@ -11,8 +11,8 @@ in the order conv - BN - ReLU - pool.
 import math
 
 from minidl.initializers import he_normal, xavier_uniform
-from minidl.layers import (BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalMaxPool2d, Layer, Linear, MaxPool2d, ReLU,
-                           Sequential)
+from minidl.layer import Layer
+from minidl.layers import BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Sequential
 from models.architecture import Architecture, one_of
 
 # version: (channels of layers 1..13, layers whose kernel is 1x1, rate of channel dropout after each pool)

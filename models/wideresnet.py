@@ -21,7 +21,8 @@ from __future__ import annotations
 from minidl import initializers
 from minidl.device import Array
 from minidl.initializers import he_normal, uniform, zeros
-from minidl.layers import BatchNorm2d, Composition, Conv2d, Dropout, GlobalAvgPool2d, Linear, Sequential, Tracer, Value
+from minidl.layer import Composition, Tracer, Value
+from minidl.layers import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Sequential
 from models.architecture import Architecture, one_of
 
 STAGES = ((16, 1), (32, 2), (64, 2))  # (width / k, stride of the first block)

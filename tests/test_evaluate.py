@@ -20,7 +20,7 @@ from minidl.data.dataset import Dataset
 from minidl.device import select
 from minidl.errors import CheckpointError, UsageError
 from minidl.evaluation import Evaluation, outputs
-from minidl.layers import Layer
+from minidl.layer import Layer
 from minidl.ops import loss
 from minidl.settings import resolve
 from models import recipes

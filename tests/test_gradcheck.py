@@ -11,7 +11,8 @@ import pytest
 from minidl import gradient_check, initializers, layers
 from minidl.commands.gradcheck import CASES
 from minidl.gradient_check import LIMIT, STEP, check, check_directions
-from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Layer, Linear, Parameter, ReLU, Sequential
+from minidl.layer import Layer, Parameter
+from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Sequential
 
 SHAPE = (3, 2, 4, 2)
 

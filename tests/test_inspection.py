@@ -9,8 +9,8 @@ import pytest
 
 import models
 from minidl import inspection
-from minidl.layers import (AvgPool2d, BatchNorm2d, Conv2d, GlobalAvgPool2d, Layer, Linear, MaxPool2d, ReLU, Residual,
-                           Sequential)
+from minidl.layer import Layer
+from minidl.layers import AvgPool2d, BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, MaxPool2d, ReLU, Residual, Sequential
 from minidl.optim import SGD
 from small_runs import ARGUMENTS, digests, few_digits, rows, train  # noqa: F401
 

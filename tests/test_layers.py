@@ -10,8 +10,9 @@ import pytest
 from minidl import initializers, layers
 from minidl.device import select
 from minidl.errors import CheckpointError, UsageError
-from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Composition, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d,
-                           Layer, Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
+from minidl.layer import Composition, Layer
+from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Linear,
+                           MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 from minidl.optim import SGD
 from reference import assert_close
 

@@ -11,7 +11,8 @@ from minidl import optim
 from minidl.errors import UsageError
 from minidl.host_build import OPS
 from minidl.kernels import storage_dtype
-from minidl.layers import BatchNorm2d, Conv2d, Parameter, Parameters, Sequential
+from minidl.layer import Parameter, Parameters
+from minidl.layers import BatchNorm2d, Conv2d, Sequential
 from minidl.ops import optimizer
 from reference import assert_close, tolerance
 

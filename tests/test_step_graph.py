@@ -10,7 +10,8 @@ import stand_in_gpu
 from conftest import CUPY
 from minidl import device, inspection
 from minidl.errors import DivergedError
-from minidl.layers import Layer, Sequential
+from minidl.layer import Layer
+from minidl.layers import Sequential
 from minidl.ops import optimizer as optimizer_op
 from minidl.parallel import Team
 from minidl.step_graph import StepGraph

@@ -14,8 +14,7 @@ import models
 from minidl import layers, optim
 from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
-from minidl.layers import (BatchNorm2d, Conv2d, GlobalAvgPool2d, GlobalMaxPool2d, Linear, MaxPool2d,
-                           Residual, Sequential)
+from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, GlobalMaxPool2d, Linear, MaxPool2d, Residual, Sequential
 from minidl.ops import dropout, loss
 from minidl.training import Batch, Trainer
 from reference import assert_close

@@ -20,8 +20,9 @@ from minidl.commands.arguments import MODEL_KWARGS
 from minidl.data.dataset import IMAGE_SHAPE
 from minidl.errors import UsageError, UserError
 from minidl.gradient_check import LIMIT, Result, check, check_directions
-from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Layer,
-                           Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
+from minidl.layer import Layer
+from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Linear,
+                           MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 
 CLASSES, BATCH = 10, 2  # of networks
 YOUR_SHAPE = (3, 4, 5, 2)  # (C, H, W, N) for a layer of a user

@@ -9,7 +9,7 @@ import models
 from minidl import weights
 from minidl.device import Device
 from minidl.errors import CheckpointError
-from minidl.layers import Layer, check_shapes
+from minidl.layer import Layer, check_shapes
 
 FREE_SIZE = 1_000_000  # parameters: a small file may name a large network, for which memory is taken only if it fits
 
