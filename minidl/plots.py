@@ -234,6 +234,9 @@ def lr_find(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[
 MAPS = {"output_zeros": "zeros of the output", "gradient_rms": "gradient of the output", "update_ratio": "update over weight"}
 
 
+FURTHEST = 1e4  # what is less than its share of the largest value is drawn as that: the last steps of a cosine are almost 0
+
+
 def layers_over_epochs(epochs: Sequence[int], statistics: Sequence[Mapping[str, Mapping[str, float]]], path: FilePath) -> Figure:
     """What `--inspect` saw: a map for each of MAPS, a row for each layer, a column for each of the epochs.
 
@@ -249,11 +252,12 @@ def layers_over_epochs(epochs: Sequence[int], statistics: Sequence[Mapping[str, 
             shares = key == "output_zeros"
             table = table if shares else np.where(table > 0, table, math.nan)
             seen = table[np.isfinite(table)]
-            low, high = (0, 1) if shares else (seen.min(), seen.max()) if seen.size else (1, 1)
+            high = 1 if shares or not seen.size else seen.max()
+            low = 0 if shares else max(seen.min(), high / FURTHEST) if seen.size else 0.1
             norm = colors.Normalize(low, high) if shares else colors.LogNorm(low, high if high > low else 10 * low)
             image = axes.pcolormesh(np.append(np.array(epochs) - 0.5, epochs[-1] + 0.5), np.arange(len(names) + 1) - 0.5, table,
                                     norm=norm, cmap="viridis")
-            bar = figure.colorbar(image, ax=axes, location="bottom", aspect=30)
+            bar = figure.colorbar(image, ax=axes, location="bottom", aspect=30, extend="min" if (seen < low).any() else "neither")
             bar.ax.tick_params(labelsize=SMALL)
             bar.ax.xaxis.set_major_locator(ticker.LinearLocator(3) if shares else ticker.LogLocator(numticks=4))
             bar.ax.xaxis.set_minor_locator(ticker.NullLocator())

@@ -351,6 +351,8 @@ def test_the_committed_records_can_be_read():
     runs = [plot.read(folder.parent) for folder in RECORDS.glob("*/metrics.csv")]
     assert len(runs) > 5 and {run.classes for run in runs} == {10, 100}
     assert all(0 < run.column("test_top1")[-1] < 1 for run in runs)
+    epochs, layers = plot.inspected(RECORDS / "simplenet-310k-cifar100-inspected-cpu")
+    assert epochs == list(range(1, 11)) and all("classifier" in rows for rows in layers)
 
 
 # ---- layers over epochs ------------------------------------------------------------------------------------------
