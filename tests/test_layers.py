@@ -237,7 +237,8 @@ def test_nothing_is_computed_before_it_is_initialized():
             (lambda: network.forward(x), "Parameter has no data"), (network.state_dict, "Parameter has no master"),
             (lambda: network.parameters, "Sequential has no parameters"), (lambda: network.conv.device, "Conv2d has no device"),
             (lambda: network.norm.running_var, "BatchNorm2d has no running_var"), (lambda: network.drop.forward(x), "Dropout has no step")):
-        with pytest.raises(RuntimeError, match=f"^this {missing} yet: call initialize\\(\\) of the whole network; its parts must be attributes"):
+        with pytest.raises(RuntimeError, match=f"^this {missing} yet: call initialize\\(\\) of the whole network; its parts must be "
+                                               "attributes, those in a list are not found$"):
             use()
     assert not hasattr(network, "parameters")
     with pytest.raises(AttributeError, match="^'Conv2d' object has no attribute 'shape'$"):
