@@ -28,7 +28,7 @@ import test_models
 import test_optimizer
 import test_pooling
 from conftest import MACHINES, Target, active
-from minidl import host_build, layers, optim
+from minidl import host_build, layer, layers, optim
 from minidl.host_build import OPS
 from minidl.kernels import KernelFault, Kernels, launch_settings
 from minidl.ops import batchnorm, conv, conv_product, conv_tensor_core, linear, winograd
@@ -517,7 +517,7 @@ BUGS = [
         average),
     Bug("average: not of the running statistics", optim.Average.update,
         "optimizer.average(self.buffers, self.parameters.buffers, self.state, self.decay)", "pass", average),
-    Bug("average: running statistics left in their layers", layers.Parameters.gather_buffers, "setattr(layer, name, view)",
+    Bug("average: running statistics left in their layers", layer.Parameters.gather_buffers, "setattr(layer, name, view)",
         "pass", average),
     Bug("average: not cast to the type of storage", optim.Average._give, "self.parameters.cast()", "pass", swap),
 
