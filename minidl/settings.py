@@ -152,7 +152,7 @@ class Settings:
             if value is not None or spec.default is not None:
                 object.__setattr__(self, name, _checked(name, value, spec))
         for name in NEEDED:
-            if not getattr(self, name) and getattr(self, name) != 0:
+            if getattr(self, name) in (None, ""):
                 raise UsageError(f"{name} must be set")
         own = known_to(self.optimizer)
         for name in HYPERPARAMETERS[1:]:

@@ -13,7 +13,7 @@ _EXIT_CODES = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}
 NUMBERS = tuple(_EXIT_CODES)
 SETTLE_SECONDS = 0.5
 _asked: list[int] = []  # signals that came
-_last = 0.0  # when the first of them, or one right after it, came
+_first = 0.0  # when the first of them came
 
 
 class Stop(BaseException):
@@ -48,14 +48,13 @@ def obey() -> None:
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    global _last
+    global _first
     now = time.monotonic()
-    if _asked and now - _last >= SETTLE_SECONDS:
-        os._exit(_EXIT_CODES[signal.Signals(number)])
-    if not _asked and number == signal.SIGINT:
-        with contextlib.suppress(OSError):
-            if os.isatty(2):  # print might be in the middle of another
-                os.write(2, b"\nstopping after this step; Ctrl-C again: at once, without saving\n")
     if not _asked:
-        _last = now
-    _asked.append(number)
+        _asked.append(number)
+        _first = now
+        with contextlib.suppress(OSError):
+            if number == signal.SIGINT and os.isatty(2):  # by os.write, as print might be in the middle of another
+                os.write(2, b"\nstopping as soon as nothing is half done; Ctrl-C again: at once, without saving\n")
+    elif now - _first >= SETTLE_SECONDS:
+        os._exit(_EXIT_CODES[signal.Signals(number)])

@@ -14,7 +14,8 @@ from minidl.layer import Layer
 from models import report, res2net, resnext, simplenet, wideresnet
 from models.architecture import Architecture, parse_options
 
-__all__ = ["ALIASES", "REGISTRY", "create", "find", "from_file", "named", "parse_options", "register"]
+__all__ = ["ALIASES", "REGISTRY", "create", "find", "from_file", "named", "parse_options", "register",
+           "register_found"]
 
 REGISTRY: dict[str, Architecture] = {
     **simplenet.ARCHITECTURES, **resnext.ARCHITECTURES, **res2net.ARCHITECTURES, **wideresnet.ARCHITECTURES,
@@ -60,13 +61,16 @@ def register(name: str, builder: Callable[..., Layer]) -> None:
 def named(text: str) -> str:
     """What a user calls an architecture -> its full name. FILE.py:FUNCTION is one of the user's, which is registered by its
     own name. Raises UsageError as `find`, and for what is no such function."""
-    builder = from_file(text)
-    if builder is None:
-        return find(text)[0]
-    if not inspect.isfunction(builder):
+    found = from_file(text)
+    return find(text)[0] if found is None else register_found(text, found)
+
+
+def register_found(text: str, found: Any) -> str:
+    """What `from_file` found by the text -> its name, by which it is registered. Raises UsageError where it is no function."""
+    if not inspect.isfunction(found):
         raise UsageError(f"{text} is not a function (classes) -> Layer")
     name = text.rpartition(":")[2]
-    register(name, builder)
+    register(name, found)
     return name
 
 

@@ -75,6 +75,8 @@ def test_an_architecture_of_a_file_is_one_of_all_commands(folder):
         assert_refused(minidl(folder, *command), 2, "unknown architecture 'tiny': ", "one of yours is named with its file, --arch ")
     evaluated = minidl(folder, "eval", "it", *arch, "--device", "cpu")
     assert (evaluated.returncode, evaluated.stderr) == (0, "") and evaluated.stdout.startswith("tiny on the 360 test images")
+    for command in ("eval", "it"), ("predict", "it", "x.png"):
+        assert_refused(minidl(folder, *command, "--arch", "wrn-10-1"), 2, "--arch wrn-10-1: only a network of yours is named here")
     resumed = minidl(folder, "train", "--resume", "it", *arch, "--epochs", "2", "--override")
     assert (resumed.returncode, resumed.stderr) == (0, "") and "going on after 1 epoch and 0 steps of 3" in resumed.stdout
     shared = minidl(folder, *TRAIN, *arch, "--ranks", "2", "-o", "shared")

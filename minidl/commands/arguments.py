@@ -31,9 +31,14 @@ def add_own_architecture(parser: argparse.ArgumentParser) -> None:
 
 
 def know(arch: str | None) -> None:
-    """Register the user's architecture, if there is one, so that a file of weights may name it."""
-    if arch is not None:
-        models.named(arch)
+    """Register the user's architecture, if there is one, so that a file of weights may name it. Raises UsageError for a name of
+    minidl's, which would have no effect: the file says which network its weights belong to."""
+    if arch is None:
+        return
+    found = models.from_file(arch)
+    if found is None:
+        raise UsageError(f"--arch {arch}: only a network of yours is named here, FILE.py:FUNCTION; of others the file says what it is")
+    models.register_found(arch, found)
 
 
 def new_file(path: Path, flag: str = "-o") -> Path:

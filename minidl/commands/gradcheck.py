@@ -132,7 +132,7 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case, Callable[..., list
     yours = models.from_file(args.name)
     if isinstance(yours, type) and issubclass(yours, Layer):
         return [(yours.__name__, Case("yours", yours, YOUR_SHAPE), check)]
-    name, architecture = models.find(models.named(args.name))
+    name, architecture = models.find(args.name if yours is None else models.register_found(args.name, yours))
     network = architecture.create(CLASSES, models.parse_options(args.model_kwargs))
     return [(name, Case("random directions", lambda: network, (*IMAGE_SHAPE, BATCH)), check_directions)]
 
