@@ -153,15 +153,22 @@ def kernels(path):
 
 
 def of_a_step(rows):
-    """Milliseconds of each kind of kernel in a training step of each network."""
+    """Milliseconds of each kind of kernel in a training step of each network, and how near the copy's speed come those that
+    memory bounds, all together."""
+    rows = [row for row in rows if not row["also_in"]]
     networks = list(dict.fromkeys(name for row in rows for name in row["occurrences"]))
-    kinds = grouped([row for row in rows if not row["also_in"]], "kind")
+    bound_by_memory = [row for row in rows if row["bound"] == "memory"]
 
-    def milliseconds(group, network):
-        return sum(row["median_us"] * row["occurrences"].get(network, 0) for row in group) / 1e3
+    def milliseconds(group, network, key=lambda row: 1):
+        return sum(row["median_us"] * key(row) * row["occurrences"].get(network, 0) for row in group) / 1e3
 
-    body = [(kind, *(f"{milliseconds(group, network):,.1f}" for network in networks)) for kind, group in kinds.items()]
-    body.append(("all", *(f"{sum(milliseconds(group, network) for group in kinds.values()):,.1f}" for network in networks)))
+    def share(network):
+        return (milliseconds(bound_by_memory, network, lambda row: row["share_of_ceiling"])
+                / milliseconds(bound_by_memory, network))
+
+    groups = grouped(rows, "kind") | {"all": rows}
+    body = [(kind, *(f"{milliseconds(group, network):,.1f}" for network in networks)) for kind, group in groups.items()]
+    body.append(("what memory bounds, % of ceiling", *(f"{100 * share(network):.0f}" for network in networks)))
     return ("Milliseconds of a training step, each kernel's median times how often the step has it:\n\n"
             + table(["kind", *networks], body))
 
