@@ -71,19 +71,27 @@ def picture(path: FilePath, width: float, height: float, layout: str | None = "c
 
 @dataclass(frozen=True)
 class History:
-    """What is drawn of a run. history: rows of its metrics.csv, {column: number as text}; classes: of its data, if known."""
+    """What is drawn of a run. history: rows of its metrics.csv, {column: number as text}; classes: of its data, if known;
+    other_seeds: the rows of the same run with each other seed."""
 
     name: str
     history: Sequence[Mapping[str, str]]
     classes: int | None = None
+    other_seeds: Sequence[Sequence[Mapping[str, str]]] = ()
 
-    def column(self, name: str) -> list[float]:
-        """One number per epoch, NaN where there is none."""
-        return [float(row.get(name) or "nan") for row in self.history]
+    def column(self, name: str) -> Array:
+        """(seeds, epochs), as many as all seeds have; NaN where there is no number."""
+        return np.array([[float(row.get(name) or "nan") for row in epoch]
+                         for epoch in zip(self.history, *self.other_seeds)]).T
+
+    def means(self, name: str) -> Array:
+        """(epochs): of all seeds."""
+        return np.mean(self.column(name), axis=0)
 
 
 def curves(runs: Sequence[History], path: FilePath) -> Figure:
-    """Loss, top-1 and learning rate over the epochs, a colour for each of the runs; its last test top-1 is named."""
+    """Loss, top-1 and learning rate over the epochs, a colour for each of the runs; its last test top-1 is named. Of a run
+    with several seeds the mean, and a band from the least to the greatest."""
     runs = [dataclasses.replace(run, name=_printable(run.name)) for run in runs]
     legend_columns = max(1, 120 // (8 + max(len(run.name) for run in runs)))
     legend_lines = -(-len(runs) // legend_columns)
@@ -126,15 +134,20 @@ def _colours(count: int) -> Sequence[Any]:
 
 def _line(axes: Axes, run: History, column: str, **style: Any) -> None:
     """Draw a column over the epochs, where it has finite numbers."""
-    points = [(epoch, value) for epoch, value in zip(run.column("epoch"), run.column(column)) if math.isfinite(value)]
-    if points:
-        marker = "o" if len(points) <= 10 else None  # a single point is no line
-        axes.plot(*zip(*points), marker=marker, markersize=3, **style)
+    values = run.column(column)
+    known = np.isfinite(values).all(axis=0)
+    if known.any():
+        epochs, values = run.means("epoch")[known], values[:, known]
+        marker = "o" if len(epochs) <= 10 else None  # a single point is no line
+        axes.plot(epochs, np.mean(values, axis=0), marker=marker, markersize=3, **style)
+        if len(values) > 1:
+            axes.fill_between(epochs, np.min(values, axis=0), np.max(values, axis=0), color=style["color"], alpha=0.15,
+                              linewidth=0)
 
 
 def _frame(axes: Axes, title: str, most: float = math.inf) -> None:
-    """Title, and limits from 0 to the highest line, or to `most`."""
-    highest = max((float(np.max(line.get_ydata())) for line in axes.lines), default=0.0)
+    """Title, and limits from 0 to the highest that is drawn, or to `most`."""
+    highest = axes.dataLim.ymax if axes.lines else 0.0
     axes.set(title=title, xlabel="epoch", ylim=(0, min(1.05 * highest, most) or 1))
     axes.xaxis.set_major_locator(library("matplotlib.ticker", "plot").MaxNLocator(6, integer=True, min_n_ticks=1))
 
@@ -142,7 +155,7 @@ def _frame(axes: Axes, title: str, most: float = math.inf) -> None:
 def _name_last(axes: Axes, runs: Sequence[History], colours: Sequence[Any]) -> None:
     """Write the last test top-1 of each run beside the axes, as near to its height as the others allow."""
     highest = axes.get_ylim()[1]
-    last = sorted((value, index) for index, run in enumerate(runs) if math.isfinite(value := run.column("test_top1")[-1]))
+    last = sorted((value, index) for index, run in enumerate(runs) if math.isfinite(value := run.means("test_top1")[-1]))
     for (value, index), y in zip(last, spread([value for value, _ in last], 0.06 * highest, 0.02 * highest, highest)):
         axes.annotate(f"{value:.1%}", (1, y), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
                       va="center", color=colours[index], fontsize=8)

@@ -25,6 +25,7 @@ from minidl.errors import CheckpointError, UsageError
 from minidl.extras import library
 from minidl.wording import warn
 
+SEED = "seed-"  # the name of a folder begins so, where there are several seeds, and ends with the seed
 COLUMNS = ("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "images_per_second", "seconds")
 
 

@@ -1,6 +1,7 @@
 """What people read: numbers, names, tables and warnings."""
 
 import contextlib
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -31,6 +32,12 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 def percent(share: str | float) -> str:
     """0.4512 -> "45.12%"."""
     return f"{float(share):.2%}"
+
+
+def percents(shares: Sequence[float]) -> str:
+    """Of several seeds: [0.44, 0.46] -> "45.00% +- 1.41", mean and standard deviation; of one: "44.00%"."""
+    deviation = f" +- {100 * statistics.stdev(shares):.2f}" if len(shares) > 1 else ""
+    return percent(statistics.mean(shares)) + deviation
 
 
 def rate_text(lr: float) -> str:

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_limits(tmp_path):
     loss, top1, _ = plots.curves([plots.History("it", exploded, 100)], tmp_path / "it.png").axes
     assert loss.get_ylim() == (0, pytest.approx(1.5 * math.log(100))), "the others can still be seen"
     assert top1.get_ylim() == (0, 1.02)
+
+
+def test_several_seeds_are_their_mean_and_a_band(tmp_path):
+    seeds = [history(epochs, top1) for epochs, top1 in ((12, 0.5), (11, 0.6), (30, 0.9))]
+    for row, value in zip(seeds[1], ("nan", "0.99")):
+        row["test_top1"] = value
+    run = plots.History("seeds", seeds[0], other_seeds=seeds[1:])
+    top1 = plots.curves([run, plots.History("one", history(11, 0.55))], tmp_path / "it.png").axes[1]
+    values = [[float(row["test_top1"]) for row in rows[1:11]] for rows in seeds]  # not of the first epoch, which a seed lacks
+    line, (train, test) = top1.lines[1], top1.collections
+    assert list(line.get_xdata()) == list(range(2, 12)), "as far as all seeds have come"
+    assert list(line.get_ydata()) == pytest.approx([sum(column) / 3 for column in zip(*values)])
+    corners = test.get_paths()[0].vertices
+    for epoch, column in zip(range(2, 12), zip(*values)):
+        assert {*corners[corners[:, 0] == epoch, 1]} == {min(column), max(column)}
+    assert to_hex(test.get_facecolor()[0][:3]) == to_hex(line.get_color())
+    assert top1.get_ylim()[1] == pytest.approx(min(1.05 * corners[:, 1].max(), 1.02)), "the band counts"
+    assert f"{line.get_ydata()[-1]:.1%}" in texts(top1)
 
 
 def test_what_is_missing_is_not_drawn(tmp_path):
@@ -341,16 +360,23 @@ def test_what_is_not_a_run(make_run):
             call(path)
 
 
-def test_the_folder_of_several_seeds(make_run):
-    (make_run("it", "").parent / "summary.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"^\. holds the runs of several seeds: name them, as in \./seed-\*$"):
+def test_the_folder_of_several_seeds(make_run, capsys):
+    """Also where the last has not come as far."""
+    third = "3,0.01,3.1,0.2,3.5,0.75,0.9\n"
+    for seed, rows in {7: ROWS + third, 8: ROWS.replace("0.25", "0.35") + third, 10: ROWS.replace("0.25", "0.45")}.items():
+        folder = make_run(f"seed-{seed}", HEAD + rows)
+    (folder.parent / "seed-11").mkdir()
+    call(".")
+    assert re.fullmatch(r"run +epochs +test top-1\n.+ 2 +35\.00% \+- 10\.00\npicture: curves.png\n", capsys.readouterr().out)
+    (folder / "metrics.csv").write_text(HEAD)
+    with pytest.raises(CheckpointError, match="seed-10/metrics.csv cannot be read: no epoch is complete yet"):
         call(".")
 
 
 def test_the_committed_records_can_be_read():
     runs = [plot.read(folder.parent) for folder in RECORDS.glob("*/metrics.csv")]
     assert len(runs) > 5 and {run.classes for run in runs} == {10, 100}
-    assert all(0 < run.column("test_top1")[-1] < 1 for run in runs)
+    assert all(0 < run.means("test_top1")[-1] < 1 for run in runs)
     epochs, layers = plot.inspected(RECORDS / "simplenet-310k-cifar100-inspected-cpu")
     assert epochs == list(range(1, 11)) and all("classifier" in rows for rows in layers)
 

@@ -1,6 +1,7 @@
 """Draw loss, accuracy and learning rate of runs, also of runs that are not finished.
 
-The accuracy in the table is that of the last epoch. The best test epoch is not shown: the test set must not choose it.
+The accuracy in the table is that of the last epoch; of several seeds mean and standard deviation, after the last that all of
+them have. The best test epoch is not shown: the test set must not choose it.
 """
 
 import argparse
@@ -13,13 +14,14 @@ from pathlib import Path
 from minidl import data, plots
 from minidl.commands.arguments import new_file
 from minidl.errors import CheckpointError, UsageError
-from minidl.wording import aligned
+from minidl.run_folder import SEED
+from minidl.wording import aligned, percents
 
 PICTURE, LAYERS = "curves.png", "layers.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several seeds")
     parser.add_argument("--inspect", action="store_true",
                         help=f"of one run with --inspect: a map of its layers over the epochs, {LAYERS}")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE",
@@ -41,15 +43,21 @@ def main(args: argparse.Namespace) -> None:
     runs = [read(folder) for folder in args.runs]
     plots.curves(runs, output)
     print(aligned([("run", "epochs", "test top-1"), *(
-        (run.name, str(len(run.history)), f"{run.column('test_top1')[-1]:.2%}") for run in runs)], left=1))
+        (run.name, str(len(run.means("epoch"))), percents(run.column("test_top1")[:, -1].tolist())) for run in runs)], left=1))
     print(f"picture: {output}")
 
 
 def read(folder: Path) -> plots.History:
-    """What a run has recorded so far. Raises CheckpointError with the reason where that cannot be read, or is nothing."""
+    """What a run, or all seeds of one, recorded so far. Raises CheckpointError with the reason where that cannot be read, or is
+    nothing."""
+    seeds = sorted(path.parent for path in folder.glob(f"{SEED}*/metrics.csv"))
+    first, *others = seeds if seeds and not (folder / "metrics.csv").exists() else [folder]
+    return plots.History(folder.resolve().name, _history(first), _classes(first), [_history(seed) for seed in others])
+
+
+def _history(folder: Path) -> list[dict[str, str]]:
+    """The rows of its metrics.csv. Raises CheckpointError as `read`."""
     path = folder / "metrics.csv"
-    if (folder / "summary.json").exists() and not path.exists():
-        raise CheckpointError(f"{folder} holds the runs of several seeds: name them, as in {folder}/seed-*")
     try:
         text = path.read_text(encoding="utf-8-sig")
         complete = text[:text.rfind("\n") + 1]  # the last line may be in the making
@@ -60,7 +68,7 @@ def read(folder: Path) -> plots.History:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error)[:200]}") from None
-    return plots.History(folder.resolve().name, history, _classes(folder))
+    return history
 
 
 def inspected(folder: Path) -> tuple[list[int], list[dict[str, dict[str, float]]]]:

@@ -15,9 +15,9 @@ from minidl.atomic_file import write_atomically
 from minidl.commands import runs
 from minidl.errors import UsageError
 from minidl.run import Run
-from minidl.run_folder import RunFolder
+from minidl.run_folder import SEED, RunFolder
 from minidl.settings import Settings
-from minidl.wording import percent
+from minidl.wording import percents
 
 
 def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
@@ -32,7 +32,7 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     for seed in range(chosen.seed, chosen.seed + args.runs):
         print(f"seed {seed}")
         try:
-            run = train_seed(parent / f"seed-{seed}", dataclasses.replace(chosen, seed=seed), args.quiet)
+            run = train_seed(parent / f"{SEED}{seed}", dataclasses.replace(chosen, seed=seed), args.quiet)
         except signals.Stop as stop:
             raise signals.Stop(stop.exit_code, f"{stop}, or with all seeds: the same command with -o {parent}") from None
         chosen = dataclasses.replace(run.settings, seed=chosen.seed)  # what a time budget came to holds for all
@@ -41,9 +41,8 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
     found = {name: {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
              for name, values in results.items()}
     write_atomically(parent / "summary.json", lambda file: file.write(json.dumps(found, indent=2).encode() + b"\n"))
-    top1, top5 = (f"{percent(statistics.mean(results[name]))} +- {100 * statistics.stdev(results[name]):.2f}"
-                  for name in ("test_top1", "test_top5"))
-    print(f"{args.runs} seeds, mean +- standard deviation: test top-1 {top1}, top-5 {top5}")
+    print(f"{args.runs} seeds, mean +- standard deviation: test top-1 {percents(results['test_top1'])}, "
+          f"top-5 {percents(results['test_top5'])}")
     print(f"folder: {parent}")
 
 
