@@ -162,7 +162,8 @@ def test_networks_with_settings_of_their_own():
 
 
 def test_settings_that_may_change():
-    sentence = section("Stop and go on").partition("A run keeps its settings.")[2].partition("may\n  change")[0]
+    text = " ".join(section("Stop and go on").split())
+    sentence = text.partition("A run keeps its settings.")[2].partition("may change")[0]
     # That a time budget is over when a run goes on is another matter.
     assert in_backticks(sentence) | {"time_budget"} == {name for name, spec in settings.FIELDS.items() if spec.free}
 
