@@ -23,6 +23,7 @@ from minidl.data import cifar, download
 from minidl.data.cifar import CIFAR10, CIFAR100
 from minidl.errors import DataError
 from test_data import BINARY, PYTHON, Copy, assert_holds, md5, needs_posix, stranger
+from test_train import Started
 
 SECONDS = 60  # that nothing here needs, on the busiest machine
 LOAD = "import pickle, sys; from minidl.data import cifar; cifar.load(pickle.load(open(sys.argv[1], 'rb')), sys.argv[2:])"
@@ -321,9 +322,8 @@ def test_name_server_that_does_not_answer(mirrors, tmp_path, monkeypatch):
 
 def command(*arguments, **variables):
     """`python -m minidl data` in a process of its own."""
-    return subprocess.Popen([sys.executable, "-m", "minidl", "data", *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, **variables},
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    return Started([sys.executable, "-m", "minidl", "data", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                   env={**os.environ, **variables})
 
 
 def test_command_offline(tmp_path):

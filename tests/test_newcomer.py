@@ -15,7 +15,7 @@ import pytest
 
 from minidl import host_build
 from test_bench_command import copy_of_sources
-from test_train import SECONDS, assert_refused, ctrl_c
+from test_train import SECONDS, Started, assert_refused
 
 CIFAR100 = os.environ.get("MINIDL_TEST_CIFAR100")
 SMALL = ("--arch", "wrn-10-1", "--dataset", "digits", "--device", "cpu", "--limit-train-batches", "4")
@@ -45,9 +45,7 @@ def start(site, tmp_path, monkeypatch):
     environment.pop("MINIDL_DATA", None)
 
     def start(*arguments):
-        with ctrl_c():
-            return subprocess.Popen([site / "bin" / "minidl", *arguments], env=environment, stdout=subprocess.PIPE,
-                                    stderr=subprocess.PIPE, encoding="utf-8")
+        return Started([site / "bin" / "minidl", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     return start
 

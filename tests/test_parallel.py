@@ -22,7 +22,7 @@ from minidl.nvidia_driver import Driver, Gpu
 from minidl.parallel import ALONE, Team
 from minidl.training import Batch, Trainer, evaluate
 from small_runs import main
-from test_train import DIGITS, SECONDS, environment, rows, start, train
+from test_train import DIGITS, SECONDS, Started, environment, rows, start, train
 
 TESTS = Path(__file__).parent
 BATCH_SIZE = 7  # which neither 2 nor 3 divide
@@ -79,7 +79,7 @@ def launch(work, size, folder, **settings):
             f"if __name__ == '__main__':\n    sys.exit(parallel.launch({size}, test_parallel.{work.__name__}, {str(folder)!r}))\n")
     script = folder / f"launch_{work.__name__}_{size}.py"
     script.write_text(code)
-    return subprocess.Popen([sys.executable, script], env=environment(), stderr=subprocess.PIPE, encoding="utf-8", **settings)
+    return Started([sys.executable, script], env=environment(), stderr=subprocess.PIPE, **settings)
 
 
 def results(work, size, norm, folder):

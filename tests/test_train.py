@@ -51,6 +51,19 @@ def ctrl_c():
         signal.signal(number, handler)
 
 
+class Started(subprocess.Popen):
+    """A process that Ctrl-C ends, and for which no test waits that has failed."""
+
+    def __init__(self, command, **settings):
+        with ctrl_c():
+            super().__init__(command, encoding="utf-8", **settings)
+
+    def __exit__(self, error, *traceback):
+        if error:
+            self.kill()
+        super().__exit__(error, *traceback)
+
+
 def python(folder, *arguments, stdout=subprocess.PIPE, **changes):
     """Run `python *arguments` in `folder` and wait for it."""
     with ctrl_c():
@@ -65,9 +78,7 @@ def train(folder, *arguments, **settings):
 
 def start(folder, *arguments, **settings):
     """Start `python train.py *arguments` in `folder`."""
-    with ctrl_c():
-        return subprocess.Popen([sys.executable, TRAIN, *arguments], cwd=folder, env=environment(), stdout=subprocess.PIPE,
-                                encoding="utf-8", **settings)
+    return Started([sys.executable, TRAIN, *arguments], cwd=folder, env=environment(), stdout=subprocess.PIPE, **settings)
 
 
 def assert_refused(result, code, *texts):
