@@ -113,8 +113,8 @@ def _conclude(run: Run, folder: RunFolder) -> None:
         print(f"best on validation ({percent(run.best[1])}), epoch {run.best[0]}: test top-1 {percent(best['test_top1'])}, "
               f"top-5 {percent(best['test_top5'])}")
     folder.draw_curves(run.history, len(run.train_set.classes))
-    for file in (checkpoint.LAST, checkpoint.BEST):
-        if reason := folder.troubles.get(file):
+    for reason in (folder.troubles.get(checkpoint.LAST), run.best_lost):
+        if reason:
             raise CheckpointError(f"the run is at its end, but {reason}")
 
 

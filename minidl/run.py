@@ -27,7 +27,8 @@ class Run:
     """network: not initialized yet, else ValueError. Stands before its first step; `load` takes it elsewhere.
 
     epoch, step: how many epochs are done, and how many steps of the next one; history: {column: text} for each epoch done;
-    best: the epoch with the best validation accuracy, and that accuracy, or None; seconds: of work before this process.
+    best: the epoch with the best validation accuracy, and that accuracy, or None; best_lost: why its weights are in no file, "" if
+    they are; seconds: of work before this process.
     start: weights to begin with, {name: array}, as far as they fit, or None; fresh: then the names of those that began at random.
     What a trial changes: repeats, how often an epoch goes over the images; evaluation_limit, of batches, None for all.
     """
@@ -41,6 +42,7 @@ class Run:
         self.epoch = self.step = 0
         self.history: list[dict[str, str]] = []
         self.best: tuple[int, float] | None = None
+        self.best_lost = ""
         self.seconds = 0.0
 
         train_set, test_set = (_normalized(dataset, settings.normalize) for dataset in (train_set, test_set))
@@ -156,7 +158,7 @@ class Run:
             arrays |= {f"weights/{name}": array for name, array in self.network.state_dict().items()}
         progress: dict[str, Any] = {
             "settings": self.settings.as_dict(), "epoch": self.epoch, "step": self.step, "history": self.history,
-            "best": self.best, "seconds": self.seconds, "repeats": self.repeats}
+            "best": self.best, "best_lost": self.best_lost, "seconds": self.seconds, "repeats": self.repeats}
         return Checkpoint(state, arrays, self.about(), progress)
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -179,6 +181,7 @@ class Run:
         self.epoch, self.step = progress["epoch"], min(progress["step"], self.steps_per_epoch)  # larger batches are fewer
         self.history = list(progress["history"])
         self.best = tuple(progress["best"]) if progress.get("best") else None  # JSON has no tuples
+        self.best_lost = progress.get("best_lost", "")
         self.seconds = progress.get("seconds", 0.0)
 
     @contextlib.contextmanager

@@ -62,6 +62,7 @@ class Saver:
         """Write best.npz now. Raises DivergedError as `save` does."""
         if self.run.team.rank == 0:
             self.folder.save_best(self._checkpoint())
+            self.run.best_lost = self.folder.troubles.get(checkpoint.BEST, "")
 
     @property
     def saved(self) -> bool:

@@ -244,14 +244,18 @@ def test_a_signal_while_the_disk_is_full(few_digits, tmp_path):
 
 
 def test_best_weights_that_cannot_be_written(few_digits, tmp_path):
-    """They are never improved on, so that they are not there in the end."""
+    """They are never improved on, so that they are not there in the end, also where another process comes to it."""
     def patch():
         at_step(1, limit_files(3000))()
         at_step(STEPS + 1, limit_files(resource.RLIM_INFINITY))()
 
-    result = train(tmp_path, *ARGUMENTS, "--val-split", 8, "--lr", "1e-9", "-o", "it", before=patch)
-    assert_refused(result, 5, "the run is at its end, but it/best.npz cannot be written: File too large")
+    arguments, lost = (*ARGUMENTS, "--val-split", 8, "--lr", "1e-9", "-o"), "best.npz cannot be written: File too large"
+    result = train(tmp_path, *arguments, "it", before=patch)
+    assert_refused(result, 5, f"the run is at its end, but it/{lost}")
     assert checkpoint.load(tmp_path / "it")[0].progress["epoch"] == 3 and not (tmp_path / "it" / "best.npz").exists()
+    stopped = train(tmp_path, *arguments, "stopped", before=lambda: (patch(), at_step(STEPS + 2, send(signal.SIGTERM))()))
+    assert_refused(stopped, 143, f"warning: stopped/{lost}; the run goes on", "and saved after 1 epoch and 2 steps")
+    assert_refused(train(tmp_path, "--resume", "stopped"), 5, f"the run is at its end, but stopped/{lost}")
 
 
 @contextlib.contextmanager
