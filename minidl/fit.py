@@ -25,6 +25,8 @@ def fit(run: Run, folder: RunFolder, quiet: bool = False) -> None:
     if run.epoch == run.step == 0:
         folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
         folder.log("start", settings=run.settings.as_dict())
+    else:
+        folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left
     if run.settings.tensorboard:
         folder.start_tensorboard()
     progress = Progress(run.settings.epochs, run.val_batches is not None, quiet)

@@ -178,6 +178,11 @@ def test_a_run_of_own_network_and_data(registry, rng, tmp_path, monkeypatch, cap
     again = new_run()
     again.load(checkpoint.load(Path("it"))[0])
     assert again.finished and again.history == run.history
+    killed = new_run()
+    killed.load(checkpoint.load(Path("it/last.previous.npz"))[0])
+    fit(killed, run_folder.RunFolder(Path("it")), quiet=True)
+    epochs = [line.partition(",")[0] for line in Path("it/metrics.csv").read_text().splitlines()]
+    assert epochs == ["epoch", "1", "2"], "the second, which was done again, is there once"
     with pytest.raises(UsageError, match='^the data is that of a program, which must give it: see "Your own" in docs/guide.md$'):
         data.load(data.OWN)
 

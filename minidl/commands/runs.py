@@ -119,7 +119,6 @@ def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE
     folder = RunFolder(path if path.is_dir() else path.parent) if team.rank == 0 else NoFolder()
     if team.rank == 0 and checkpoint.load(path)[0].progress != saved.progress:
         raise UsageError(f"{path}: another process went on with this run meanwhile; try again")
-    folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left
     if chosen.as_dict() != saved.progress["settings"] and not run.finished:
         with folder.survives("config.toml"):
             folder.write_settings(chosen.as_toml(), run_folder.environment(run.place))
@@ -129,6 +128,7 @@ def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE
 def go_on(run: Run, folder: RunFolder, quiet: bool) -> None:
     """Train a reopened run to its end."""
     if run.finished:
+        folder.write_metrics(run.history)  # its process may have been killed before it came to that
         print(f"{folder.path} is finished: {counted(run.epoch, 'epoch')} of {run.settings.epochs}, test top-1 "
               f"{percent(run.history[-1]['test_top1'])}")
         return
