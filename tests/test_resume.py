@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minidl import checkpoint, data, optim, run_folder, signals, weights
+from minidl import checkpoint, data, optim, plots, run_folder, signals, weights
 from minidl.ops import optimizer
 from minidl.run import Run
 from minidl.settings import Settings
@@ -352,6 +352,16 @@ def test_a_finished_run_says_so(stopped):
     assert other.returncode == 0 and content(stopped) == before, "it says how it was trained"
     more = train(stopped.parent, "--resume", "it", "--epochs", 4, "--override")
     assert more.returncode == 0 and len(rows(stopped)) == 4
+
+
+def test_curves_that_a_run_was_killed_before(stopped):
+    def draw(call):
+        return lambda: setattr(plots, "curves", lambda runs, path: call(path))
+
+    assert train(stopped.parent, "--resume", "it", before=draw(send(signal.SIGKILL))).returncode == -signal.SIGKILL
+    assert not (stopped / "curves.png").exists()
+    result = train(stopped.parent, "--resume", "it", before=draw(Path.touch))
+    assert "it is finished: 3 epochs of 3" in result.stdout and (stopped / "curves.png").exists()
 
 
 @pytest.mark.parametrize("name", ["last.npz", "last.previous.npz"])

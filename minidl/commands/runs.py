@@ -128,7 +128,10 @@ def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE
 def go_on(run: Run, folder: RunFolder, quiet: bool) -> None:
     """Train a reopened run to its end."""
     if run.finished:
-        folder.write_metrics(run.history)  # its process may have been killed before it came to that
+        # Its process may have been killed before it came to these.
+        folder.write_metrics(run.history)
+        if not (folder.path / "curves.png").exists():
+            folder.draw_curves(run.history, len(run.train_set.classes))
         print(f"{folder.path} is finished: {counted(run.epoch, 'epoch')} of {run.settings.epochs}, test top-1 "
               f"{percent(run.history[-1]['test_top1'])}")
         return
