@@ -112,10 +112,13 @@ class RunFolder:
             write_atomically(self.path / "metrics.csv", lambda file: file.write(_csv(history, header=True).encode()))
 
     def log(self, event: str, **values: Any) -> None:
-        """Append an event to events.jsonl, which nothing is ever taken from."""
-        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **values})
-        with self.survives("events.jsonl"), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Append an event to events.jsonl, which nothing is ever taken from: what a kill or a full disk has cut off stays a line."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **values}) + "\n"
+        with self.survives("events.jsonl"), (self.path / "events.jsonl").open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            cut_off = file.read() not in (b"", b"\n")
+            file.write((b"\n" if cut_off else b"") + line.encode())
 
     def save(self, state: checkpoint.Checkpoint) -> None:
         """last.npz, whole or not at all; the one before is kept."""

@@ -444,3 +444,13 @@ def test_a_row_that_could_not_be_written_comes_with_the_next(tmp_path):
     path.rmdir()
     folder.add_metrics(history)
     assert path.read_text() == "epoch\n1\n2\n3\n" and folder.troubles == {}
+
+
+def test_an_event_after_one_that_was_cut_off_has_a_line_of_its_own(tmp_path):
+    folder, path = RunFolder.new(tmp_path / "it"), tmp_path / "it" / "events.jsonl"
+    folder.log("first")
+    os.truncate(path, path.stat().st_size - 3)  # as a disk that gets full leaves it
+    for event in ("second", "third"):
+        folder.log(event)
+    cut_off, *whole = path.read_text().splitlines()
+    assert cut_off.endswith('"first') and [json.loads(line)["event"] for line in whole] == ["second", "third"]

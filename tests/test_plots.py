@@ -416,7 +416,8 @@ def test_the_layers_of_a_run(make_run, capsys):
     run = make_run("it", HEAD + ROWS)
     events = [{"event": "start"}, *({"event": "inspect", "epoch": epoch, "layers": layers}
                                     for epoch, layers in zip((1, 2, 1), statistics("abc", (1, 2, 3)))), {"event": "end"}]
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    cut_off = '{"event": "inspect", "epoch": 3, "layers": {"a": {}\n'
+    (run / "events.jsonl").write_text(cut_off + "".join(json.dumps(event) + "\n" for event in events) + cut_off[:20])
     assert plot.inspected(run) == ([1, 2], statistics("abc", (3, 2)))
     for _ in range(2):
         call("it", "--inspect")
@@ -429,6 +430,6 @@ def test_the_layers_of_a_run(make_run, capsys):
     (run / "events.jsonl").write_text('{"event": "start"}\n')
     with pytest.raises(CheckpointError, match="it/events.jsonl tells of no layers: train with --inspect"):
         call("it", "--inspect")
-    (run / "events.jsonl").write_text('{"event": "inspect"')
+    (run / "events.jsonl").write_text('{"event": "inspect"}\n')
     with pytest.raises(CheckpointError, match="it/events.jsonl cannot be read: "):
         call("it", "--inspect")

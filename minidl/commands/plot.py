@@ -5,6 +5,7 @@ them have. The best test epoch is not shown: the test set must not choose it.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -74,11 +75,12 @@ def _history(folder: Path) -> list[dict[str, str]]:
 def inspected(folder: Path) -> tuple[list[int], list[dict[str, dict[str, float]]]]:
     """The epochs that a run was inspected in, and {layer: {statistic: value}} of each. Raises CheckpointError where that cannot be
     read, or is nothing."""
-    path = folder / "events.jsonl"
+    path, found = folder / "events.jsonl", {}
     try:
-        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if '"inspect"' in line]
-        # Of an epoch that was done twice, the last.
-        found = {event["epoch"]: event["layers"] for event in events if event["event"] == "inspect"}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # it may be in the making, or cut off by a kill or a full disk
+                if '"inspect"' in line and (event := json.loads(line))["event"] == "inspect":
+                    found[event["epoch"]] = event["layers"]  # of an epoch that was done twice, the last
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not found:
