@@ -137,7 +137,9 @@ class RunFolder:
 
     def start_tensorboard(self) -> None:
         """Write the metrics for TensorBoard as well, to the folder tensorboard. Raises UsageError without the extra."""
-        self._tensorboard = tensorboard_writer()(str(self.path / "tensorboard"))
+        writer = tensorboard_writer()
+        with self.survives("tensorboard"):
+            self._tensorboard = writer(str(self.path / "tensorboard"))
 
     def close(self) -> None:
         """Nothing more will be added. TensorBoard's file is written by a thread, which may be behind."""

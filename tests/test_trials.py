@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import models
-from minidl import checkpoint, data
+from minidl import checkpoint, data, run_folder
 from minidl.commands import runs
 from minidl.data.batches import Batches
 from minidl.errors import CheckpointError
@@ -431,3 +431,14 @@ def test_tensorboard_sees_each_epoch_at_once(tmp_path):
     folder._tensorboard = SimpleNamespace(add_scalar=lambda *scalar: told.append(scalar), flush=lambda: told.append("flushed"))
     folder.add_metrics([{"epoch": "1", "test_top1": "0.5"}])
     assert told == [("test/top1", 0.5, 1), "flushed"]
+
+
+def test_tensorboard_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+    """As of a run that goes on in a folder that is read-only now."""
+    monkeypatch.setattr(run_folder, "tensorboard_writer", lambda: os.mkdir)
+    folder = RunFolder.new(tmp_path / "it")
+    (folder.path / "tensorboard").touch()
+    folder.start_tensorboard()
+    folder.add_metrics([{"epoch": "1"}])
+    folder.close()
+    assert capsys.readouterr().err == f"warning: {folder.path / 'tensorboard'}: File exists; the run goes on\n"
