@@ -11,7 +11,7 @@ def library(module: str, extra: str) -> Any:
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # ValueError: matplotlib's, of an MPLBACKEND that it does not know
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
             raise UsageError(f"the package {package} is needed: `pip install \"minidl[{extra}]\"`") from None
         raise UsageError(f"the package {package} cannot be imported: {error}") from None

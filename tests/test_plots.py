@@ -15,6 +15,7 @@ import pytest
 from minidl import plots
 from minidl.commands import plot
 from minidl.errors import CheckpointError, UsageError
+from minidl.extras import library
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need it: pip install 'minidl[plot]'")
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
@@ -272,6 +273,14 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r'the package matplotlib is needed: `pip install "minidl\[plot\]"`'):
         draw(tmp_path / "it.png")
+
+
+def test_with_what_cannot_be_imported(tmp_path, monkeypatch):
+    """As matplotlib, where the environment names a backend that it does not know."""
+    (tmp_path / "picky.py").write_text("raise ValueError('backend: what is that?')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="^the package picky cannot be imported: backend: what is that.$"):
+        library("picky", "plot")
 
 
 def test_it_is_imported_only_where_a_picture_is_drawn():
