@@ -22,7 +22,7 @@ _HOST = f"-{re.sub(r'[^A-Za-z0-9]', '', platform.node())}.tmp"
 
 def check_folder(path: FilePath) -> None:
     """Raise UsageError where `path` is in no folder, before the work whose result is to be written there."""
-    if not Path(path).parent.is_dir():
+    if not os.path.isdir(Path(path).parent):
         raise UsageError(f"{path}: there is no folder {Path(path).parent}")
 
 

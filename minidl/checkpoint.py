@@ -41,7 +41,7 @@ def load(path: Path) -> tuple[Checkpoint, list[str]]:
 
     Of a folder it is the last that can be read. Raises CheckpointError where none can.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return _load(path), []
     if os.access(path, os.X_OK) and not any((path / name).exists() for name in (LAST, PREVIOUS)):
         raise CheckpointError(f"{path} holds no checkpoint, {LAST} or {PREVIOUS}")

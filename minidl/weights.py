@@ -122,7 +122,7 @@ def load(path: FilePath) -> tuple[State, Metadata | None]:
 def load_all(path: FilePath) -> tuple[State, Metadata | None]:
     """As `load`, with all arrays and metadata of a checkpoint: see minidl/checkpoint.py."""
     folder, path = Path(path), Path(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, of any name and in folders of others
         path = folder / LAST
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for whoever writes to it

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -82,8 +83,8 @@ def from_file(text: str) -> Any:
         return None
     path = Path(file)
     spec = importlib.util.spec_from_file_location(f"yours_{path.stem}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise UsageError(f"{text}: there is no file {file}")
+    if not os.path.isfile(path) or not os.access(path, os.R_OK) or spec is None or spec.loader is None:
+        raise UsageError(f"{text}: there is no file {file} that can be read")
     sys.path.append(str(path.parent.absolute()))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)

@@ -89,9 +89,10 @@ def test_an_architecture_of_a_file_is_one_of_all_commands(folder):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("nets.py:big", "^nets.py:big: there is no big in nets.py$"), ("no.py:tiny", "^no.py:tiny: there is no file no.py$"),
+    ("nets.py:big", "^nets.py:big: there is no big in nets.py$"),
+    ("no.py:tiny", "^no.py:tiny: there is no file no.py that can be read$"),
     ("nets.py:number", "^nets.py:number is not a function "), ("nets.py:Twice", "^nets.py:Twice is not a function "),
-    (".py:tiny", "there is no file .py$")])
+    (".py:tiny", "there is no file .py that can"), (f"{'x' * 300}.py:tiny", "there is no file x+.py that can be read$")])
 def test_what_is_no_architecture(folder, monkeypatch, text, message):
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match=message):

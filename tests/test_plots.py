@@ -364,7 +364,7 @@ def test_what_is_not_the_metrics_of_a_run(make_run, metrics, reason):
 
 def test_what_is_not_a_run(make_run):
     make_run("it", HEAD)
-    for path in ("nothing", "it/metrics.csv", "."):
+    for path in ("nothing", "it/metrics.csv", ".", "x" * 300):
         with pytest.raises(CheckpointError, match="metrics.csv cannot be read: "):
             call(path)
 

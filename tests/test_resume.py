@@ -386,6 +386,7 @@ def test_what_cannot_be_resumed(few_digits, tmp_path):
     (tmp_path / "empty").mkdir()
     assert_refused(train(tmp_path, "--resume", "empty"), 5, "empty holds no checkpoint, last.npz or last.previous.npz")
     assert_refused(train(tmp_path, "--resume", "nowhere"), 5, "nowhere cannot be read: No such file or directory")
+    assert_refused(train(tmp_path, "--resume", "x" * 300), 5, "x cannot be read: File name too long")
     assert_refused(train(tmp_path, "--resume"), 2, "there is no run in the folder runs: name one, --resume FOLDER")
     for arguments in ("-o new", "--runs 2", "--fast-dev-run", "--profile", "--print-config", "--time-budget 1h"):
         assert_refused(train(tmp_path, "--resume", "empty", *arguments.split()), 2, " does not go with --resume")

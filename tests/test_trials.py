@@ -165,6 +165,8 @@ def test_seeds_do_not_touch_what_is_not_theirs(tmp_path):
     result = train(tmp_path, *RUN, "--runs", "2", "-o", "it")
     assert result.returncode == 2 and "the output folder it/seed-0 is not empty" in result.stderr
     assert left_by(kept.parent) == ["precious"]
+    result = train(tmp_path, *RUN, "--runs", "2", "-o", "x" * 300)
+    assert result.returncode == 2 and "/seed-0 cannot be made: File name too long" in result.stderr
 
 
 # ---- trials

@@ -261,6 +261,7 @@ def test_what_is_no_file(tmp_path):
     assert refusal(tmp_path / "pipe") == "it is not a file"
     with pytest.raises(CheckpointError, match="last.npz cannot be read: No such file or directory$"):
         weights.load(tmp_path)  # as if it were the folder of a run
+    assert refusal(tmp_path / ("x" * 300)) == "File name too long"
 
 
 @pytest.mark.parametrize("raw, reason", [
@@ -655,6 +656,8 @@ def test_usage(tmp_path):
     assert_refused(minidl(tmp_path, "exprot"), 2, "invalid choice: 'exprot'")
     assert_refused(minidl(tmp_path, "export", "nothing", "--to", "npz"), 5, "nothing cannot be read: No such file or directory")
     weights.save(tmp_path / "it.npz", {"a": GRID})
+    nowhere = "x" * 300
+    assert_refused(minidl(tmp_path, "export", "it.npz", "--to", "npz", "-o", f"{nowhere}/it.npz"), 2, f"no folder {nowhere}")
     wrong = "--arch", "wrn-10-1", "--model-kwargs", "classes=3"
     assert_refused(minidl(tmp_path, "import", "it.npz", *wrong, "-o", "new.npz"), 2,
                    "unknown model option 'classes': this architecture has dropout, gamma, classifier")

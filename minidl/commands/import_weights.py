@@ -1,6 +1,7 @@
 """Read weights of others, check that they fit the network, and write them as minidl's."""
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
 
 def beside(source: str, suffix: str) -> Path:
     """Where a command writes, unless told otherwise, what it makes of a file of weights: beside it; of a run: in its folder."""
-    return (Path(source, "weights") if Path(source).is_dir() else Path(source)).with_suffix(suffix)
+    return (Path(source, "weights") if os.path.isdir(source) else Path(source)).with_suffix(suffix)
 
 
 def described(args: argparse.Namespace, state: weights.State, metadata: weights.Metadata | None) -> weights.Metadata:

@@ -7,8 +7,10 @@ them have. The best test epoch is not shown: the test set must not choose it.
 import argparse
 import contextlib
 import csv
+import glob
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -51,8 +53,8 @@ def main(args: argparse.Namespace) -> None:
 def read(folder: Path) -> plots.History:
     """What a run, or all seeds of one, recorded so far. Raises CheckpointError with the reason where that cannot be read, or is
     nothing."""
-    seeds = sorted(path.parent for path in folder.glob(f"{SEED}*/metrics.csv"))
-    first, *others = seeds if seeds and not (folder / "metrics.csv").exists() else [folder]
+    seeds = [] if os.path.exists(folder / "metrics.csv") else sorted(glob.glob(f"{SEED}*/metrics.csv", root_dir=folder))
+    first, *others = [(folder / seed).parent for seed in seeds] or [folder]
     return plots.History(folder.resolve().name, _history(first), _classes(first), [_history(seed) for seed in others])
 
 

@@ -49,7 +49,7 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
 def train_seed(path: Path, chosen: Settings, quiet: bool) -> Run:
     """Train to the end a run of which there may be a part in the folder `path`, or all."""
     begin = time.perf_counter()
-    if any((path / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
+    if any(os.path.exists(path / name) for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
         decided = ("epochs", "milestones", "time_budget") if chosen.time_budget else ()  # long ago
         given = {name: getattr(chosen, name) for name in settings.FIELDS if name not in decided}
         run, folder = runs.reopened(path, *runs.saved_run(path, given, "name another folder with -o"))
@@ -60,6 +60,6 @@ def train_seed(path: Path, chosen: Settings, quiet: bool) -> Run:
         runs.announce(run)
         budget = runs.plan(run, begin)
         # A run that was killed before its first checkpoint begins anew.
-        folder = RunFolder(path) if (path / "config.toml").exists() else RunFolder.new(path)
+        folder = RunFolder(path) if os.path.exists(path / "config.toml") else RunFolder.new(path)
         runs.train_new(run, folder, quiet, budget, begin)
     return run
