@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from minidl import command, device, signals
 from minidl.device import Array, Device
 from minidl.errors import DeviceError
+from minidl.wording import unwarned
 
 CAPACITY = 32_000_000  # bytes that are exchanged at once; containers often have 64 MB of shared memory
 GRACE_SECONDS = 5  # for the other ranks to end by themselves after one did
@@ -140,6 +142,7 @@ def _rank(rank: int, size: int, memory: Path, barrier: Any, spoken: Any, work: C
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # Ctrl-C goes to the process that the user started, which passes it on
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is one between processes, which a rank that is killed leaves behind
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what came from a terminal before setpgid is for the rank 0
@@ -152,7 +155,8 @@ def _rank(rank: int, size: int, memory: Path, barrier: Any, spoken: Any, work: C
             spoken.value += 1
             return spoken.value == 1
 
-    sys.exit(command.run(lambda: work(arguments, SharedTeam(rank, size, memory, barrier)), first_to_speak))
+    with unwarned() if rank > 0 else contextlib.nullcontext():
+        sys.exit(command.run(lambda: work(arguments, SharedTeam(rank, size, memory, barrier)), first_to_speak))
 
 
 def _end_with_parent() -> None:

@@ -3,14 +3,28 @@
 import contextlib
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+_warns = True
 
 
 def warn(text: str) -> None:
     """One line on stderr about what is not as it should be, while the work goes on: even if stderr itself, a log on a full disk or
     a terminal that was closed, takes nothing any more."""
-    with contextlib.suppress(OSError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+    if _warns:
+        with contextlib.suppress(OSError):
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """A `with` block in which `warn` says nothing, as another process says it."""
+    global _warns
+    before, _warns = _warns, False
+    try:
+        yield
+    finally:
+        _warns = before
 
 
 def words(name: str) -> str:

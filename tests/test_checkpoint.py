@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ import pytest
 from minidl import checkpoint, weights
 from minidl.atomic_file import write_atomically
 from minidl.checkpoint import LAST, PREVIOUS, Checkpoint
+from minidl.commands import train as train_command
 from minidl.errors import CheckpointError
+from minidl.parallel import ALONE
 from minidl.run_folder import RunFolder
-from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, rows, send, train  # noqa: F401
+from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, forked, rows, send, train  # noqa: F401
 from test_train import assert_refused
 from test_weights import npy, pack
 
@@ -349,6 +352,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, kind):
     assert result.stderr.startswith(f"warning: it/last.npz {reason}") and result.stderr.count("\n") == 1
     assert result.stderr.endswith("; going on from last.previous.npz\n") and "pickle=" not in result.stderr
     assert digests(copy / "it" / LAST) == digests(copy / "whole" / LAST) and rows(copy / "it") == rows(copy / "whole")
+
+
+def test_what_the_process_that_started_the_ranks_has_said_they_do_not_say_again(copy):
+    damage(copy / "it" / LAST, "half")
+    parser = ArgumentParser()
+    train_command.add_arguments(parser)
+    result = forked(copy, lambda: train_command.one_of_ranks(parser.parse_args(["--resume", "it"]), ALONE))
+    assert (result.returncode, result.stderr) == (0, "") and "going on after 1 epoch and 2 steps" in result.stdout
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

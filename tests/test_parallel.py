@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from minidl import data, device, nvidia_driver, optim, parallel, signals
 from minidl.data.batches import Augmentation, Batches
@@ -21,6 +22,7 @@ from minidl.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Se
 from minidl.nvidia_driver import Driver, Gpu
 from minidl.parallel import ALONE, Team
 from minidl.training import Batch, Trainer, evaluate
+from minidl.wording import warn
 from small_runs import main
 from test_train import DIGITS, SECONDS, Started, environment, rows, start, train
 
@@ -60,7 +62,8 @@ def one_step_with_norm(folder, team):
 
 def fail_in_rank_1(folder, team):
     trainer = trainer_of(team, norm=False)
-    for number, indices in enumerate(trainer.batches.epoch(0)):
+    warn("something that each rank meets")
+    for number, indices in enumerate(tqdm(trainer.batches.epoch(0), disable=True)):
         if number == 3 and team.rank == 1:
             raise RuntimeError("a fault of one rank")
         trainer.step(Batch(indices, 0.05))
@@ -149,13 +152,14 @@ def test_large_arrays_are_added_piece_by_piece(tmp_path):
 
 def test_where_one_rank_raises_all_end_within_ten_seconds(tmp_path):
     with launch(fail_in_rank_1, 2, tmp_path) as process:
-        errors = process.stderr.readline()
+        errors = process.stderr.readline() + process.stderr.readline()  # a warning and the beginning of the traceback
         begin = time.monotonic()
         errors += process.stderr.read()
         process.wait(SECONDS)
         assert time.monotonic() - begin < 10
     assert process.returncode == 1
-    assert errors.count("Traceback") == 1 and "RuntimeError: a fault of one rank" in errors
+    assert errors.count("Traceback") == 1 and errors.endswith("RuntimeError: a fault of one rank\n")
+    assert errors.count("warning: ") == 1, "one rank speaks"
 
 
 def alive(folder):

@@ -31,7 +31,7 @@ from minidl.parallel import ALONE, Team
 from minidl.run import Run
 from minidl.run_folder import NoFolder, RunFolder
 from minidl.settings import Settings
-from minidl.wording import aligned
+from minidl.wording import aligned, unwarned
 from models import listing
 
 TRIAL_STEPS, PROFILED_STEPS = 2, 5
@@ -99,7 +99,9 @@ def one_of_ranks(args: argparse.Namespace, team: Team) -> None:
     if args.resume is None:
         train(args, run_settings.chosen(args), team)
     else:
-        resume(*to_resume(args), args.quiet or team.rank > 0, team)
+        with unwarned():  # the process that started the ranks has said it
+            resumed = to_resume(args)
+        resume(*resumed, args.quiet or team.rank > 0, team)
 
 
 def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> None:
