@@ -410,6 +410,14 @@ def test_a_trial_reads_what_it_wrote(few_digits, tmp_path):
     assert result.returncode == 5 and "resume work" not in result.stdout
 
 
+def test_a_trial_where_nothing_can_be_written(few_digits, tmp_path):
+    def patch():
+        tempfile.tempdir, tempfile._candidate_tempdir_list = None, lambda: ["nowhere"]
+
+    result = train(tmp_path, *ARGUMENTS, "--fast-dev-run", before=patch)
+    assert result.returncode == 5 and result.stderr.startswith("error: a trial writes a checkpoint, too: No usable temporary dir")
+
+
 def test_the_constants_of_a_setting_normalize_all_images(few_digits):
     run, mean, std = new_run(normalize="imagenet", val_split=10), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     for batches in (run.train_batches, run.val_batches, run.test_batches):

@@ -24,7 +24,7 @@ from minidl.checkpoint import Checkpoint
 from minidl.commands import run_settings, runs
 from minidl.commands.arguments import positive
 from minidl.commands.seeds import train_with_seeds
-from minidl.errors import DeviceError, UsageError
+from minidl.errors import CheckpointError, DeviceError, UsageError
 from minidl.fit import fit
 from minidl.memory import ample_memory
 from minidl.parallel import ALONE, Team
@@ -85,8 +85,7 @@ def main(args: argparse.Namespace) -> int | None:
     elif args.profile:
         print_profile(runs.new_run(chosen))
     elif args.fast_dev_run:
-        with tempfile.TemporaryDirectory() as temporary:
-            try_everything(runs.new_run(chosen), RunFolder(Path(temporary)), args.quiet)
+        try_everything(runs.new_run(chosen), args.quiet)
     elif args.runs:
         train_with_seeds(args, chosen)
     else:
@@ -150,16 +149,21 @@ def resume(path: Path, saved: Checkpoint, chosen: Settings, quiet: bool, team: T
 # ---- trials ----------------------------------------------------------------------------------------------------------
 
 
-def try_everything(run: Run, folder: RunFolder, quiet: bool) -> None:
+def try_everything(run: Run, quiet: bool) -> None:
     """Two steps, a batch of each evaluation, a checkpoint written and read back, in a folder that will not be kept."""
     runs.announce(run)
     run.settings = dataclasses.replace(run.settings.with_epochs(1), limit_train_batches=TRIAL_STEPS, time_budget=None)
     run.evaluation_limit = 1
     try:
-        fit(run, folder, quiet)
-    except signals.Stop as stop:
-        raise signals.Stop(stop.exit_code) from None  # without what there is to go on with
-    run.load(checkpoint.load(folder.path)[0])
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise CheckpointError(f"a trial writes a checkpoint, too: {error.strerror or error}") from None
+    with temporary as path:
+        try:
+            fit(run, RunFolder(Path(path)), quiet)
+        except signals.Stop as stop:
+            raise signals.Stop(stop.exit_code) from None  # without what there is to go on with
+        run.load(checkpoint.load(Path(path))[0])
     print(f"trial: {TRIAL_STEPS} steps, evaluation, checkpoint and resume work; nothing was kept")
 
 
