@@ -163,9 +163,10 @@ class RunFolder:
 
 
 def check_empty(path: Path) -> None:
-    """Raise UsageError where there is something in the folder, or it cannot be read."""
+    """Raise UsageError where there is something in the folder, or it cannot be read. What a process leaves that is killed while it
+    writes its first file is nothing."""
     try:
-        empty = not (path.is_dir() and any(path.iterdir()))
+        empty = not (path.is_dir() and any(not file.match(".config.toml.*.tmp") for file in path.iterdir()))
         again = f", or go on with --resume {path}" if (path / checkpoint.LAST).exists() else ""
     except OSError as error:
         raise UsageError(f"the output folder {path} cannot be read: {error.strerror}") from None

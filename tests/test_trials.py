@@ -124,6 +124,10 @@ def test_the_same_command_finishes_seeds_that_were_interrupted(tmp_path, step):
 
 
 def test_a_seed_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    in_its_first_file = train(tmp_path, *RUN, "--runs", "2", "-o", "it", before=lambda: setattr(os, "fsync", send(signal.SIGKILL)))
+    assert in_its_first_file.returncode == -signal.SIGKILL
+    (left,) = left_by(tmp_path / "it" / "seed-0")
+    assert left.startswith(".config.toml.")
     result = train(tmp_path, *RUN, "--runs", "2", "-o", "it", before=at_step(2, lambda _: os._exit(137)))
     assert result.returncode == 137 and not (tmp_path / "it" / "seed-0" / "last.npz").exists()
     assert_ended_well(train(tmp_path, *RUN, "--runs", "2", "-o", "it"))
