@@ -62,6 +62,11 @@ def test_a_folder_of_data_is_one_from_wherever_a_run_goes_on(tmp_path, monkeypat
     monkeypatch.setenv("HOME", "/home/it")
     assert [chosen("--arch", "wrn-10-1", "--data-dir", it).data_dir for it in ("data", "../data", "/data", "~/data")] == [
         f"{tmp_path}/data", f"{tmp_path.parent}/data", "/data", "/home/it/data"]
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UsageError, match="^data_dir data: the present folder, which this begins at, is gone$"):
+        chosen("--arch", "wrn-10-1", "--data-dir", "data")
 
 
 def test_the_file_chooses_the_device_and_the_recipe(tmp_path):

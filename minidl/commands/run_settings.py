@@ -47,7 +47,10 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         flags["model_kwargs"] = {**from_file.get("model_kwargs", {}), **models.parse_options(flags["model_kwargs"])}
     flags = settings.checked(flags)
     for name in {"data_dir", "init"} & flags.keys():  # the run's folder tells it to who stands elsewhere
-        flags[name] = os.path.abspath(os.path.expanduser(flags[name]))
+        try:
+            flags[name] = os.path.abspath(os.path.expanduser(flags[name]))
+        except FileNotFoundError:
+            raise UsageError(f"{name} {flags[name]}: the present folder, which this begins at, is gone") from None
     if "arch" in flags:
         flags["arch"] = models.named(flags["arch"])
     for source in (from_file, flags):
