@@ -20,7 +20,7 @@ from minidl.initializers import Initializer
 from minidl.kernels import acc_dtype
 from minidl.layer import Again, Composition, Layer, Parameter, Shape, Tracer, Value
 from minidl.ops import add, avgpool, batchnorm, conv, dropout, linear, maxpool, relu
-from minidl.ops.shapes import check_sizes, check_window, output_size, pair
+from minidl.ops.shapes import check_pool_padding, check_sizes, check_window, output_size, pair
 
 # ---- layers with parameters --------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ class ReLU(Layer):
 
 
 class _Pool2d(Layer):
-    """A window that slides over each channel; its stride is its size unless given."""
+    """A window that slides over each channel; its stride is its size unless given, its padding at most half of it."""
 
     def __init__(self, kernel_size: int | tuple[int, ...] | list[int], stride: int | None = None, padding: int = 0) -> None:
         self.kernel_size, self.padding = pair(kernel_size), padding
@@ -201,6 +201,7 @@ class _Pool2d(Layer):
         if stride is None and self.kernel_size[0] != self.kernel_size[1]:
             raise ValueError(f"{type(self).__name__}: window {self.kernel_size} is not square and needs a stride")
         check_window(type(self).__name__, self.kernel_size, self.stride, padding)
+        check_pool_padding(type(self).__name__, self.kernel_size, padding)
 
     def output_shape(self, shape: Shape) -> Shape:
         return shape[0], *output_size(type(self).__name__, shape[1:], self.kernel_size, self.stride, self.padding)

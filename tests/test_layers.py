@@ -364,6 +364,7 @@ def test_splits_that_do_not_fit(shape, message):
     (lambda: Linear(0, 3), "Linear: in_features is 0"), (lambda: BatchNorm2d(2.5), "BatchNorm2d: channels is 2.5"),
     (lambda: ZeroPadChannels(0), "ZeroPadChannels: channels is 0"), (lambda: Dropout(1.0), "Dropout: rate 1.0 is not in 0 <= rate < 1"),
     (lambda: ChannelDropout(-1), "ChannelDropout: rate -1 is not in"),
+    (lambda: AvgPool2d(1, padding=1), "AvgPool2d: padding 1 is more than half of the window 1x1"),
     (lambda: MaxPool2d((2, 3)), r"MaxPool2d: window \(2, 3\) is not square and needs a stride"),
     (lambda: ZeroPadChannels(2).forward(np.zeros((3, 2, 2, 1))), "ZeroPadChannels: 3 channels are more than 2"),
     (lambda: BatchNorm2d(2).initialize().forward(np.zeros((2, 2, 2, 1), np.float32), np.zeros((2, 2, 1, 1), np.float32)),

@@ -2,7 +2,7 @@
 
 from minidl.device import Array
 from minidl.kernels import Kernels
-from minidl.ops.shapes import check_batch, output_size, result
+from minidl.ops.shapes import check_batch, check_pool_padding, output_size, result
 from minidl.ops.threads import threads_of_row
 
 KERNELS = Kernels("avgpool.cu")
@@ -11,12 +11,13 @@ KERNELS = Kernels("avgpool.cu")
 def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0, out: Array | None = None) -> Array:
     """x (C, H, W, N), window (kh, kw) -> y (C, H', W', N), the means, written to `out` if given; zeros of the padding count.
 
-    H' = floor((H + 2 * padding - kh) / stride) + 1. Raises ValueError for a window larger than the padded image, and for
-    an `out` of another shape than y.
+    H' = floor((H + 2 * padding - kh) / stride) + 1. Raises ValueError for a window larger than the padded image, a padding of
+    more than half of it, and an `out` of another shape than y.
     """
     channels, height, width, batch = x.shape
     check_batch("average pool", batch)
     out_height, out_width = output_size("average pool", (height, width), window, stride, padding)
+    check_pool_padding("average pool", window, padding)
     y = result("average pool", "out", out, (channels, out_height, out_width, batch), x)
     KERNELS.avgpool_forward[channels * out_height, threads_of_row(out_width, batch, x.itemsize)](
         x, y, height, width, out_height, out_width, batch, *window, stride, padding)

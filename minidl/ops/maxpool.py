@@ -4,7 +4,7 @@ import numpy as np
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels
-from minidl.ops.shapes import check_batch, output_size
+from minidl.ops.shapes import check_batch, check_pool_padding, output_size
 from minidl.ops.threads import threads_of_row
 
 KERNELS = Kernels("maxpool.cu")
@@ -14,14 +14,13 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0) ->
     """x (C, H, W, N), window (kh, kw) -> y (C, H', W', N), winner (C, H', W', N).
 
     H' = floor((H + 2 * padding - kh) / stride) + 1. winner, uint16: the place ky * kw + kx of each maximum in its
-    window, for `backward`. Raises ValueError for a window larger than the padded image, of more than 65,536
-    pixels, or one that could lie in the padding alone (padding > half of it).
+    window, for `backward`. Raises ValueError for a window larger than the padded image or of more than 65,536
+    pixels, and for a padding of more than half of it.
     """
     channels, height, width, batch = x.shape
     check_batch("max-pool", batch)
     out_height, out_width = output_size("max-pool", (height, width), window, stride, padding)
-    if 2 * padding > min(window):
-        raise ValueError(f"max-pool: padding {padding} is more than half of the window {window[0]}x{window[1]}")
+    check_pool_padding("max-pool", window, padding)
     if window[0] * window[1] > 1 << 16:
         raise ValueError(f"max-pool: window {window[0]}x{window[1]} has more than 65536 pixels")
     y = empty((channels, out_height, out_width, batch), x.dtype, like=x)

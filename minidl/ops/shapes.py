@@ -27,6 +27,12 @@ def check_window(op: str, window: tuple[int, ...], stride: int, padding: int) ->
     check_sizes(op, least=0, padding=padding)
 
 
+def check_pool_padding(op: str, window: tuple[int, ...], padding: int) -> None:
+    """Raise ValueError, naming `op`, for a padding of more than half of the window (height, width), as PyTorch does."""
+    if 2 * padding > min(window):
+        raise ValueError(f"{op}: padding {padding} is more than half of the window {window[0]}x{window[1]}")
+
+
 @functools.lru_cache(maxsize=1 << 12)  # each step asks the same again
 def output_size(op: str, size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: int) -> tuple[int, ...]:
     """(H, W) of the input, (kh, kw) of the window -> (H', W') of the output.
