@@ -77,11 +77,11 @@ def launch_mode() -> str:
 
 def acc_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     """The type in which values stored as `dtype` are computed with and accumulated: float32, or float64."""
-    return np.dtype(PRECISIONS[_name(np.dtype(dtype))][2])
+    return np.dtype(PRECISIONS[type_name(np.dtype(dtype))][2])
 
 
 @functools.cache
-def _name(dtype: np.dtype[Any]) -> str:
+def type_name(dtype: np.dtype[Any]) -> str:
     """dtype.name, which NumPy makes anew at each access: that takes as long as all other checks of a launch."""
     return dtype.name
 
@@ -235,7 +235,7 @@ class Kernel:
                 continue
             try:
                 xp = xp or array_module(argument)
-                dtype = _name(argument.dtype)
+                dtype = type_name(argument.dtype)
             except (TypeError, AttributeError):
                 continue  # not an array: _check_array refuses it by name
             if parameter.c_type == "real":

@@ -312,11 +312,12 @@ def test_a_gradient_of_another_shape_is_refused(layer):
             layer.backward(dy)
 
 
-def test_input_of_another_type_is_refused(rng):
-    for layer, message in ((Conv2d(3, 4, 3), "conv: the input is float64, the weight float32: convert one with astype"),
-                           (BatchNorm2d(3), "batch norm: the input is float64, gamma float32: convert the input with astype")):
+@pytest.mark.parametrize("dtype", ["float64", "uint8"])
+def test_input_of_another_type_is_refused(rng, dtype):
+    for layer, message in ((Conv2d(3, 4, 3), f"conv: the input is {dtype}, the weight float32: convert one with astype"),
+                           (BatchNorm2d(3), f"batch norm: the input is {dtype}, gamma float32: convert the input with astype")):
         with pytest.raises(TypeError, match=message):
-            layer.initialize().forward(rng.normal(size=(3, 5, 5, 2)))
+            layer.initialize().forward(rng.uniform(0, 255, (3, 5, 5, 2)).astype(dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

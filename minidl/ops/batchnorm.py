@@ -1,7 +1,7 @@
 """Batch normalization, alone or fused with what follows it. Formulas: batchnorm.cu."""
 
 from minidl.device import Array, array_module, empty, workers
-from minidl.kernels import LARGEST_COUNT, Kernel, Kernels, acc_dtype
+from minidl.kernels import LARGEST_COUNT, PRECISIONS, Kernel, Kernels, acc_dtype, type_name
 from minidl.ops.shapes import check_batch, result
 
 KERNELS = Kernels("batchnorm.cu")
@@ -32,7 +32,7 @@ def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_va
     Raises ValueError in training for fewer than 2 values per channel, and for shapes that do not fit.
     """
     check_batch("batch norm", x.shape[-1])
-    if gamma.dtype != acc_dtype(x.dtype):
+    if type_name(x.dtype) not in PRECISIONS or gamma.dtype != acc_dtype(x.dtype):
         raise TypeError(f"batch norm: the input is {x.dtype}, gamma {gamma.dtype}: convert the input with astype")
     channels, row, tile, tiles = _tiles(x)
     _check_shapes((channels,), gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
