@@ -380,7 +380,13 @@ class Sequential(Composition):
         return x
 
     def forget_input(self, again: Again) -> None:
-        next(iter(self)).forget_input(again)
+        for layer in self:
+            layer.forget_input(again)
+            # A dropout can make its output again only since it was told how its input is made.
+            output_again = layer.output_again()
+            if not output_again:
+                break
+            again = output_again
 
     def output_again(self) -> Again | None:
         return list(self)[-1].output_again()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import models
-from minidl import device, summary
-from minidl.layers import Conv2d
+from minidl import device, inspection, summary
+from minidl.layers import BatchNorm2d, Conv2d, Dropout, Residual, Sequential
 from minidl.ops import chunks, conv, conv_product, winograd
 from models import listing
 
@@ -35,6 +35,18 @@ def test_memory_is_what_the_layers_keep(name, options, dtype):
     computed = summary.summarize(network, batch_size=3, dtype=dtype)
     network.initialize(dtype=dtype).forward(np.zeros((3, 32, 32, 3), network.dtype))
     assert kept_bytes(network) == computed.activation_bytes
+
+
+def test_a_part_that_begins_with_dropout_keeps_no_input(rng):
+    """Its forward is over when it is told how its input is made again."""
+    conv = Conv2d(3, 2, 1)
+    network = Sequential(BatchNorm2d(3), Residual(Sequential(Sequential(Dropout(0.3)), conv), Conv2d(3, 2, 1))).initialize()
+    seen = []
+    with inspection.watch(network, lambda name, layer, kind, call, x, **more: seen.append(x) or call(x, **more)):
+        network.forward(rng.normal(size=(3, 4, 4, 2)).astype(np.float32))
+    (again,) = conv._saved
+    assert np.array_equal(again(), seen[-1])
+    assert kept_bytes(network) == summary.summarize(network, (3, 4, 4), batch_size=2).activation_bytes
 
 
 @pytest.mark.parametrize("name, options", NETWORKS, ids=str)
