@@ -396,6 +396,15 @@ def test_a_batch_without_images(machine, layer):
             layer.forward(machine.array(np.empty((4, 8, 8, 0), np.float32)))
 
 
+@pytest.mark.parametrize("layer", [
+    Conv2d(4, 4, 1), BatchNorm2d(4), MaxPool2d(2), AvgPool2d(2), GlobalAvgPool2d(), GlobalMaxPool2d(), ChannelDropout(0.5)],
+    ids=lambda layer: type(layer).__name__)
+def test_features_in_place_of_images(machine, layer):
+    """As a Linear in front gives them."""
+    with pytest.raises(ValueError, match=r": an input \(C, H, W, N\) is needed, got one of 2 dimensions$"):
+        layer.initialize(machine.place).forward(machine.array(np.ones((4, 8), np.float32)))
+
+
 @pytest.mark.parametrize("layer, shape, message", [
     (Conv2d(3, 4, 3), (4, 8, 8), "Conv2d: 3 input channels are needed, got (C, H, W) = (4, 8, 8)"),
     (Conv2d(3, 4, 9), (3, 8, 8), "Conv2d: window 9x9 is larger than the padded image 8x8"),

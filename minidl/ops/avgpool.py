@@ -2,7 +2,7 @@
 
 from minidl.device import Array
 from minidl.kernels import Kernels
-from minidl.ops.shapes import check_batch, check_pool_padding, output_size, result
+from minidl.ops.shapes import check_pool_padding, image_sizes, output_size, result
 from minidl.ops.threads import threads_of_row
 
 KERNELS = Kernels("avgpool.cu")
@@ -14,8 +14,7 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0, ou
     H' = floor((H + 2 * padding - kh) / stride) + 1. Raises ValueError for a window larger than the padded image, a padding of
     more than half of it, and an `out` of another shape than y.
     """
-    channels, height, width, batch = x.shape
-    check_batch("average pool", batch)
+    channels, height, width, batch = image_sizes("average pool", x)
     out_height, out_width = output_size("average pool", (height, width), window, stride, padding)
     check_pool_padding("average pool", window, padding)
     y = result("average pool", "out", out, (channels, out_height, out_width, batch), x)

@@ -2,7 +2,7 @@
 
 from minidl.device import Array, array_module, empty
 from minidl.kernels import LARGEST_COUNT, Kernels, blocks_for
-from minidl.ops.shapes import check_batch
+from minidl.ops.shapes import image_sizes
 from minidl.ops.threads import threads_along
 
 KERNELS = Kernels("dropout.cu")
@@ -24,8 +24,7 @@ def apply(x: Array, rate: float, key: int, layer: int, step: Array) -> Array:
 
 def apply_to_channels(x: Array, rate: float, key: int, layer: int, step: Array) -> Array:
     """x (C, H, W, N) -> y: as `apply`, with one decision for each channel of each image."""
-    channels, height, width, batch = x.shape
-    check_batch("dropout", batch)
+    channels, height, width, batch = image_sizes("dropout", x)
     y = empty(x.shape, x.dtype, like=x)
     pixels = height * width
     stretch = STRETCH[array_module(x).__name__]

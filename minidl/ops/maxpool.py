@@ -4,7 +4,7 @@ import numpy as np
 
 from minidl.device import Array, empty
 from minidl.kernels import Kernels
-from minidl.ops.shapes import check_batch, check_pool_padding, output_size
+from minidl.ops.shapes import check_pool_padding, image_sizes, output_size
 from minidl.ops.threads import threads_of_row
 
 KERNELS = Kernels("maxpool.cu")
@@ -17,8 +17,7 @@ def forward(x: Array, window: tuple[int, ...], stride: int, padding: int = 0) ->
     window, for `backward`. Raises ValueError for a window larger than the padded image or of more than 65,536
     pixels, and for a padding of more than half of it.
     """
-    channels, height, width, batch = x.shape
-    check_batch("max-pool", batch)
+    channels, height, width, batch = image_sizes("max-pool", x)
     out_height, out_width = output_size("max-pool", (height, width), window, stride, padding)
     check_pool_padding("max-pool", window, padding)
     if window[0] * window[1] > 1 << 16:

@@ -52,6 +52,14 @@ def check_batch(op: str, batch: int) -> None:
         raise ValueError(f"{op}: a batch of {batch} images")
 
 
+def image_sizes(op: str, x: Array) -> tuple[int, ...]:
+    """x (C, H, W, N) -> C, H, W, N. Raises ValueError, naming `op`, for other dimensions, and for a batch without images."""
+    if x.ndim != 4:
+        raise ValueError(f"{op}: an input (C, H, W, N) is needed, got one of {x.ndim} dimensions")
+    check_batch(op, x.shape[3])
+    return x.shape
+
+
 def result(op: str, name: str, given: Array | None, shape: tuple[int, ...], like: Array) -> Array:
     """Where a result of this shape goes: the array that the caller gave, or a new one, like `like`. Raises ValueError, naming
     `op` and the argument `name`, for one of another shape, and TypeError for one that is not contiguous."""
