@@ -104,6 +104,9 @@ class Parameters:
             view[...] = array
             setattr(layer, name, view)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TypeError("parameters are copied with their network, an optimizer after it: copy.deepcopy((network, optimizer))")
+
     def _places(self, sizes: Sequence[int]) -> tuple[list[slice], int]:
         """Where tensors of these sizes lie in a flat array -> slices, size of the array."""
         places, begin = [], 0
@@ -287,6 +290,7 @@ class Layer:
         if "parameters" in vars(self):
             # Copies of views are no views.
             copied.parameters = Parameters(copied.named_parameters(), self.device, self.dtype, copied.step)
+            memo[id(self.parameters)] = copied.parameters  # of an optimizer that is copied with the network
             copied.parameters.gather_buffers(copied)
             for name in ("data", "master", "grad"):
                 getattr(copied.parameters, name)[...] = getattr(self.parameters, name)

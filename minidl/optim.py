@@ -18,9 +18,9 @@ from minidl.ops import optimizer
 class Optimizer:
     """What the optimizers share: the numbers of the current step on the device, clipping, and loss scaling for float16.
 
-    `scale` is the array by which the loss must be multiplied. It is 1 for ever, except for float16: there a step whose
-    gradients are not finite is skipped and halves the scale, which grows again after 2,000 good steps. For other types
-    such a step and all later ones change nothing, and state[optimizer.FAILED] is its number, counted from 1.
+    `scale`, by which the loss must be multiplied, is 1 for ever, except for float16: there a step whose gradients are not
+    finite is skipped and halves the scale, which grows again after 2,000 good steps. For other types such a step and all
+    later ones change nothing, and state[optimizer.FAILED] is its number, counted from 1.
 
     clip_norm, of every optimizer: the most that the norm of the whole gradient may be, 0 for no limit; what is longer is
     shortened, as by PyTorch's clip_grad_norm_. The norm before that is state[optimizer.GRAD_NORM].
@@ -50,7 +50,11 @@ class Optimizer:
         self.moments = {name: xp.zeros_like(parameters.master) for name in self.moment_names}
         self.state = xp.zeros(optimizer.STATE_SIZE, parameters.master.dtype)
         self.restart_scaling()
-        self.scale = self.state[optimizer.SCALE:optimizer.SCALE + 1]
+
+    @property
+    def scale(self) -> Array:
+        """An array of one element, by which the loss must be multiplied."""
+        return self.state[optimizer.SCALE:optimizer.SCALE + 1]
 
     def step(self, lr: float) -> None:
         """Update all parameters from their gradients, with learning rate `lr`. The next forward draws other dropout masks."""

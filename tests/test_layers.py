@@ -186,6 +186,25 @@ def test_a_deep_copy_is_a_network_of_its_own(place, rng, dtype):
     assert not all(np.array_equal(array, before[name]) for name, array in network.state_dict().items())
 
 
+def test_an_optimizer_is_copied_with_its_network(place, rng):
+    """The copy trains the copied network; without one it would train arrays that nobody reads."""
+    network = every_layer().initialize(place, "float16", seed=3)
+    pair = network, SGD(network.parameters)
+    copied, optimizer = copy.deepcopy(pair)
+    optimizer.state *= 2
+    assert float(optimizer.scale[0]) == 2 * float(pair[1].scale[0])
+    optimizer.restart_scaling()
+    for it, sgd in ((copied, optimizer), pair):
+        it.backward(it.forward(place.array(np.ones((3, 8, 8, 4), np.float16))))
+        before = it.state_dict()["stem.weight"]
+        sgd.step(0.1)
+        assert not np.array_equal(it.state_dict()["stem.weight"], before)
+    assert all(np.array_equal(array, network.state_dict()[name]) for name, array in copied.state_dict().items())
+    for alone in (pair[1], network.parameters, pair[::-1]):
+        with pytest.raises(TypeError, match=r"an optimizer after it: copy.deepcopy\(\(network, optimizer\)\)$"):
+            copy.deepcopy(alone)
+
+
 def test_a_network_may_be_copied_before_it_is_initialized():
     network = every_layer()
     copied, network = copy.deepcopy(network).initialize(seed=5), network.initialize(seed=5)
