@@ -259,7 +259,7 @@ class Layer:
         return {name: np.array(self.device.to_host(array)) for name, array in self._named_arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Take over {name: array}. Nothing changes unless every name and shape fits.
+        """Take over {name: array}. Nothing changes unless every name and shape fits, and all are numbers.
 
         Names ending in num_batches_tracked, which PyTorch keeps and nobody needs, are passed over. Raises
         CheckpointError with the first five mismatches.
@@ -267,8 +267,9 @@ class Layer:
         arrays = self._named_arrays()
         state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
         check_shapes(state, {name: array.shape for name, array in arrays.items()})
+        values = {name: np.asarray(state[name], dtype=array.dtype) for name, array in arrays.items()}
         for name, array in arrays.items():
-            array[...] = self.device.array(np.asarray(state[name], dtype=array.dtype))
+            array[...] = self.device.array(values[name])
         self.parameters.cast()
 
     def train(self, training: bool = True) -> Self:

@@ -223,6 +223,12 @@ def test_a_state_that_does_not_fit_changes_nothing():
     for line in ("classifier.bias: missing in the file", "spare: not in the model", "stem.weight: file (4, 3, 5, 5), model (4, 3, 3, 3)"):
         assert line in str(caught.value)
     assert all(np.array_equal(array, before[name]) for name, array in network.state_dict().items())
+    state = {name: array + 1 for name, array in before.items()}
+    last = list(state)[-1]
+    state[last] = np.full(state[last].shape, "one")
+    with pytest.raises(ValueError, match="could not convert"):
+        network.load_state_dict(state)
+    assert all(np.array_equal(array, before[name]) for name, array in network.state_dict().items())
 
 
 def test_only_five_mismatches_are_listed():
