@@ -88,7 +88,8 @@ def statistics(network: Layer, step: Callable[[], object]) -> dict[str, dict[str
     """Run step(), a training step, -> {layer: {one of STATISTICS: value}}, layers in the order of their forward.
 
     output_zeros: share of zeros; gradient_rms: root mean square of the gradient of the output; of layers with a weight also
-    its root mean square, that of its gradient, and update_ratio, the length of its change over its own unless that is 0.
+    its root mean square, that of its gradient, and update_ratio, the length of its change over its own unless that is 0;
+    compositions with a weight of their own come last, with these alone.
     """
     rows: dict[str, dict[str, float]] = {}
     weights = {name: layer.own_parameters()["weight"] for name, layer in network.named_layers()
@@ -109,9 +110,10 @@ def statistics(network: Layer, step: Callable[[], object]) -> dict[str, dict[str
     for name, weight in weights.items():
         size = _rms(before[name])
         change = _rms(_float64(network.device, weight.master) - before[name])
-        rows[name] |= {"weight_rms": size, "weight_gradient_rms": _rms(_float64(network.device, weight.grad))}
+        row = rows.setdefault(name, {})  # there is none of a composition that has a weight: only its parts are watched
+        row |= {"weight_rms": size, "weight_gradient_rms": _rms(_float64(network.device, weight.grad))}
         if size:
-            rows[name]["update_ratio"] = change / size
+            row["update_ratio"] = change / size
     return rows
 
 

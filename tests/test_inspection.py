@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import models
-from minidl import inspection
-from minidl.layer import Layer
+from minidl import initializers, inspection
+from minidl.layer import Composition, Layer, Parameter
 from minidl.layers import AvgPool2d, BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, MaxPool2d, ReLU, Residual, Sequential
 from minidl.optim import SGD
 from small_runs import ARGUMENTS, digests, few_digits, rows, train  # noqa: F401
@@ -159,6 +159,30 @@ def test_statistics_are_those_of_a_computation_by_hand(place, rng):
         name: set(inspection.STATISTICS) if name in ("conv", "bn", "classifier") else set(inspection.STATISTICS[:4])
         for name in found}
     assert methods(network) == []
+
+
+class Scaled(Composition):
+    """y = weight * body(x), weight (1)."""
+
+    def __init__(self, body):
+        self.body, self.weight = body, Parameter((1,), initializers.ones)
+
+    def forward(self, x):
+        y = self.body.forward(x)
+        self._save(y)
+        return self.weight.data * y
+
+    def backward(self, dy):
+        (y,) = self._take()
+        self.weight.grad[...] = (dy * y).sum()
+        return self.body.backward(self.weight.data * dy)
+
+
+def test_statistics_of_a_composition_with_a_weight(place, rng):
+    network = Scaled(Linear(48, 5)).initialize(place)
+    found = inspection.statistics(network, lambda: a_step(network, *arrays(place, rng, side=4)))
+    assert list(found) == ["body", ""] and found[""] == {
+        "weight_rms": 1, "weight_gradient_rms": abs(float(network.weight.grad[0])), "update_ratio": 0}
 
 
 def test_a_weight_of_zeros_has_no_ratio(place, rng):
