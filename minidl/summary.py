@@ -33,7 +33,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """All layers, and the network: sums, but of the workspaces the largest, as each is free again after its layer."""
+    """All layers, and the network: sums, but of the workspaces the largest, as each is free again after its layer. Its parameters
+    are also those that compositions have themselves."""
 
     rows: list[Row]
     parameters: int
@@ -55,7 +56,7 @@ def summarize(network: Layer, shape: Shape = IMAGE_SHAPE, batch_size: int = 128,
     costs = _Costs(network, batch_size, storage_dtype(dtype), device or select("cpu"))
     network.trace(_Tensor(tuple(shape)), costs)
     rows = costs.rows
-    return Summary(rows, sum(row.parameters for row in rows), sum(row.macs for row in rows),
+    return Summary(rows, sum(parameter.size for parameter in network.named_parameters().values()), sum(row.macs for row in rows),
                    sum(row.activation_bytes for row in rows), max((row.workspace_bytes for row in rows), default=0))
 
 

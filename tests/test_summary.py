@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import models
-from minidl import device, inspection, summary
+from minidl import device, initializers, inspection, summary
+from minidl.layer import Parameter
 from minidl.layers import BatchNorm2d, Conv2d, Dropout, Residual, Sequential
 from minidl.ops import chunks, conv, conv_product, winograd
 from models import listing
@@ -59,6 +60,12 @@ def test_totals(name, options):
     assert costs.rows[-1].output_shape[0] == 100
     leaves = [name for name, layer in network.named_layers() if not layer.children()]
     assert sorted(row.name for row in costs.rows) == sorted(leaves)
+
+
+def test_parameters_of_a_composition_count():
+    part = Residual(Conv2d(3, 3, 1))
+    part.scale = Parameter((1,), initializers.ones)
+    assert summary.summarize(Sequential(part), (3, 4, 4)).parameters == 3 * 3 + 3 + 1
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])
