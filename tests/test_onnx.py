@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import models
-from minidl import optim, weights
+from minidl import initializers, optim, weights
 from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
 from minidl.errors import CheckpointError, UsageError
+from minidl.layer import Parameter
 from minidl.layers import AvgPool2d, BatchNorm2d, Conv2d, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Residual, Sequential
 from minidl.onnx_export import export
 from minidl.training import Batch, Trainer
@@ -96,6 +97,15 @@ def test_a_layer_that_onnx_does_not_know(tmp_path):
     network = Sequential(body=Sequential(ReLU(), Doubling())).initialize()
     with pytest.raises(UsageError, match="^body.1: Doubling is a layer without a form in ONNX$"):
         export(network, tmp_path / "it.onnx", (3, 4, 4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_composition_that_computes_with_a_parameter(tmp_path):
+    """Its trace can only tell of its parts."""
+    block = Residual(ReLU())
+    block.scale = Parameter((1,), initializers.ones)
+    with pytest.raises(UsageError, match="^block: Residual has parameters besides those of its parts, and no form in ONNX$"):
+        export(Sequential(block=block).initialize(), tmp_path / "it.onnx", (3, 4, 4))
     assert not list(tmp_path.iterdir())
 
 
