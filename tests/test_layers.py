@@ -407,6 +407,15 @@ def test_refused(make, message):
         make()
 
 
+def test_a_composition_without_trace_is_named():
+    class Block(Composition):
+        def __init__(self):
+            self.conv = Conv2d(3, 4, 1)
+
+    with pytest.raises(NotImplementedError, match="^Block is a Composition and needs a trace"):
+        Sequential(Block()).output_shape((3, 4, 4))
+
+
 @pytest.mark.parametrize("layer", [
     Conv2d(4, 4, 3, padding=1), Conv2d(4, 4, 3, stride=2, bias=False), Conv2d(4, 4, 1), Conv2d(4, 4, 3, groups=2), BatchNorm2d(4),
     MaxPool2d(2), AvgPool2d(2), GlobalAvgPool2d(), GlobalMaxPool2d(), ChannelDropout(0.5), Linear(256, 3)],
