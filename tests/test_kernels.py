@@ -58,6 +58,12 @@ def test_every_kernel_has_a_signature_of_known_types(path):
         assert {p.c_type for p in parameters} <= {*C_TYPES, "real", "acc"}
 
 
+@pytest.mark.parametrize("machine, flag", [("x86_64", "-march=native"), ("aarch64", "-mcpu=native"), ("arm64", "-mcpu=native")])
+def test_flag_for_all_instructions(machine, flag):
+    """On ARM, "the clang compiler does not support '-march=native'", says clang 14."""
+    assert host_build.flag_for_all_instructions(machine) == flag
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are levels of x86-64")
 @pytest.mark.parametrize("level", ["x86-64", "sandybridge", "haswell", "skylake-avx512"])
 @pytest.mark.parametrize("real, acc", [("float", "float"), ("__nv_bfloat16", "float")])
