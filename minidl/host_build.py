@@ -30,9 +30,11 @@ def flag_for_all_instructions(machine: str) -> str:
 # flush-to-zero. Products and sums may be contracted to one rounding, as they are on a GPU.
 _COMMON = ["-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
 FLAGS = {
+# On macOS, <ucontext.h> needs the first of these names, before any header, and what that hides needs the second.
+_EMULATOR = [*_COMMON, "-O1", "-D_XOPEN_SOURCE=700", "-D_DARWIN_C_SOURCE"]
     "fast": [*_COMMON, "-O3", flag_for_all_instructions(platform.machine()), "-fopenmp-simd", "-DMINIDL_FAST"],
-    "emulate": [*_COMMON, "-O1"],
-    "sanitize": [*_COMMON, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "emulate": _EMULATOR,
+    "sanitize": [*_EMULATOR, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 _UNFINISHED, _ABANDONED_SECONDS = "unfinished-", 3600
 _DIGEST_BYTES = hashlib.sha256().digest_size

@@ -64,6 +64,14 @@ def test_flag_for_all_instructions(machine, flag):
     assert host_build.flag_for_all_instructions(machine) == flag
 
 
+def test_the_emulator_asks_for_fibers_before_any_header(tmp_path):
+    """As <ucontext.h> of macOS demands; after another header, the structure lacks its last member."""
+    unit = tmp_path / "it.cpp"
+    unit.write_text("#ifndef _XOPEN_SOURCE\n#error ucontext routines require _XOPEN_SOURCE to be defined\n#endif\n")
+    for mode in ("emulate", "sanitize"):
+        subprocess.run([*host_build.compiler(), *host_build.FLAGS[mode], "-E", unit, "-o", os.devnull], check=True)
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are levels of x86-64")
 @pytest.mark.parametrize("level", ["x86-64", "sandybridge", "haswell", "skylake-avx512"])
 @pytest.mark.parametrize("real, acc", [("float", "float"), ("__nv_bfloat16", "float")])
