@@ -610,6 +610,25 @@ for package in (minidl, models):
 
 def test_forked_child_launches(built_cache):
     """The child has none of the threads of its parent's team."""
+def test_emulators_that_a_loader_makes_one():
+    """As that of macOS does with inline functions of all libraries; here, with those that are loaded for all."""
+    code = f"""
+import ctypes, functools
+from pathlib import Path
+import numpy as np
+from minidl.kernels import Kernels, launch_settings
+
+ctypes.PyDLL = functools.partial(ctypes.PyDLL, mode=ctypes.RTLD_GLOBAL)
+vocabulary = Kernels(Path({str(VOCABULARY.path)!r}))
+with launch_settings("emulate"):
+    for dtype in ("float32", "float64"):
+        sums = np.zeros((3, 2), dtype)
+        vocabulary.row_sums[3, 32](np.ones((3, 50), dtype), sums, 50)
+        assert (sums == 50).all(), sums
+"""
+    assert_works(process(code))
+
+
     code = LAUNCH + """
 import multiprocessing, os
 

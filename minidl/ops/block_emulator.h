@@ -28,6 +28,7 @@
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
+namespace {  // else macOS makes functions of all libraries one, as it is allowed to, and what they keep is not
 
 enum State { RUNNABLE, WAITING, WAITING_FOR_WARP, FINISHED };
 
@@ -123,7 +124,7 @@ inline void barrier(const char* file, int line) { wait(WAITING, file, line); }
 // An operation of a warp: all of its threads give a value -> the values of all, until the next exchange but one. Unlike a
 // barrier, it orders nothing that they do to shared memory.
 template <class T>
-static const T* exchange(const T& value, const char* file, int line) {  // static: see __forceinline__
+const T* exchange(const T& value, const char* file, int line) {
     static T values[2][WARP_SIZE];
     T* all = values[fibers[current].exchanges++ % 2];
     all[current % WARP_SIZE] = value;
@@ -289,6 +290,7 @@ inline void wait_for_copies(int under_way) {
     self.copies.erase(self.copies.begin(), self.copies.begin() + done);
 }
 
+}  // namespace
 }  // namespace emulator
 
 #define SHARED(type, name, size) static emulator::Shared<type, size> name(#name)
