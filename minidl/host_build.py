@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -193,8 +194,9 @@ def _compile(command: list[str], source: Path, text: str, path: Path) -> None:
 
 
 def _first_error(output: str) -> str:
-    """The line of a compiler that says what is wrong, or none. collect2 only says that the linker, above, has said so."""
-    lines = [line for line in output.splitlines() if not line.startswith("collect2:")]
+    """The line of a compiler that says what is wrong, or none. GCC and clang end with one that only says that the linker,
+    above, has said so."""
+    lines = [line for line in output.splitlines() if not re.match(r"collect2: |clang.*: linker command failed", line)]
     return next((line for line in lines if "error:" in line), lines[-1] if lines else "")
 
 

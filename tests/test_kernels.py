@@ -719,7 +719,9 @@ def test_compiler_whose_name_is_half_quoted(fresh_build, monkeypatch):
 @pytest.mark.parametrize("said, error", [
     (rb"Ger\344t.cpp:1:1: error: caf\351", r"Ger\xe4t.cpp:1:1: error: caf\xe9"),
     (rb"/usr/bin/ld: final link failed: No space left on device\ncollect2: error: ld returned 1 exit status",
-     "/usr/bin/ld: final link failed: No space left on device")])
+     "/usr/bin/ld: final link failed: No space left on device"),
+    (rb"ld: symbol(s) not found for architecture arm64\nclang: error: linker command failed with exit code 1",
+     "ld: symbol(s) not found for architecture arm64")])
 def test_what_a_compiler_says_in_any_letters(fresh_build, monkeypatch, tmp_path, said, error):
     (tmp_path / "c++").write_bytes(b"#!/bin/sh\nprintf '" + said + b"\\n' >&2; exit 1\n")
     (tmp_path / "c++").chmod(0o755)
