@@ -30,9 +30,9 @@ def flag_for_all_instructions(machine: str) -> str:
 # No -ffast-math: it breaks NaN and infinity, and a library built with it switches the whole process to
 # flush-to-zero. Products and sums may be contracted to one rounding, as they are on a GPU.
 _COMMON = ["-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
-FLAGS = {
 # On macOS, <ucontext.h> needs the first of these names, before any header, and what that hides needs the second.
 _EMULATOR = [*_COMMON, "-O1", "-D_XOPEN_SOURCE=700", "-D_DARWIN_C_SOURCE"]
+FLAGS = {
     "fast": [*_COMMON, "-O3", flag_for_all_instructions(platform.machine()), "-fopenmp-simd", "-DMINIDL_FAST"],
     "emulate": _EMULATOR,
     "sanitize": [*_EMULATOR, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -75,13 +75,21 @@ def compiler() -> list[str]:
 def _machine() -> str:
     """What a library built here depends on besides its sources: the compiler's version and the CPU."""
     version = _run([*compiler(), "--version"]).stdout
-    cpu = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     except OSError:
-        pass
+        cpu = cpu_name()
     return version + platform.machine() + cpu
+
+
+def cpu_name() -> str:
+    """What the CPU is called where no /proc/cpuinfo tells: "Apple M1", or no more than its family."""
+    try:
+        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        name = ""
+    return name or platform.processor() or platform.machine()
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minidl import __version__, checkpoint, data, plots, process_lock, weights
+from minidl import __version__, checkpoint, data, host_build, plots, process_lock, weights
 from minidl.atomic_file import write_atomically
 from minidl.device import Device
 from minidl.errors import CheckpointError, UsageError
@@ -231,8 +231,9 @@ def _cpu_model() -> str:
     except OSError:
         first = ""
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
-    numbers = [f"{word} {facts[name]}" for word, name in (("family", "cpu family"), ("model", "model")) if name in facts]
-    return " ".join([facts.get("model name") or platform.processor(), *numbers])
+    words = {"family": "cpu family", "model": "model", "implementer": "CPU implementer", "part": "CPU part"}  # ARM has the last two
+    numbers = [f"{word} {facts[name]}" for word, name in words.items() if name in facts]
+    return " ".join([facts.get("model name") or host_build.cpu_name(), *numbers])
 
 
 def _commit() -> str | None:

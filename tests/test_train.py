@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import platform
 import pty
 import re
 import shutil
@@ -502,6 +503,28 @@ def test_output_to_a_full_disk(tmp_path):
         result = train(tmp_path, *DIGITS, "--epochs", "1", stdout=full)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr and "No space left on device" in result.stderr
+
+
+CPUINFO_OF_ARM = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\nprocessor\t: 1\n"
+
+
+@pytest.mark.parametrize("cpuinfo, sysctl, name", [
+    ("model name\t: AMD EPYC\ncpu family\t: 26\nmodel\t: 2\n\nmodel name\t: another\n", "exit 1", "AMD EPYC family 26 model 2"),
+    (CPUINFO_OF_ARM, "exit 1", "aarch64 implementer 0x41 part 0xd0c"), (None, "echo Apple M1", "Apple M1")],
+    ids=["x86-64", "ARM", "macOS"])
+def test_the_name_of_the_cpu(tmp_path, monkeypatch, cpuinfo, sysctl, name):
+    def read_text(path):
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
+
+    (tmp_path / "sysctl").write_text(f"#!/bin/sh\n{sysctl}\n")
+    (tmp_path / "sysctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(platform, "processor", lambda: "arm" if cpuinfo is None else "")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert run_folder._cpu_model() == name
 
 
 def test_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
