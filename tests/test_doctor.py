@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from conftest import CUPY
-from minidl import host_build
+from minidl import host_build, memory
+from minidl.commands import doctor as command
 from minidl.data import CIFARS
 from minidl.nvidia_driver import Driver, Gpu
 
@@ -117,6 +118,12 @@ def state(check):
 
 
 # ---- without a GPU
+
+
+def test_memory_that_no_system_tells_is_not_said(monkeypatch):
+    """As on macOS."""
+    monkeypatch.setattr(memory, "limit_bytes", lambda place: 0)
+    assert command.kernel("cpu") == ("kernel on cpu", "ok", "compiled, results as NumPy's", None)
 
 
 def test_a_machine_without_a_gpu(doctor):

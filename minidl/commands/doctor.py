@@ -204,7 +204,7 @@ def kernel(name: str) -> Check:
         return Check(f"kernel on {name}", "wrong", first_line(error), None if name == "cpu" else "nvidia-smi")
     if not all(map(np.array_equal, results, (np.maximum(x, 0), x @ x))):
         return Check(f"kernel on {name}", "wrong", "results are not NumPy's", f"python -m minidl gradcheck --device {name}")
-    return Check(f"kernel on {name}", "ok", f"compiled, results as NumPy's; {_gib(free)} of memory free")
+    return Check(f"kernel on {name}", "ok", "compiled, results as NumPy's" + (f"; {_gib(free)} of memory free" if free else ""))
 
 
 def data_sets(data_dir: str | None) -> Iterator[Check]:
