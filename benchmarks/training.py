@@ -59,6 +59,14 @@ def make(peer, name, place, precision, batch, state=None):
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
+RESET = Path("/proc/self/clear_refs")  # the peak of a process on the CPU, by writing 5; on Linux alone
+
+
+def tells_memory(place):
+    """Whether the memory of a process can be measured."""
+    return place.name != "cpu" or RESET.exists()
+
+
 def resident_bytes(what):
     """what: VmRSS, the resident set now, or VmHWM, its peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
@@ -71,7 +79,7 @@ def measure_memory(peer, name, place, precision, batch):
         make(peer, "wrn-10-1", place, precision, 2).step()  # threads, libraries and compiled kernels are not the network's
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what that has freed must not serve the network uncounted
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        RESET.write_text("5")
         start = resident_bytes("VmRSS")
     it = make(peer, name, place, precision, batch)
     for _ in range(3):
@@ -178,7 +186,7 @@ def steps(cells, place, args):
 
 def step_row(name, batch, place, precision, args):
     times, peaks = ({}, {}) if args.memory else measure_times(name, batch, place, precision, args)
-    if not peaks:
+    if not peaks and tells_memory(place):
         asked = {"minidl": ["minidl"], **({"torch": peer_names(place, args.compile)} if args.peer else {})}
         peaks = {who: min(memory_in_a_process(peer, name, batch, args, precision) for peer in peers)
                  for who, peers in asked.items()}
@@ -298,6 +306,8 @@ def main():
     if args.peer:
         records.import_torch()
     place = device.select(args.device)
+    if args.memory and not tells_memory(place):
+        raise UsageError("--memory: the memory of a process on the CPU is told by Linux alone")
     words = args.networks or (ON_CPU if place.name == "cpu" else models.ALIASES.values())
     cells = [cell(word, args.batch_size) for word in words]
     if args.memory_of:

@@ -210,6 +210,17 @@ def test_training_beside_pytorch(results, monkeypatch, capsys):
     assert f"| wrn-10-1 | fp32 | 6 | {row['images_per_second']:,.1f} | " in section("training-test")
 
 
+def test_where_the_system_does_not_tell_memory(monkeypatch, capsys, tmp_path):
+    """As on macOS."""
+    monkeypatch.setattr(training, "RESET", tmp_path / "nowhere")
+    arguments = ("--device", "cpu", "--networks", "wrn-10-1:2", "--repeats", 1, "--json", tmp_path / "it.json")
+    run(monkeypatch, capsys, training, *arguments)
+    (row,) = json.loads((tmp_path / "it.json").read_text())["rows"]
+    assert row["images_per_second"] > 0 and row["peak_bytes"] is None
+    with pytest.raises(UsageError, match="--memory: the memory of a process on the CPU is told by Linux alone"):
+        run(monkeypatch, capsys, training, *arguments, "--memory")
+
+
 def test_scaling(results, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(training, "BATCHES", (2, 3, 4))
