@@ -75,13 +75,15 @@ def test_the_emulator_asks_for_fibers_before_any_header(tmp_path):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are levels of x86-64")
 @pytest.mark.parametrize("level", ["x86-64", "sandybridge", "haswell", "skylake-avx512"])
 @pytest.mark.parametrize("real, acc", [("float", "float"), ("__nv_bfloat16", "float")])
-def test_every_kernel_compiles_for_other_cpus(level, real, acc):
+def test_every_kernel_compiles_for_other_cpus(level, real, acc, tmp_path):
     """With vectors of 16 bytes, of 32 for floating-point numbers alone, of 32 for all, and of 64."""
+    if "ziglang" in host_build.compiler():  # which has names of its own for them
+        level = level.replace("-", "_")
     flags = [flag for flag in host_build.FLAGS["fast"] if flag not in ("-O3", "-march=native", "-shared")]
     command = [*host_build.compiler(), *flags, f"-march={level}", f"-DREAL={real}", f"-DACC={acc}", f"-I{OPS}"]
     for path in sorted(OPS.glob("*.cu")):
         if "tensor_core" not in path.name:
-            subprocess.run([*command, "-S", "-x", "c++", path, "-o", os.devnull], check=True, timeout=300)
+            subprocess.run([*command, "-S", "-x", "c++", path, "-o", tmp_path / "it.s"], check=True, timeout=300)
 
 
 def test_unknown_kernel():
