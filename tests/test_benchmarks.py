@@ -205,7 +205,9 @@ def test_training_beside_pytorch(results, monkeypatch, capsys):
     (row,) = json.loads((results / "training-test.json").read_text())["rows"]
     assert list(row)[:len(KEYS)] == KEYS and row["network"] == "wrn-10-1" and row["batch"] == 6 and row["peer"] == "torch"
     assert row["ratio"] == row["images_per_second"] / row["peer_images_per_second"]
-    assert row["peak_bytes"] > 1e6 and row["peer_peak_bytes"] > 1e6 and row["host_seconds"] is None
+    assert row["host_seconds"] is None
+    if training.RESET.exists():
+        assert row["peak_bytes"] > 1e6 and row["peer_peak_bytes"] > 1e6
     assert len(printed.splitlines()) == 3
     assert f"| wrn-10-1 | fp32 | 6 | {row['images_per_second']:,.1f} | " in section("training-test")
 

@@ -415,7 +415,8 @@ def test_what_is_synced_is_all_of_it(tmp_path, monkeypatch):
     told, sync, replace = [], os.fsync, Path.replace
 
     def fsync(descriptor):
-        told.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else os.fstat(descriptor).st_size)
+        about = os.fstat(descriptor)
+        told.append("folder" if stat.S_ISDIR(about.st_mode) else about.st_size)
         sync(descriptor)
 
     def renamed(path, name):

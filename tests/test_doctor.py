@@ -100,7 +100,8 @@ def doctor(packages, stub, tmp_path):
 
 def drop_override():
     """Of a child process of root: it may no longer write where files forbid it."""
-    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
 
 
 def install(folder, name, version="14.2.0", metadata="", files=()):

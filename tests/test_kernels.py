@@ -507,7 +507,8 @@ def process(code, wait=True, **environment):
 
 def drop_override():
     """Of a child process of root: it may no longer write where files forbid it."""
-    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
 
 
 def finished(child):
@@ -610,8 +611,6 @@ for package in (minidl, models):
     assert not (tmp_path / "cache").exists()
 
 
-def test_forked_child_launches(built_cache):
-    """The child has none of the threads of its parent's team."""
 def test_emulators_that_a_loader_makes_one():
     """As that of macOS does with inline functions of all libraries; here, with those that are loaded for all."""
     code = f"""
@@ -631,6 +630,8 @@ with launch_settings("emulate"):
     assert_works(process(code))
 
 
+def test_forked_child_launches(built_cache):
+    """The child has none of the threads of its parent's team."""
     code = LAUNCH + """
 import multiprocessing, os
 
@@ -652,6 +653,7 @@ work()
     assert child.returncode == 0, child.error  # Python may warn of the fork
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
 def test_without_memory_for_another_thread(built_cache):
     """The thread that asks does the work; an exception of C++ would end the process."""
     code = """
@@ -742,6 +744,7 @@ def test_something_else_in_the_place_of_a_library(fresh_build, fake_compiler, tm
     assert [*tmp_path.glob("kernels/*")] == [library]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
 def test_a_folder_of_strange_letters(tmp_path):
     folder = f"{tmp_path}/m\udce4 'y'"  # a byte that is not UTF-8
     shutil.copytree(OPS.parent, f"{folder}/minidl", ignore=shutil.ignore_patterns("__pycache__"))
