@@ -346,8 +346,8 @@ class Composition(Layer):
     """A layer made of layers. `trace` says how they are connected; shapes and costs follow from it."""
 
     def trace(self, x: Value, tracer: Tracer[Value]) -> Value:
-        raise NotImplementedError(f"{type(self).__name__} is a Composition and needs a trace, which says how its parts are connected; "
-                                  "a Layer with parts does with an output_shape")
+        raise NotImplementedError(f"{type(self).__name__} is a Composition and needs a trace, which says how its parts are "
+                                  "connected; a Layer with parts does with an output_shape")
 
     def output_shape(self, shape: Shape) -> Shape:
         return self.trace(tuple(shape), _Shapes())

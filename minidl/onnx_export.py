@@ -30,8 +30,8 @@ def export(network: Layer, path: FilePath, image_shape: Shape, metadata: Metadat
     onnx = library("onnx", "interchange")
     for name, layer in network.named_layers():
         if layer.children() and layer.own_parameters():  # no trace can say what it does with them
-            raise UsageError(f"{name or 'the network'}: {type(layer).__name__} has parameters besides those of its parts, and no form "
-                             "in ONNX")
+            raise UsageError(f"{name or 'the network'}: {type(layer).__name__} has parameters besides those of its parts, and no "
+                             "form in ONNX")
     state = network.state_dict()
     graph = _Graph(network, onnx.helper.make_node)
     features = network.trace(_Value("images", tuple(image_shape)), graph)

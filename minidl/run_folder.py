@@ -112,7 +112,8 @@ class RunFolder:
             write_atomically(self.path / "metrics.csv", lambda file: file.write(_csv(history, header=True).encode()))
 
     def log(self, event: str, **values: Any) -> None:
-        """Append an event to events.jsonl, which nothing is ever taken from: what a kill or a full disk has cut off stays a line."""
+        """Append an event to events.jsonl, which nothing is ever taken from: what a kill or a full disk has cut off stays, as a
+        line of its own."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **values}) + "\n"
         with self.survives("events.jsonl"), (self.path / "events.jsonl").open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
@@ -163,8 +164,8 @@ class RunFolder:
 
 
 def check_empty(path: Path) -> None:
-    """Raise UsageError where there is something in the folder, or it cannot be read. What a process leaves that is killed while it
-    writes its first file is nothing."""
+    """Raise UsageError where there is something in the folder, or it cannot be read. What a process leaves that is killed while
+    it writes its first file is nothing."""
     try:
         empty = not (path.is_dir() and any(not file.match(".config.toml.*.tmp") for file in path.iterdir()))
         again = f", or go on with --resume {path}" if (path / checkpoint.LAST).exists() else ""
@@ -231,7 +232,8 @@ def _cpu_model() -> str:
     except OSError:
         first = ""
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
-    words = {"family": "cpu family", "model": "model", "implementer": "CPU implementer", "part": "CPU part"}  # ARM has the last two
+    # Of x86 and of ARM.
+    words = {"family": "cpu family", "model": "model", "implementer": "CPU implementer", "part": "CPU part"}
     numbers = [f"{word} {facts[name]}" for word, name in words.items() if name in facts]
     return " ".join([facts.get("model name") or host_build.cpu_name(), *numbers])
 

@@ -62,6 +62,8 @@ def test_a_folder_of_data_is_one_from_wherever_a_run_goes_on(tmp_path, monkeypat
     monkeypatch.setenv("HOME", "/home/it")
     assert [chosen("--arch", "wrn-10-1", "--data-dir", it).data_dir for it in ("data", "../data", "/data", "~/data")] == [
         f"{tmp_path}/data", f"{tmp_path.parent}/data", "/data", "/home/it/data"]
+    (tmp_path / "it.toml").write_text('data_dir = "data"\n')
+    assert chosen("--arch", "wrn-10-1", "--config", str(tmp_path / "it.toml")).data_dir == f"{tmp_path}/data"
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

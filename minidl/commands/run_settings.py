@@ -46,14 +46,14 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     if "model_kwargs" in flags:
         flags["model_kwargs"] = {**from_file.get("model_kwargs", {}), **models.parse_options(flags["model_kwargs"])}
     flags = settings.checked(flags)
-    for name in {"data_dir", "init"} & flags.keys():  # the run's folder tells it to who stands elsewhere
-        try:
-            flags[name] = os.path.abspath(os.path.expanduser(flags[name]))
-        except FileNotFoundError:
-            raise UsageError(f"{name} {flags[name]}: the present folder, which this begins at, is gone") from None
     if "arch" in flags:
         flags["arch"] = models.named(flags["arch"])
     for source in (from_file, flags):
+        for name in {"data_dir", "init"} & source.keys():  # the run's folder tells it to who stands elsewhere
+            try:
+                source[name] = os.path.abspath(os.path.expanduser(source[name]))
+            except FileNotFoundError:
+                raise UsageError(f"{name} {source[name]}: the present folder, which this begins at, is gone") from None
         counted = source is from_file and from_file.get("milestones")  # in these epochs
         if "epochs" in source and "time_budget" in source and not counted:
             raise UsageError("epochs and time_budget exclude each other: the budget decides how many epochs there are")
