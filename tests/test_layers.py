@@ -10,7 +10,7 @@ import pytest
 from minidl import initializers, layers
 from minidl.device import select
 from minidl.errors import CheckpointError, UsageError
-from minidl.layer import Composition, Layer
+from minidl.layer import Composition
 from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Linear,
                            MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 from minidl.optim import SGD

@@ -304,7 +304,7 @@ def test_every_setting_comes_back(tmp_path):
                   clip_norm=1e15, warmup_epochs=0.1, milestones=[1, 2**62], factor=1.0, restart_at_milestones=True,
                   label_smoothing=1, mixup=0.2, ema=0.999, padding=31, reflect=False, cutout=32, val_split=10, patience=3,
                   limit_train_batches=5, save_every="90s", inspect=True, tensorboard=True, seed=2**63 - 1, precision="bf16",
-                  ranks=2, device="cpu", data_dir="there", model_kwargs={"dropout": 0.1, "gamma": "uniform"})
+                  ranks=2, device="cpu", data_dir="/there", model_kwargs={"dropout": 0.1, "gamma": "uniform"})
     assert chosen("--config", toml(tmp_path, it.as_toml())) == it
     budget = resolved(device="cpu", time_budget="1h30m")
     assert chosen("--config", toml(tmp_path, budget.as_toml())) == budget
