@@ -215,9 +215,7 @@ def main():
     if args.plot:
         plots.check(args.plot)
 
-    if args.peer:
-        records.import_torch()
-    place = device.select(args.device)
+    place = records.select(args.device, args.peer)
     batch = args.batch_size or (128 if place.name != "cpu" else 32)
     found = {work: occurrences for work, occurrences in works.of(args.networks, batch).items()
              if any(text in f"{work.kind} {work}" for text in args.filter)}

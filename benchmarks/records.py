@@ -6,6 +6,7 @@ import time
 
 from minidl import device, run_folder
 from minidl.atomic_file import check_folder, write_atomically
+from minidl.errors import DeviceError
 
 PAUSE = 0.05  # seconds after which the threads of a peer, which spin for a while after their work, sleep
 PRECISIONS = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}  # type of storage
@@ -51,9 +52,15 @@ class Record:
             sys.exit("\n".join(["not timed, as the results differ:", *self.not_timed]))
 
 
-def import_torch():
-    """Before CuPy loads libraries of CUDA: PyTorch may need newer ones, which it then does not get."""
-    import torch  # noqa: F401
+def select(name, peer):
+    """The device of this name, on which the peer, "torch" or None, computes, too. Raises DeviceError where it cannot."""
+    if peer:
+        import torch  # before CuPy loads libraries of CUDA: PyTorch may need newer ones, which it then does not get
+    place = device.select(name)
+    if peer and place.name != "cpu" and not torch.cuda.is_available():
+        raise DeviceError(f"--peer torch: PyTorch {torch.__version__} finds no GPU, minidl {place.name}: "
+                          "install PyTorch for CUDA, or use --device cpu")
+    return place
 
 
 def torch_with(precision):

@@ -91,7 +91,8 @@ def measure_memory(peer, name, place, precision, batch):
 def memory_in_a_process(peer, name, batch, args, precision):
     """`measure_memory` in a fresh process: what one peer has freed must not serve the next."""
     result = subprocess.run([sys.executable, __file__, "--device", args.device, "--precision", precision, "--networks",
-                             f"{name}:{batch}", "--memory-of", peer], stdout=subprocess.PIPE, text=True, check=True)
+                             f"{name}:{batch}", "--memory-of", peer, *(["--peer", args.peer] if peer != "minidl" else [])],
+                            stdout=subprocess.PIPE, text=True, check=True)
     return int(result.stdout)
 
 
@@ -303,9 +304,7 @@ def main():
     if args.plot:
         plots.check(args.plot)
 
-    if args.peer:
-        records.import_torch()
-    place = device.select(args.device)
+    place = records.select(args.device, args.peer)
     if args.memory and not tells_memory(place):
         raise UsageError("--memory: the memory of a process on the CPU is told by Linux alone")
     words = args.networks or (ON_CPU if place.name == "cpu" else models.ALIASES.values())

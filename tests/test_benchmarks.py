@@ -7,13 +7,15 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import models
+import stand_in_gpu
 from minidl import device
-from minidl.errors import UsageError
+from minidl.errors import DeviceError, UsageError
 from minidl.host_build import OPS
 from minidl.kernels import Kernel, parse_signatures
 from minidl.ops import batchnorm, bias, conv_product, loss
@@ -284,6 +286,25 @@ def test_startup(results, monkeypatch, capsys):
 def test_refused(monkeypatch, capsys, script, arguments, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         run(monkeypatch, capsys, script, "--device", "cpu", *arguments)
+
+
+@pytest.mark.parametrize("script", [kernels, training])
+def test_pytorch_without_cuda_beside_a_gpu(monkeypatch, capsys, script):
+    torch, gpu = pytest.importorskip("torch"), stand_in_gpu.install(monkeypatch)
+    monkeypatch.setattr(device, "select", lambda name: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=f"PyTorch {re.escape(torch.__version__)} finds no GPU, minidl cuda:99: install"):
+        run(monkeypatch, capsys, script, "--peer", "torch")
+
+
+def test_the_process_that_measures_pytorch_s_memory_is_told_the_peer(monkeypatch):
+    """So that it loads PyTorch before CuPy."""
+    commands, args = [], SimpleNamespace(device="cuda", peer="torch")
+    monkeypatch.setattr(training.subprocess, "run",
+                        lambda command, **how: commands.append(command) or SimpleNamespace(stdout="1"))
+    for peer in ("minidl", "torch channels_last"):
+        training.memory_in_a_process(peer, "wrn-10-1", 2, args, "fp32")
+    assert [command[-2:] == ["--peer", "torch"] for command in commands] == [False, True]
 
 
 # ---- the report --------------------------------------------------------------------------------------------------
