@@ -1,5 +1,7 @@
 """Pictures of benchmarks, in the form of minidl's own (plots.py)."""
 
+import itertools
+
 from minidl.plots import COLOURS, GRAY, SMALL, picture
 
 KINDS = {"convolution": "o", "linear": "s", "batch norm": "^", "pooling": "v", "element-wise": "D", "optimizer": "P",
@@ -35,21 +37,23 @@ def roofline(rows, ceilings, path):
 
 
 def scaling(rows, path):
-    """Images/s over the batch, a line for each network and peer, and FLOP/s over the width."""
+    """Images/s over the batch, a line for each network, precision and peer, and FLOP/s over the width."""
     series = {kind: [row for row in rows if row["series"] == kind] for kind in ("batch", "width")}
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    named = {precision: f" {precision}" if len(precisions) > 1 else "" for precision in precisions}  # in the legends
     with picture(path, 9, 3.5) as figure:
         left, right = figure.subplots(1, 2)
-        lines = {(row["network"], peer) for row in series["batch"] for peer in ("minidl", "torch")}
-        names = sorted({name for name, _ in lines})
-        for name, peer in sorted(lines):
+        names = sorted({(row["network"], row["precision"]) for row in series["batch"]})
+        for name, peer in itertools.product(names, ("minidl", "torch")):
             key = "images_per_second" if peer == "minidl" else "peer_images_per_second"
-            points = sorted((row["batch"], row[key]) for row in series["batch"] if row["network"] == name and row[key])
+            points = sorted((row["batch"], row[key]) for row in series["batch"]
+                            if (row["network"], row["precision"]) == name and row[key])
             colour = COLOURS[names.index(name) % len(COLOURS)]
             even = [point for point in points if point[0] % 2 == 0]
             if points:
                 left.plot(*zip(*even), marker="o", markersize=3, color=colour,
                           linestyle="solid" if peer == "minidl" else (0, (3, 1.5)),
-                          label=name if peer == "minidl" else f"{name}, PyTorch")
+                          label=name[0] + named[name[1]] + (", PyTorch" if peer == "torch" else ""))
                 left.plot(*zip(*(point for point in points if point not in even)), linestyle="", marker="x", color=colour)
         batches = sorted({row["batch"] for row in series["batch"]})
         left.set(xscale="log", xlabel="batch (crosses: odd)", ylabel="images/s", title="batch: level is linear time",
@@ -58,11 +62,14 @@ def scaling(rows, path):
         left.minorticks_off()
         left.xaxis.set_major_formatter("{x:g}")
         left.legend()
-        for peer, key in (("minidl", "images_per_second"), ("PyTorch", "peer_images_per_second")):
-            points = [(index, 6 * row["macs"] * row[key] / 1e12) for index, row in enumerate(series["width"]) if row[key]]
+        widths, colours = list(dict.fromkeys(row["network"] for row in series["width"])), itertools.cycle(COLOURS)
+        peers = ("minidl", "images_per_second"), ("PyTorch", "peer_images_per_second")
+        for precision, (peer, key) in itertools.product(precisions, peers):
+            points = [(widths.index(row["network"]), 6 * row["macs"] * row[key] / 1e12) for row in series["width"]
+                      if row["precision"] == precision and row[key]]
             if points:
-                right.plot(*zip(*points), marker="o", markersize=3, color=COLOURS[0 if peer == "minidl" else 1], label=peer)
-        right.set_xticks(range(len(series["width"])), [row["network"] for row in series["width"]])
+                right.plot(*zip(*points), marker="o", markersize=3, color=next(colours), label=peer + named[precision])
+        right.set_xticks(range(len(widths)), widths)
         right.set(ylabel="TFLOP/s of the step", title="width", ylim=(0, None))
         right.legend()
     return figure

@@ -131,6 +131,7 @@ def peaks(row):
 
 def kernels(path):
     record = read(path)
+    numpy = "NumPy" if record["threads"] else "CuPy"  # whose expressions those of the CPU are on a GPU
     said = title("Kernels", path, record)
     said += f"![Roofline](results/{path.stem}.png)\n\n"
     for precision, ceiling in record["ceilings"].items():
@@ -142,8 +143,8 @@ def kernels(path):
                           "kernels that store past the caches exceed 100 %; a matrix product, "
                           f"{ceiling['gemm_teraflops_per_second']:.3f} TFLOP/s. Over "
                           "the shapes of each kernel, the median (least..greatest): per cent of the ceiling, and of a copy of "
-                          "as many bytes, which is a launch, too; speed in multiples of NumPy's and PyTorch's.") + "\n"
-        said += table(["kernel", "shapes", "% of ceiling", "% of copy alike", "x NumPy", "x PyTorch"], [
+                          f"as many bytes, which is a launch, too; speed in multiples of {numpy}'s and PyTorch's.") + "\n"
+        said += table(["kernel", "shapes", "% of ceiling", "% of copy alike", f"x {numpy}", "x PyTorch"], [
             (name, str(len(group)), spread([row["share_of_ceiling"] for row in group], ".0f", 100),
              spread([row["share_of_copy_alike"] for row in group], ".0f", 100),
              spread([row["speed_over_numpy"] for row in group], ".1f"),
@@ -204,10 +205,12 @@ def scaling(path):
 
 def startup(path):
     record = read(path)
-    rows = [(row["network"], str(row["batch"]), row["cache"], str(row["processes"]), f"{row['import_seconds']:.3f}",
-             f"{row['network_seconds']:.3f}", f"{row['first_step_seconds']:.3f}") for row in record["rows"]]
+    rows = [(row["network"], row["precision"], str(row["batch"]), row["cache"], str(row["processes"]),
+             f"{row['import_seconds']:.3f}", f"{row['network_seconds']:.3f}", f"{row['first_step_seconds']:.3f}")
+            for row in record["rows"]]
     return title("Start of a fresh process", path, record) + table(
-        ["network", "batch", "cache of kernels", "processes", "`import minidl`, s", "network made, s", "first step, s"], rows)
+        ["network", "precision", "batch", "cache of kernels", "processes", "`import minidl`, s", "network made, s",
+         "first step, s"], rows)
 
 
 def overhead(path):

@@ -23,6 +23,7 @@ from minidl.ops import batchnorm, bias, conv_product, loss
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kernels  # noqa: E402
+import pictures  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
 import training  # noqa: E402
@@ -198,6 +199,9 @@ def test_kernels(results, monkeypatch, capsys):
     said = section("kernels-test")
     assert {row["kernel"] for row in record["rows"]} == set(re.findall(r"^\| ([\w, +]+) \| \d+ \|", said, re.MULTILINE))
     assert len(pictured) > 10_000 and (results / "kernels-test.png").read_bytes() == pictured
+    assert "| x NumPy | x PyTorch |" in said
+    (results / "kernels-test.json").write_text(json.dumps(record | {"threads": None}))  # a GPU's, where CuPy has NumPy's place
+    assert "| x CuPy | x PyTorch |" in section("kernels-test")
 
 
 def test_training_beside_pytorch(results, monkeypatch, capsys):
@@ -240,6 +244,11 @@ def test_scaling(results, monkeypatch, capsys):
     assert (results / "scaling.png").stat().st_size > 10_000
     assert (results / "scaling-test.png").read_bytes() == (results / "scaling.png").read_bytes()
 
+    labels = {axes.get_title(): (axes.get_legend_handles_labels()[1], [tick.get_text() for tick in axes.get_xticklabels()])
+              for axes in pictures.scaling([*rows, *(row | {"precision": "bf16"} for row in rows)], results / "two.png").axes}
+    assert labels["width"] == (["minidl fp32", "minidl bf16"], ["wrn-10-1", "wrn-10-2"])
+    assert labels["batch: level is linear time"][0] == ["wrn-10-1 bf16", "wrn-10-1 fp32"]
+
 
 def test_what_was_measured_is_recorded_before_the_end(tmp_path, monkeypatch, capsys):
     """Rows whose peers differ are left out and said; one that ends the benchmark takes none with it."""
@@ -267,7 +276,7 @@ def test_startup(results, monkeypatch, capsys):
     run(monkeypatch, capsys, training, "--device", "cpu", "--networks", "wrn-10-1:2", "--startup",
         "--json", results / "startup-test.json")
     (row,) = json.loads((results / "startup-test.json").read_text())["rows"]
-    assert "| wrn-10-1 | 2 | warm | 1 | " in section("startup-test")
+    assert "| wrn-10-1 | fp32 | 2 | warm | 1 | " in section("startup-test")
     assert row["cache"] == "warm" and 0 < row["import_seconds"] < 10 and 0 < row["first_step_seconds"] < 10
 
 
