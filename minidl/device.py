@@ -36,6 +36,14 @@ def array_module(array: object) -> ModuleType:
     raise TypeError(f"a numpy or cupy array is needed, got {type(array).__module__}.{type(array).__name__}")
 
 
+def address(array: Array) -> int:
+    """Where a numpy or cupy array begins in the memory of its device."""
+    if array_module(array) is np:
+        return array.ctypes.data
+    pointer: Any = array.data  # CuPy's MemoryPointer
+    return int(pointer.ptr)
+
+
 class Device:
     """A place for arrays and kernels.
 

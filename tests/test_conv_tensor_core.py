@@ -245,6 +245,23 @@ def test_results_in_slices_of_buffers(warps, rng):
         assert np.isfinite(buffer[2:18]).all() and np.isnan(buffer[:2]).all() and np.isnan(buffer[18:]).all()
 
 
+def test_arrays_that_do_not_begin_with_a_piece_are_refused(warps, rng):
+    x, weight, dy = (warps.array(a, "float32") for a in inputs(rng, "float32", *CASES[0]))
+
+    def shifted(like):
+        return warps.poison((like.size + 1,), "float32")[1:].reshape(like.shape)
+
+    settings = dict(stride=1, padding=1, groups=1)
+    for message, function, arguments in (
+            ("input", conv_tensor_core.forward, (shifted(x), weight, dy, None, None)),
+            ("result", conv_tensor_core.forward, (x, weight, shifted(dy), None, None)),
+            ("plus", conv_tensor_core.backward_x, (dy, weight, x, shifted(x))),
+            ("dy", conv_tensor_core.backward_weight, (shifted(dy), x, weight)),
+            ("x", conv_tensor_core.backward_weight, (dy, shifted(x), weight))):
+        with pytest.raises(ValueError, match=rf"^conv: {message} \(.* does not begin at a multiple of 16 bytes, as tensor cores need"):
+            function(*arguments, **settings)
+
+
 # ---- where it may be taken -------------------------------------------------------------------------------------------
 
 

@@ -11,12 +11,12 @@ import functools
 import numpy as np
 
 from minidl import blas
-from minidl.device import Array, array_module, empty
+from minidl.device import Array, address, array_module, empty
 from minidl.kernels import Kernels
 from minidl.ops.sum_parts import parts_of, sum_parts
 
 KERNELS = Kernels("conv_tensor_core.cu", fixed_threads=True)
-THREADS, COLUMNS, CHUNK_BYTES = 128, 128, 64  # conv_tensor_core.cu
+THREADS, COLUMNS, CHUNK_BYTES, PIECE_BYTES = 128, 128, 64, 16  # conv_tensor_core.cu
 # Groups of fewer channels, in or out, leave most of a tile empty. A guess, not measured.
 LEAST_CHANNELS = 16
 # A weight gradient is summed in so many parts that each multiprocessor has about as many blocks, all at a time, but each at
@@ -27,9 +27,6 @@ BLOCKS, LEAST_STEPS = 2, 32
 def applies(x: Array, weight: Array, padding: int, groups: int) -> bool:
     """Whether x (C, H, W, N) and weight (O, C/groups, kh, kw) may take this path, forward and in both gradients; that of x
     with stride 1 only.
-
-    All of the arrays that the functions below get must begin at a multiple of 16 bytes, as new arrays and slices of their
-    channels do.
     """
     xp = array_module(x)
     return (xp.__name__ == "cupy" and fits(x, weight, padding, groups)
@@ -40,7 +37,7 @@ def fits(x: Array, weight: Array, padding: int, groups: int) -> bool:
     """`applies`, wherever the arrays are. Of both, only shape and type matter."""
     outputs, group_channels, *kernel = weight.shape
     for_tensor_cores = x.dtype.name in ("float16", "bfloat16") or x.dtype.name == "float32" and blas.allow_tf32
-    return (for_tensor_cores and kernel == [3, 3] and 0 <= padding <= 2 and x.shape[3] * x.itemsize % 16 == 0
+    return (for_tensor_cores and kernel == [3, 3] and 0 <= padding <= 2 and x.shape[3] * x.itemsize % PIECE_BYTES == 0
             and min(group_channels, outputs // groups) >= LEAST_CHANNELS)
 
 
@@ -55,7 +52,8 @@ def forward(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array |
             groups: int) -> None:
     """x (C, H, W, N), weight (O, C/groups, 3, 3): overwrites y (O, H', W', N), bias and plus added.
 
-    H' = floor((H + 2 * padding - 3) / stride) + 1.
+    H' = floor((H + 2 * padding - 3) / stride) + 1. Raises ValueError, as the functions below, for images or gradients of them
+    that do not begin at a multiple of 16 bytes, as new arrays and slices of their channels do.
     """
     _multiply(x, weight, y, bias, plus, stride, padding, groups, adjoint=False)
 
@@ -68,6 +66,7 @@ def backward_x(dy: Array, weight: Array, dx: Array, plus: Array | None, *, strid
 
 def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding: int, groups: int) -> None:
     """dy (O, H', W', N), x (C, H, W, N): overwrites dweight (O, C/groups, 3, 3), of the type of accumulation."""
+    _check_begin(dy=dy, x=x)
     outputs, group_channels = dweight.shape[:2]
     all_steps, multiprocessors = _tiles(dy.size // outputs * dy.itemsize, CHUNK_BYTES), _multiprocessors(x)
     most_parts, column_tiles = max(1, all_steps // LEAST_STEPS), _tiles(group_channels * 9, COLUMNS) * groups
@@ -81,9 +80,18 @@ def backward_weight(dy: Array, x: Array, dweight: Array, *, stride: int, padding
     sum_parts(tile_dweight, dweight)
 
 
+def _check_begin(**arrays: Array | None) -> None:
+    """Elsewhere a GPU would end the work of the whole process."""
+    for name, array in arrays.items():
+        if array is not None and address(array) % PIECE_BYTES:
+            raise ValueError(f"conv: {name} {array.shape} does not begin at a multiple of {PIECE_BYTES} bytes, as tensor cores "
+                             "need: copy it")
+
+
 def _multiply(x: Array, weight: Array, y: Array, bias: Array | None, plus: Array | None, stride: int, padding: int, groups: int,
               *, adjoint: bool) -> None:
     """y = the convolution of x with weight, or, with `adjoint`, with the turned and transposed weight; + bias + plus."""
+    _check_begin(input=x, result=y, plus=plus)
     sources, results = x.shape[0] // groups, y.shape[0] // groups
     run, box_width, box_height = _box(y.shape[3])
     boxes = _tiles(y.shape[3], run) * _tiles(y.shape[2], box_width) * _tiles(y.shape[1], box_height) * groups
