@@ -38,7 +38,7 @@ def array_module(array: object) -> ModuleType:
 
 def address(array: Array) -> int:
     """Where a numpy or cupy array begins in the memory of its device."""
-    if array_module(array) is np:
+    if isinstance(array, np.ndarray):
         return array.ctypes.data
     pointer: Any = array.data  # CuPy's MemoryPointer
     return int(pointer.ptr)
