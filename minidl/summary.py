@@ -33,8 +33,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """All layers, and the network: sums, but of the workspaces the largest, as each is free again after its layer. Its parameters
-    are also those that compositions have themselves."""
+    """All layers, and the network: sums, but of the workspaces the largest, as each is free again after its layer. Compositions
+    have no row, but their own parameters count."""
 
     rows: list[Row]
     parameters: int
