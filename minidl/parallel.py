@@ -8,16 +8,15 @@ that its rank sees, as usual, and running statistics are averaged.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,14 +57,11 @@ ALONE = Team()
 
 
 class SharedTeam(Team):
-    """One of several processes, which share the file `memory` and meet at `barrier`."""
+    """One of several processes, which share the bytes `memory` and meet at `barrier`."""
 
-    def __init__(self, rank: int, size: int, memory: Path, barrier: Any) -> None:
+    def __init__(self, rank: int, size: int, memory: Any, barrier: Any) -> None:
         self.rank, self.size, self._barrier = rank, size, barrier
-        self._memory = np.memmap(memory, np.uint8, "r+")
-        barrier.wait()
-        if rank == 0:
-            memory.unlink()  # it lives as long as somebody uses it, and is not left over by who is killed
+        self._memory = np.frombuffer(memory, np.uint8)
 
     def add(self, array: Array, weight: float, place: Device) -> None:
         most = CAPACITY // ((self.size + 1) * array.itemsize)
@@ -103,18 +99,11 @@ def launch(size: int, work: Callable[[Any, Team], None], arguments: Any) -> int:
     # Each rank has its share of the cores, which BLAS reads when it is imported.
     os.environ["OMP_NUM_THREADS"] = str(max(1, device.cpu_threads() // size))
     context = multiprocessing.get_context("spawn")
-    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    memory: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(prefix="minidl-", dir=folder, delete=False) as file:
-            memory = Path(file.name)
-            file.write(bytes(CAPACITY))  # the memory is taken now: a rank for which there is none later dies of SIGBUS
+        memory = context.RawArray(ctypes.c_char, CAPACITY)
         barrier, spoken = context.Barrier(size), context.Value("b", 0)
     except OSError as error:
-        if memory:
-            memory.unlink(missing_ok=True)
-        raise DeviceError(f"{size} ranks need {CAPACITY / 1e6:.0f} MB in {folder or 'a folder for temporary files'}: "
-                          f"{error.strerror or error}") from None
+        raise DeviceError(f"{size} ranks need {CAPACITY / 1e6:.0f} MB that processes can share: {error.strerror or error}") from None
     ranks = [context.Process(target=_rank, args=(rank, size, memory, barrier, spoken, work, arguments), daemon=True)
              for rank in range(size)]
     try:
@@ -133,10 +122,9 @@ def launch(size: int, work: Callable[[Any, Team], None], arguments: Any) -> int:
         for rank in ranks:
             if rank.pid:
                 rank.kill()
-        memory.unlink(missing_ok=True)
 
 
-def _rank(rank: int, size: int, memory: Path, barrier: Any, spoken: Any, work: Callable[[Any, Team], None],
+def _rank(rank: int, size: int, memory: Any, barrier: Any, spoken: Any, work: Callable[[Any, Team], None],
           arguments: Any) -> None:
     """The life of a rank."""
     if hasattr(os, "setpgid"):
