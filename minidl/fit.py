@@ -22,11 +22,14 @@ def fit(run: Run, folder: RunFolder, quiet: bool = False) -> None:
     quiet: no bar, and no line per epoch. Raises what ends it early, when all that there is is saved: Stop, DivergedError,
     DeviceError; and CheckpointError before the first step where the folder takes nothing.
     """
+    environment = run_folder.environment(run.place)
     if run.epoch == run.step == 0:
-        folder.write_settings(run.settings.as_toml(), run_folder.environment(run.place))
+        folder.write_settings(run.settings.as_toml(), environment)
         folder.log("start", settings=run.settings.as_dict())
     else:
         folder.write_metrics(run.history)  # of what was done after the checkpoint nothing is left
+        folder.compare(environment)
+        folder.log("resume", epoch=run.epoch, step=run.step, settings=run.settings.as_dict(), environment=environment)
     if run.settings.tensorboard:
         folder.start_tensorboard()
     progress = Progress(run.settings.epochs, run.val_batches is not None, quiet)

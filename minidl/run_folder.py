@@ -92,11 +92,13 @@ class RunFolder:
     def add_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
         """Append the last of `history`, {column: text} per epoch, to metrics.csv; where that failed before, or it has other
         columns than the one before, write all."""
-        if "metrics.csv" in self.troubles or len(history) == 1 or history[-1].keys() != history[-2].keys():
-            self.write_metrics(history)
-        else:
-            with self.survives("metrics.csv"), (self.path / "metrics.csv").open("a", newline="", encoding="utf-8") as file:
-                file.write(_csv(history, header=False, first=len(history) - 1))
+        again = "metrics.csv" in self.troubles or len(history) == 1 or history[-1].keys() != history[-2].keys()
+        with self.survives("metrics.csv"):
+            if again:
+                self.write_metrics(history)
+            else:
+                with (self.path / "metrics.csv").open("a", newline="", encoding="utf-8") as file:
+                    file.write(_csv(history, header=False, first=len(history) - 1))
         if self._tensorboard:
             with self.survives("tensorboard"):
                 row = history[-1]
@@ -107,9 +109,8 @@ class RunFolder:
                 self._tensorboard.flush()
 
     def write_metrics(self, history: Sequence[Mapping[str, str]]) -> None:
-        """metrics.csv holds `history` and nothing else."""
-        with self.survives("metrics.csv"):
-            write_atomically(self.path / "metrics.csv", lambda file: file.write(_csv(history, header=True).encode()))
+        """metrics.csv holds `history` and nothing else. Raises CheckpointError where it cannot be written."""
+        write_atomically(self.path / "metrics.csv", lambda file: file.write(_csv(history, header=True).encode()))
 
     def log(self, event: str, **values: Any) -> None:
         """Append an event to events.jsonl, which nothing is ever taken from: what a kill or a full disk has cut off stays, as a
@@ -161,6 +162,17 @@ class RunFolder:
             self.troubles[file] = reason
         else:
             self.troubles.pop(file, None)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder in which a run goes on whose folder, or checkpoint, is `path`. Raises UsageError where another run may be
+    overwritten there: the file is a copy."""
+    if path.is_dir():
+        return path
+    if path.name not in (checkpoint.LAST, checkpoint.PREVIOUS) and (path.parent / checkpoint.LAST).exists():
+        raise UsageError(f"the run of {path} would go on in its folder, whose {checkpoint.LAST} would be lost: copy the file, as "
+                         f"{checkpoint.LAST}, to a folder of its own")
+    return path.parent
 
 
 def check_empty(path: Path) -> None:

@@ -288,18 +288,19 @@ def test_float16_begins_with_its_loss_scale(stopped):
     assert state[optimizer.GOOD_STEPS] == steps_since
 
 
-def test_settings_stay_whole_where_new_ones_cannot_be_written(stopped):
+@pytest.mark.parametrize("arguments, file", [((), "metrics.csv"), (("--save-every", "3"), "config.toml")])
+def test_a_folder_that_takes_nothing_is_told_before_the_training(stopped, arguments, file):
     before = content(stopped)
+
     def full_disk():
         def fsync(descriptor):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         os.fsync = fsync
 
-    result = train(stopped.parent, "--resume", "it", "--save-every", "3", before=full_disk)
-    assert "config.toml cannot be written: No space left on device; the run goes on" in result.stderr
-    after = content(stopped)
-    assert all(after[name] == before[name] for name in ("config.toml", "env.json", "last.npz"))
+    result = train(stopped.parent, "--resume", "it", *arguments, before=full_disk)
+    assert_refused(result, 5, f"{file} cannot be written: No space left on device")
+    assert content(stopped) == before
 
 
 def test_a_time_budget_in_a_file_has_decided_long_ago(stopped):
@@ -371,6 +372,15 @@ def test_a_file_in_place_of_the_folder(stopped, name):
     whole = train(stopped.parent, *ARGUMENTS, "-o", "whole")
     assert whole.returncode == 0
     assert_same_run(stopped, stopped.parent / "whole")
+
+
+def test_a_copy_beside_another_run_is_not_gone_on_with(stopped):
+    (stopped / "last.npz").rename(stopped / "epoch-1.npz")
+    assert train(stopped.parent, "--resume", "it/epoch-1.npz").returncode == 0, "nothing is lost where there is no other"
+    before = content(stopped)
+    assert_refused(train(stopped.parent, "--resume", "it/epoch-1.npz"), 2,
+                   "the run of it/epoch-1.npz would go on in its folder, whose last.npz would be lost")
+    assert content(stopped) == before
 
 
 def test_weights_alone_are_not_enough(few_digits, tmp_path):

@@ -114,14 +114,14 @@ def saved_run(path: Path, given: dict[str, Any], remedy: str) -> tuple[Checkpoin
 
 def reopened(path: Path, saved: Checkpoint, chosen: Settings, team: Team = ALONE) -> tuple[Run, RunFolder]:
     """A run where its checkpoint was taken, and its folder."""
+    folder_path = run_folder.folder_of(path)
     run = new_run(chosen, team, overfit=saved.progress.get("repeats", 1) > 1, goes_on=True)
     run.load(saved)
-    folder = RunFolder(path if path.is_dir() else path.parent) if team.rank == 0 else NoFolder()
+    folder = RunFolder(folder_path) if team.rank == 0 else NoFolder()
     if team.rank == 0 and checkpoint.load(path)[0].progress != saved.progress:
         raise UsageError(f"{path}: another process went on with this run meanwhile; try again")
     if chosen.as_dict() != saved.progress["settings"] and not run.finished:
-        with folder.survives("config.toml"):
-            folder.write_settings(chosen.as_toml(), run_folder.environment(run.place))
+        folder.write_settings(chosen.as_toml(), run_folder.environment(run.place))
     return run, folder
 
 
@@ -129,14 +129,12 @@ def go_on(run: Run, folder: RunFolder, quiet: bool) -> None:
     """Train a reopened run to its end."""
     if run.finished:
         # Its process may have been killed before it came to these.
-        folder.write_metrics(run.history)
+        with folder.survives("metrics.csv"):
+            folder.write_metrics(run.history)
         if not (folder.path / "curves.png").exists():
             folder.draw_curves(run.history, len(run.train_set.classes))
         print(f"{folder.path} is finished: {counted(run.epoch, 'epoch')} of {run.settings.epochs}, test top-1 "
               f"{percent(run.history[-1]['test_top1'])}")
         return
     print(f"going on after {run.position()} of {run.steps_per_epoch}")
-    environment = run_folder.environment(run.place)
-    folder.compare(environment)
-    folder.log("resume", epoch=run.epoch, step=run.step, settings=run.settings.as_dict(), environment=environment)
     fit(run, folder, quiet)
