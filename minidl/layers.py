@@ -395,8 +395,13 @@ class Sequential(Composition):
         """As Layer.backward; adds `plus`, like dx, if given. dx, centred: see `backward_of`."""
         first, *others = self
         for layer in reversed(others):
-            dy, centred = backward_of(layer, dy, centred=centred), isinstance(layer, BatchNorm2d)
+            dy, centred = backward_of(layer, dy, centred=centred), _centres(layer)
         return backward_of(first, dy, plus, dx, centred)
+
+
+def _centres(layer: Layer) -> bool:
+    """Whether what `layer.backward` returns is centred: see `backward_of`."""
+    return isinstance(layer, BatchNorm2d) or isinstance(layer, Sequential) and _centres(next(iter(layer)))
 
 
 def forward_plus(layer: Layer, x: Array, plus: Array) -> Array:

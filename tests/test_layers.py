@@ -104,14 +104,18 @@ def test_skipping_the_input_gradient_leaves_the_others(rng):
     assert np.array_equal(*results)
 
 
-def test_the_gradient_of_a_bias_in_front_of_batch_norm_is_zero(machine, rng, monkeypatch):
-    """Of that one alone; and that is what the sum over its dy would be, but for rounding."""
-    network = Sequential(
+@pytest.mark.parametrize("network, before_norm", [
+    (lambda: Sequential(
         Conv2d(2, 3, 3, padding=1), BatchNorm2d(3, relu=True), Conv2d(3, 3, 1), ReLU(), BatchNorm2d(3),
         Residual(Sequential(Conv2d(3, 3, 1), BatchNorm2d(3), ReLU(), Conv2d(3, 3, 1))),
         Residual(Sequential(Conv2d(3, 3, 1), ReLU(), Conv2d(3, 3, 1)), Conv2d(3, 3, 1), norm=BatchNorm2d(3)),
-        Sequential(ReLU(), Conv2d(3, 3, 1)), BatchNorm2d(3), Residual(Conv2d(3, 3, 1), norm=BatchNorm2d(3)))
-    before_norm = {"0.bias", "5.body.0.bias", "6.body.2.bias", "7.1.bias", "9.body.bias"}
+        Sequential(ReLU(), Conv2d(3, 3, 1)), BatchNorm2d(3), Residual(Conv2d(3, 3, 1), norm=BatchNorm2d(3))),
+     {"0.bias", "5.body.0.bias", "6.body.2.bias", "7.1.bias", "9.body.bias"}),
+    (lambda: Sequential(Conv2d(2, 3, 1), Sequential(Sequential(BatchNorm2d(3), ReLU()), Conv2d(3, 3, 1)),
+                        Sequential(ReLU(), BatchNorm2d(3))), {"0.bias"})], ids=["side by side", "nested"])
+def test_the_gradient_of_a_bias_in_front_of_batch_norm_is_zero(machine, rng, monkeypatch, network, before_norm):
+    """Of that one alone; and that is what the sum over its dy would be, but for rounding."""
+    network = network()
     network.initialize(machine.place, "float64", seed=1)
     x, u = rng.normal(size=(2, 4, 5, 3)), rng.normal(size=(3, 4, 5, 3))
     real, gradients = layers.backward_of, []
