@@ -84,8 +84,10 @@ def _float64(device: Device, array: Array) -> Array:
 STATISTICS = ("output_mean", "output_std", "output_zeros", "gradient_rms", "weight_rms", "weight_gradient_rms", "update_ratio")
 
 
-def statistics(network: Layer, step: Callable[[], object]) -> dict[str, dict[str, float]]:
+def statistics(network: Layer, step: Callable[[], object], loss_scale: float = 1.0) -> dict[str, dict[str, float]]:
     """Run step(), a training step, -> {layer: {one of STATISTICS: value}}, layers in the order of their forward.
+
+    loss_scale: what the step multiplies the loss by; gradients are those of the loss without it.
 
     output_zeros: share of zeros; gradient_rms: root mean square of the gradient of the output; of layers with a weight also
     its root mean square, that of its gradient, and update_ratio, the length of its change over its own unless that is 0;
@@ -98,7 +100,7 @@ def statistics(network: Layer, step: Callable[[], object]) -> dict[str, dict[str
 
     def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any, **out: Any) -> Any:
         if kind == "backward":
-            rows[name]["gradient_rms"] = _rms(_float64(network.device, args[0]))
+            rows[name]["gradient_rms"] = _rms(_float64(network.device, args[0])) / loss_scale
         result = call(*args, **out)
         if kind == "forward":
             y = _float64(network.device, result)
@@ -111,7 +113,7 @@ def statistics(network: Layer, step: Callable[[], object]) -> dict[str, dict[str
         size = _rms(before[name])
         change = _rms(_float64(network.device, weight.master) - before[name])
         row = rows.setdefault(name, {})  # there is none of a composition that has a weight: only its parts are watched
-        row |= {"weight_rms": size, "weight_gradient_rms": _rms(_float64(network.device, weight.grad))}
+        row |= {"weight_rms": size, "weight_gradient_rms": _rms(_float64(network.device, weight.grad)) / loss_scale}
         if size:
             row["update_ratio"] = change / size
     return rows

@@ -153,7 +153,8 @@ class Trainer:
 
     def _step_of_epoch(self, batches: Sequence[Batch], done: int) -> None:
         if self.inspects and done == len(batches):
-            self.statistics = inspection.statistics(self.network, lambda: self.step(batches[-1]))
+            scale = float(self.network.device.to_host(self.optimizer.scale)[0])  # before the step, which may change it
+            self.statistics = inspection.statistics(self.network, lambda: self.step(batches[-1]), scale)
         else:
             self.step(batches[done - 1])
 

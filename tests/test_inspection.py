@@ -215,6 +215,18 @@ def test_statistics_of_each_epoch_are_logged_and_the_last_are_printed(few_digits
     assert line.split() == ["conv", *expected]
 
 
+def test_gradients_are_without_the_loss_scale_of_float16(few_digits, tmp_path):
+    found = []
+    for precision in ("fp32", "fp16"):
+        result = train(tmp_path, *ARGUMENTS, "--epochs", "1", "--inspect", "--precision", precision, "-o", precision)
+        assert (result.returncode, result.stderr) == (0, "")
+        events = [json.loads(line) for line in (tmp_path / precision / "events.jsonl").read_text().splitlines()]
+        found += [event["layers"] for event in events if event["event"] == "inspect"]
+    gradients = [[row[key] for row in layers.values() for key in ("gradient_rms", "weight_gradient_rms") if key in row]
+                 for layers in found]
+    assert gradients[1] == pytest.approx(gradients[0], rel=0.1) and min(gradients[0]) > 0
+
+
 # ---- times -------------------------------------------------------------------------------------------------------
 
 
