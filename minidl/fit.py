@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 
 from minidl import checkpoint, inspection, run_folder, signals
 from minidl.errors import CheckpointError
@@ -96,12 +97,12 @@ def train_epoch(run: Run, folder: RunFolder, progress: Progress, saver: Saver) -
     folder.log("epoch", **_numbers(row))
     progress.row(row)
     if run.trainer.statistics:
-        folder.log("inspect", epoch=run.epoch, layers=run.trainer.statistics)
+        folder.log("inspect", epoch=run.epoch, layers={name: _numbers(values) for name, values in run.trainer.statistics.items()})
 
 
-def _numbers(row: dict[str, str]) -> dict[str, float | None]:
-    """A row of metrics.csv as what JSON can hold: whole and other numbers, None for what is not finite."""
-    values = {column: float(text) for column, text in row.items()}
+def _numbers(row: Mapping[str, str | float]) -> dict[str, float | None]:
+    """A row of metrics.csv, or statistics, as what JSON can hold: whole and other numbers, None for what is not finite."""
+    values = {column: float(value) for column, value in row.items()}
     return {column: None if not math.isfinite(value) else int(value) if column == "epoch" else value
             for column, value in values.items()}
 

@@ -107,7 +107,7 @@ def statistics(network: Layer, step: Callable[[], object], loss_scale: float = 1
             rows[name] = {"output_mean": float(y.mean()), "output_std": float(y.std()), "output_zeros": float((y == 0).mean())}
         return result
 
-    with watch(network, around):
+    with watch(network, around), np.errstate(invalid="ignore"):  # of numbers that are not finite
         step()
     for name, weight in weights.items():
         size = _rms(before[name])

@@ -11,7 +11,7 @@ import models
 from minidl import initializers, inspection
 from minidl.layer import Composition, Layer, Parameter
 from minidl.layers import AvgPool2d, BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, MaxPool2d, ReLU, Residual, Sequential
-from minidl.optim import SGD
+from minidl.optim import SGD, Optimizer
 from small_runs import ARGUMENTS, digests, few_digits, rows, train  # noqa: F401
 
 
@@ -225,6 +225,31 @@ def test_gradients_are_without_the_loss_scale_of_float16(few_digits, tmp_path):
     gradients = [[row[key] for row in layers.values() for key in ("gradient_rms", "weight_gradient_rms") if key in row]
                  for layers in found]
     assert gradients[1] == pytest.approx(gradients[0], rel=0.1) and min(gradients[0]) > 0
+
+
+def test_a_step_that_float16_skips_is_told_of_in_json(few_digits, tmp_path):
+    """Its gradients are not finite, which JSON has no numbers for."""
+    def no_constant(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    def too_large():
+        Optimizer.INITIAL_SCALE = 2.0**40
+
+    arguments = [argument for argument in ARGUMENTS if argument != "--quiet"]
+    result = train(tmp_path, *arguments, "--epochs", "1", "--inspect", "--precision", "fp16", "-o", "it", before=too_large)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert " inf " in result.stdout
+    events = [json.loads(line, parse_constant=no_constant)
+              for line in (tmp_path / "it" / "events.jsonl").read_text().splitlines()]
+    (layers,) = [event["layers"] for event in events if event["event"] == "inspect"]
+    assert layers["classifier"]["gradient_rms"] is None and layers["classifier"]["update_ratio"] == 0
+
+
+def test_outputs_that_are_not_finite_have_statistics(place, rng, recwarn):
+    network, (x, dlogits) = small_network(place).train(), arrays(place, rng)
+    x[0, 0, 0, 0] = np.inf
+    found = inspection.statistics(network, lambda: a_step(network, x, dlogits))
+    assert np.isnan(found["conv"]["output_std"]) and not recwarn.list
 
 
 # ---- times -------------------------------------------------------------------------------------------------------
