@@ -19,7 +19,7 @@ import numpy as np
 
 from minidl import random_keys
 from minidl.device import Array, Device, array_module, select
-from minidl.errors import CheckpointError
+from minidl.errors import CheckpointError, UsageError
 from minidl.initializers import Initializer
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.ops import optimizer
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Value = TypeVar("Value")  # of a Tracer
-Shape: TypeAlias = tuple[int, ...]  # (C, H, W) of one image
+Shape: TypeAlias = tuple[int, ...]  # (C, H, W) of one image, or (F,) of its features, as a Linear gives them
 # Makes an array that was not kept again. That of a BatchNorm2d takes `out`, an array to write to.
 Again: TypeAlias = Callable[..., Array]
 
@@ -152,7 +152,7 @@ class Layer:
         raise NotImplementedError
 
     def output_shape(self, shape: Shape) -> Shape:
-        """(C, H, W) of the input -> (C, H, W) of the output. Raises ValueError where they do not fit."""
+        """Shape of the input, without the batch -> shape of the output. Raises ValueError where they do not fit."""
         return shape
 
     def macs(self, shape: Shape) -> int:
@@ -308,10 +308,11 @@ class Layer:
         values, self._saved = self._saved, None
         return values
 
-    def _fits(self, shape: Shape, channels: int) -> None:
+    def _fits(self, shape: Shape, channels: int | None = None) -> None:
+        """Raise ValueError unless the shape is of an image, with as many channels, or any."""
         if len(shape) != 3:
             raise ValueError(f"{type(self).__name__}: an input (C, H, W, N) is needed, got one of {len(shape) + 1} dimensions")
-        if shape[0] != channels:
+        if channels is not None and shape[0] != channels:
             raise ValueError(f"{type(self).__name__}: {channels} input channels are needed, got (C, H, W) = {tuple(shape)}")
 
 
@@ -324,6 +325,14 @@ def check_shapes(state: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...
     if faults:
         more = f"\n... and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError("the weights do not fit this network:\n" + "\n".join(faults[:5]) + more)
+
+
+def output_for(network: Layer, shape: Shape) -> Shape:
+    """The output shape for images of `shape` (C, H, W). Raises UsageError where they do not fit the network."""
+    try:
+        return network.output_shape(shape)
+    except ValueError as error:
+        raise UsageError(f"the network does not take images (C, H, W) = {tuple(shape)}: {error}") from error
 
 
 class Tracer(Protocol[Value]):
@@ -350,23 +359,27 @@ class Composition(Layer):
                                   "connected; a Layer with parts does with an output_shape")
 
     def output_shape(self, shape: Shape) -> Shape:
-        return self.trace(tuple(shape), _Shapes())
+        return self.trace(tuple(shape), _Shapes(self))
 
     def macs(self, shape: Shape) -> int:
-        shapes = _Shapes()
+        shapes = _Shapes(self)
         self.trace(tuple(shape), shapes)
         return shapes.macs
 
 
 class _Shapes:
-    """A Tracer whose values are shapes; `macs` adds up."""
+    """A Tracer of a network whose values are shapes; `macs` adds up."""
 
-    def __init__(self) -> None:
-        self.macs = 0
+    def __init__(self, network: Layer) -> None:
+        self.network, self.macs = network, 0
 
     def layer(self, layer: Layer, x: Shape, z: Shape | None = None) -> Shape:
-        self.macs += layer.macs(x)
-        y = layer.output_shape(x)
+        try:
+            self.macs += layer.macs(x)
+            y = layer.output_shape(x)
+        except ValueError as error:
+            place = next((f"{name}: " for name, it in self.network.named_layers() if it is layer), "")
+            raise ValueError(f"{place}{error}") from error
         return y if z is None else self.add(y, z)
 
     def add(self, a: Shape, b: Shape) -> Shape:

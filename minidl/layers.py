@@ -154,7 +154,7 @@ class Linear(Layer):
     def output_shape(self, shape: Shape) -> Shape:
         if math.prod(shape) != self.in_features:
             raise ValueError(f"Linear: {self.in_features} input features are needed, got {tuple(shape)}")
-        return self.out_features, 1, 1
+        return (self.out_features,)
 
     def macs(self, shape: Shape) -> int:
         return self.weight.size
@@ -204,6 +204,7 @@ class _Pool2d(Layer):
         check_pool_padding(type(self).__name__, self.kernel_size, padding)
 
     def output_shape(self, shape: Shape) -> Shape:
+        self._fits(shape)
         return shape[0], *output_size(type(self).__name__, shape[1:], self.kernel_size, self.stride, self.padding)
 
 
@@ -242,6 +243,7 @@ class GlobalMaxPool2d(Layer):
     keeps = ("winner",)
 
     def output_shape(self, shape: Shape) -> Shape:
+        self._fits(shape)
         return shape[0], 1, 1
 
     def forward(self, x: Array) -> Array:
@@ -258,6 +260,7 @@ class GlobalAvgPool2d(Layer):
     """Mean over all pixels: x (C, H, W, N) -> y (C, 1, 1, N)."""
 
     def output_shape(self, shape: Shape) -> Shape:
+        self._fits(shape)
         return shape[0], 1, 1
 
     def forward(self, x: Array) -> Array:
@@ -270,7 +273,7 @@ class GlobalAvgPool2d(Layer):
 
 
 class ZeroPadChannels(Layer):
-    """Channels of zeros after the given ones: x (C, H, W, N) -> y (channels, H, W, N)."""
+    """Channels of zeros after the given ones: x (C, H, W, N) -> y (channels, H, W, N), and of features (F, N) alike."""
 
     def __init__(self, channels: int) -> None:
         check_sizes("ZeroPadChannels", channels=channels)
@@ -338,6 +341,10 @@ class Dropout(Layer):
 
 class ChannelDropout(Dropout):
     """Dropout of whole channels: one decision for each channel of each image."""
+
+    def output_shape(self, shape: Shape) -> Shape:
+        self._fits(shape)
+        return shape
 
     _apply = staticmethod(dropout.apply_to_channels)
 

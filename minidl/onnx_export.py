@@ -53,7 +53,7 @@ def export(network: Layer, path: FilePath, image_shape: Shape, metadata: Metadat
 
 
 class _Value(NamedTuple):
-    """A tensor of the graph: its name, and (C, H, W) of one image."""
+    """A tensor of the graph: its name, and its shape without the batch."""
 
     name: str
     shape: Shape
@@ -124,7 +124,8 @@ def _write_batch_norm(graph: _Graph, layer: BatchNorm2d, prefix: str, x: _Value,
 
 def _write_pad(graph: _Graph, layer: ZeroPadChannels, prefix: str, x: _Value) -> str:
     more = layer.channels - x.shape[0]
-    graph.constants[prefix + "pads"] = np.array([0, 0, 0, 0, 0, more, 0, 0])  # before N, C, H, W, and behind them
+    others = [0] * (len(x.shape) - 1)  # H, W, where there are
+    graph.constants[prefix + "pads"] = np.array([0, 0, *others, 0, more, *others])  # before N, C, H, W, and behind them
     return graph.add_node("Pad", prefix + "y", x, prefix + "pads")
 
 

@@ -16,7 +16,7 @@ from minidl.data.dataset import Dataset
 from minidl.device import Array, Device
 from minidl.errors import CheckpointError, UsageError
 from minidl.kernels import acc_dtype, storage_dtype
-from minidl.layer import Layer
+from minidl.layer import Layer, output_for
 from minidl.parallel import ALONE, Team
 from minidl.settings import LONGEST_WARMUP, NORMALIZATIONS, ONECYCLE_WARMUP, STORAGE, Settings
 from minidl.training import Batch, Metrics, Trainer
@@ -51,9 +51,10 @@ class Run:
             if settings.batch_size > len(dataset.labels):
                 raise UsageError(f"batch_size {settings.batch_size} is more than the {len(dataset.labels)} {what} images of "
                                  f"{dataset.name}")
-        outputs = network.output_shape(train_set.images.shape[1:])[0]
-        if outputs != len(train_set.classes):
-            raise UsageError(f"the network has {outputs} outputs, {train_set.name} {len(train_set.classes)} classes")
+        outputs, classes = output_for(network, train_set.images.shape[1:]), len(train_set.classes)
+        if outputs != (classes,):
+            raise UsageError(f"the network gives {outputs} for an image, {train_set.name} has {classes} classes: ({classes},) is "
+                             "needed, as of a Linear")
         self.train_set = train_set
         dtype = storage_dtype(STORAGE[settings.precision])
         tf32 = settings.precision == "tf32"

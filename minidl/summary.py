@@ -24,7 +24,7 @@ class Row:
 
     name: str
     type: str
-    output_shape: Shape    # (C, H, W)
+    output_shape: Shape    # without the batch
     parameters: int
     macs: int              # of one image, forward
     activation_bytes: int  # kept for backward, and not by a layer before

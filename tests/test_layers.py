@@ -361,7 +361,7 @@ def test_all_types_run_forward_and_backward(rng, dtype):
 
 def test_shapes_and_macs():
     network = every_layer()
-    assert network.output_shape((3, 8, 8)) == (5, 1, 1)
+    assert network.output_shape((3, 8, 8)) == (5,)
     stem, block, wider, shortcut, classifier = 8 * 8 * 4 * 27, 8 * 8 * 4 * 18, 2 * 2 * 6 * 36, 2 * 2 * 6 * 4, 30
     assert network.macs((3, 8, 8)) == stem + block + wider + shortcut + classifier
 
@@ -439,8 +439,10 @@ def test_a_batch_without_images(machine, layer):
     ids=lambda layer: type(layer).__name__)
 def test_features_in_place_of_images(machine, layer):
     """As a Linear in front gives them."""
-    with pytest.raises(ValueError, match=r": an input \(C, H, W, N\) is needed, got one of 2 dimensions$"):
-        layer.initialize(machine.place).forward(machine.array(np.ones((4, 8), np.float32)))
+    for give in (lambda: layer.initialize(machine.place).forward(machine.array(np.ones((4, 8), np.float32))),
+                 lambda: Sequential(Linear(3, 4), layer).output_shape((3,))):
+        with pytest.raises(ValueError, match=r": an input \(C, H, W, N\) is needed, got one of 2 dimensions$"):
+            give()
 
 
 @pytest.mark.parametrize("layer, shape, message", [
@@ -451,6 +453,8 @@ def test_features_in_place_of_images(machine, layer):
     (Linear(10, 2), (3, 2, 2), "Linear: 10 input features are needed, got (3, 2, 2)"),
     (MaxPool2d(5), (3, 4, 4), "MaxPool2d: window 5x5 is larger than the padded image 4x4"),
     (Residual(Conv2d(3, 4, 1)), (3, 4, 4), "the branches of a sum have different shapes (C, H, W): (4, 4, 4) and (3, 4, 4)"),
+    (Residual(Linear(3, 3)), (3, 1, 1), "the branches of a sum have different shapes (C, H, W): (3,) and (3, 1, 1)"),
+    (Sequential(one=Residual(Sequential(ReLU(), Linear(4, 4)))), (3, 1, 1), "one.body.1: Linear: 4 input features are needed"),
 ])
 def test_shapes_that_do_not_fit(layer, shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -154,7 +154,7 @@ def test_simplenet_has_thirteen_convolutions_on_maps_of_32_16_8_4_2_pixels(name)
         if layer is network.pool13:
             assert shape[1:] == (1, 1)
     assert maps == [(side, side) for side in (32,) * 4 + (16,) * 3 + (8,) * 2 + (4,) * 3 + (2,)]
-    assert shape == (100, 1, 1)
+    assert shape == (100,)
 
 
 @pytest.mark.parametrize("name, options, expected", [

@@ -11,7 +11,8 @@ from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
 from minidl.errors import CheckpointError, UsageError
 from minidl.layer import Parameter
-from minidl.layers import AvgPool2d, BatchNorm2d, Conv2d, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Residual, Sequential
+from minidl.layers import (AvgPool2d, BatchNorm2d, Conv2d, Dropout, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Residual, Sequential,
+                           ZeroPadChannels)
 from minidl.onnx_export import export
 from minidl.training import Batch, Trainer
 from reference import assert_close
@@ -87,6 +88,14 @@ def test_a_layer_is_a_network_too(tmp_path, rng, layer, shape):
     images = rng.normal(size=(*shape, 2)).astype(np.float32)
     export(layer.initialize().eval(), tmp_path / "it.onnx", shape)
     assert_close(run(tmp_path / "it.onnx", images), layer.forward(images).reshape(-1, 2), 1e-5)
+
+
+def test_what_may_follow_features(tmp_path, rng):
+    network = Sequential(Linear(12, 4), ZeroPadChannels(6), Residual(Linear(6, 6)), ReLU(), Dropout(0.5), ZeroPadChannels(7))
+    images = rng.normal(size=(3, 2, 2, 5)).astype(np.float32)
+    export(network.initialize().eval(), tmp_path / "it.onnx", (3, 2, 2))
+    onnx.checker.check_model(str(tmp_path / "it.onnx"), full_check=True)
+    assert_close(run(tmp_path / "it.onnx", images), network.forward(images), 1e-5)
 
 
 def test_a_layer_that_onnx_does_not_know(tmp_path):

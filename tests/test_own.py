@@ -10,6 +10,7 @@ import pytest
 
 import models
 from minidl import checkpoint, data, device, run_folder, settings, weights
+from minidl.commands import runs
 from minidl.data.dataset import Dataset
 from minidl.errors import CheckpointError, DataError, UsageError
 from minidl.fit import fit
@@ -117,13 +118,26 @@ def test_names_of_minidl_are_not_taken(registry, name):
 def test_registered(registry):
     models.register("mine", tiny)
     models.register("mine", tiny)  # as a notebook does, again and again
-    assert models.named("mine") == "mine" and models.create("mine", 7).output_shape((3, 32, 32)) == (7, 1, 1)
+    assert models.named("mine") == "mine" and models.create("mine", 7).output_shape((3, 32, 32)) == (7,)
     with pytest.raises(UsageError, match="there is no paper on mine: choose the recipe fast, or report"):
         recipes.recipe("paper", "mine", "digits")
     assert recipes.recipe("report", "mine", "digits")["optimizer"] == "adam"
     models.register("wrong", lambda classes: classes)
     with pytest.raises(UsageError, match="returns a int, not a Layer"):
         models.create("wrong", 10)
+
+
+@pytest.mark.parametrize("layers, message", [
+    (dict(head=Linear(9, 10)), r"the network does not take images \(C, H, W\) = \(3, 32, 32\): head: Linear: 9 input features are"),
+    (dict(conv=Conv2d(3, 10, 1)), r"the network gives \(10, 32, 32\) for an image, digits has 10 classes: \(10,\) is needed"),
+    (dict(conv=Conv2d(3, 10, 1), mean=GlobalAvgPool2d()), r"the network gives \(10, 1, 1\) for an image, "),
+    (dict(head=Linear(3072, 9)), r"the network gives \(9,\) for an image, ")])
+def test_networks_that_do_not_fit_the_data(registry, layers, message):
+    """Before anything is trained."""
+    models.register("mine", lambda classes: Sequential(**layers))
+    chosen = settings.resolve({"arch": "mine", "dataset": "digits"}, recipes.recipe("fast", "mine", "digits"))
+    with pytest.raises(UsageError, match=f"^{message}"):
+        runs.new_run(chosen)
 
 
 # ---- data --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from minidl.commands.arguments import MODEL_KWARGS
 from minidl.data.dataset import IMAGE_SHAPE
 from minidl.errors import UsageError, UserError
 from minidl.gradient_check import LIMIT, Result, check, check_directions
-from minidl.layer import Layer
+from minidl.layer import Layer, output_for
 from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Linear,
                            MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 
@@ -134,6 +134,7 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case, Callable[..., list
         return [(yours.__name__, Case("yours", yours, YOUR_SHAPE), check)]
     name, architecture = models.find(args.name if yours is None else models.register_found(args.name, yours))
     network = architecture.create(CLASSES, models.parse_options(args.model_kwargs))
+    output_for(network, IMAGE_SHAPE)
     return [(name, Case("random directions", lambda: network, (*IMAGE_SHAPE, BATCH)), check_directions)]
 
 

@@ -7,6 +7,7 @@ import models
 from minidl import device, summary
 from minidl.commands.arguments import MODEL_KWARGS, positive
 from minidl.data.dataset import IMAGE_SHAPE
+from minidl.layer import output_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     name, architecture = models.find(models.named(args.arch))
     network = architecture.create(args.classes, models.parse_options(args.model_kwargs))
+    output_for(network, IMAGE_SHAPE)  # which names the layer that does not fit
     costs = summary.summarize(network, IMAGE_SHAPE, args.batch_size, device=device.select())
     if args.json:
         print(json.dumps({"arch": name, "batch_size": args.batch_size, **costs.as_dict()}))
