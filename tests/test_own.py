@@ -36,6 +36,9 @@ def tiny(classes, width=4):
     return Sequential(conv=Conv2d(3, width, Stem().kernel, stride=4, bias=False), norm=BatchNorm2d(width, relu=True),
                       mean=GlobalAvgPool2d(), classifier=Linear(width, classes))
 
+def headed(classes):
+    return Sequential(mean=GlobalAvgPool2d(), head=Linear(3, classes))
+
 def nothing(classes):
     return classes
 
@@ -87,6 +90,19 @@ def test_an_architecture_of_a_file_is_one_of_all_commands(folder):
     for name, code in (("tiny", 0), ("Twice", 0), ("Thrice", 1)):
         checked = minidl(folder, "gradcheck", f"nets.py:{name}", "--device", "cpu")
         assert checked.returncode == code and name in checked.stdout, checked.stderr
+
+
+def test_weights_of_a_network_whose_last_layer_has_another_name(folder):
+    """Nothing but minidl's own networks calls it `classifier`."""
+    arch = "--arch", "nets.py:headed"
+    state = Sequential(mean=GlobalAvgPool2d(), head=Linear(3, 10)).initialize().state_dict()
+    weights.save(folder / "plain.npz", state)
+    assert minidl(folder, "import", "plain.npz", *arch, "--dataset", "digits", "-o", "known.npz").returncode == 0
+    for form in ("npz", "onnx"):
+        exported = minidl(folder, "export", "known.npz", *arch, "--to", form, "-o", f"exported.{form}")
+        assert (exported.returncode, exported.stdout) == (0, f"exported.{form}: 40 parameters of headed\n"), exported.stderr
+    assert_refused(minidl(folder, "export", "plain.npz", *arch, "--to", "onnx"), 2,
+                   "the file does not say how many classes its network has: `minidl import FILE --arch NAME --dataset NAME` ")
 
 
 @pytest.mark.parametrize("text, message", [

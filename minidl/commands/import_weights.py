@@ -51,13 +51,24 @@ def beside(source: str, suffix: str) -> Path:
 def described(args: argparse.Namespace, state: weights.State, metadata: weights.Metadata | None) -> weights.Metadata:
     """The metadata of a state: its network as the command line names it, with the options that the file knows of if it names the
     same one; its data as the file says."""
-    classifier = state.get("classifier.weight", np.empty(0))
-    # Without a classifier the state fits no network, however many classes it has.
-    classes = classifier.shape[0] if classifier.size and classifier.ndim else 1
     arch = models.named(args.arch)
     of_file = metadata["options"] if metadata and metadata["arch"] == arch else {}
+    classes = metadata["classes"] if metadata else _classes(state, arch, getattr(args, "dataset", None))
     given = weights.describe(arch, classes, {**of_file, **models.parse_options(args.model_kwargs)})
     return {**given, **{key: (metadata or given)[key] for key in ("dataset", "mean", "std", "class_names")}}
+
+
+def _classes(state: weights.State, arch: str, dataset: str | None) -> int:
+    """How many classes a state knows, by minidl's name of the last layer, which a user's network need not have, or by its data."""
+    classifier = state.get("classifier.weight", np.empty(0))
+    if classifier.size and classifier.ndim:
+        return classifier.shape[0]
+    if dataset:
+        return data.CLASSES[dataset]
+    if models.find(arch)[1].source == models.YOURS:
+        raise UsageError("the file does not say how many classes its network has: `minidl import FILE --arch NAME --dataset NAME` "
+                         "writes one that does")
+    return 1  # which fits none of minidl's, and the message shows what is missing
 
 
 def report(path: Path, state: weights.State, metadata: weights.Metadata | None) -> None:
