@@ -12,7 +12,7 @@ from minidl import __version__
 from minidl.atomic_file import FilePath, write_atomically
 from minidl.errors import UsageError
 from minidl.extras import library
-from minidl.layer import Layer, Shape
+from minidl.layer import Layer, Shape, output_for
 from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Linear,
                            MaxPool2d, ReLU, ZeroPadChannels)
 from minidl.weights import Metadata
@@ -25,13 +25,15 @@ def export(network: Layer, path: FilePath, image_shape: Shape, metadata: Metadat
 
     image_shape: (C, H, W) of images, normalized. Batch may be any number. Initializers have the names of the state dict;
     metadata, as from `weights.describe`, become the model's properties, in JSON but for texts. Raises UsageError for a layer
-    that has no form in ONNX and where onnx is not installed, CheckpointError where the file cannot be written.
+    that has no form in ONNX, for images that the network does not take and where onnx is not installed, CheckpointError where
+    the file cannot be written.
     """
     onnx = library("onnx", "interchange")
     for name, layer in network.named_layers():
         if layer.children() and layer.own_parameters():  # no trace can say what it does with them
             raise UsageError(f"{name or 'the network'}: {type(layer).__name__} has parameters besides those of its parts, and no "
                              "form in ONNX")
+    output_for(network, image_shape)
     state = network.state_dict()
     graph = _Graph(network, onnx.helper.make_node)
     features = network.trace(_Value("images", tuple(image_shape)), graph)

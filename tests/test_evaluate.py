@@ -235,7 +235,7 @@ REFUSED = {
                     "10 classes that .*it.npz knows are not the 10 of digits"),
     "classes": (dict(classes=11, class_names=None), [], UsageError, "the 11 classes that .*it.npz knows are not the 10"),
     "no data": (dict(dataset=None), [], UsageError, "does not say what data it was trained on: name a data set with --dataset"),
-    "unknown data": (dict(dataset="mnist"), [], UsageError, "data set 'mnist' is unknown"),
+    "unknown data": (dict(dataset="mnist"), [], UsageError, "was trained on mnist, the data of a program, which must give it"),
     "unknown network": (dict(arch="resnxt"), [], UsageError, "unknown architecture 'resnxt'"),
     "other network": (dict(arch="wrn-10-1"), [], CheckpointError, "the weights do not fit this network"),
     "options": (dict(options={"x": 1}), [], UsageError, "unknown model option 'x'"),

@@ -39,6 +39,9 @@ def tiny(classes, width=4):
 def headed(classes):
     return Sequential(mean=GlobalAvgPool2d(), head=Linear(3, classes))
 
+def flat(classes):
+    return Sequential(classifier=Linear(12, classes))
+
 def nothing(classes):
     return classes
 
@@ -216,6 +219,19 @@ def test_a_run_of_own_network_and_data(registry, rng, tmp_path, monkeypatch, cap
     assert epochs == ["epoch", "1", "2"], "the second, which was done again, is there once"
     with pytest.raises(UsageError, match='^the data is that of a program, which must give it: see "Your own" in docs/guide.md$'):
         data.load(data.OWN)
+
+
+def test_commands_on_data_that_they_do_not_know(folder):
+    pytest.importorskip("PIL.Image", reason="pictures: pip install 'minidl[plot]'").new("RGB", (40, 40)).save(folder / "it.png")
+    pytest.importorskip("onnx", reason="pip install 'minidl[interchange]'")
+    state = Sequential(classifier=Linear(12, 2)).initialize().state_dict()
+    mine = Dataset.of("squares", np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2), [0, 1], "ab")
+    weights.save(folder / "it.npz", state, weights.describe("flat", 2, {}, mine))
+    arch = "--arch", "nets.py:flat"
+    message = "the network does not take images (C, H, W) = (3, 32, 32): classifier: Linear: 12 input features are needed, got "
+    for arguments in (("predict", "it.npz", "it.png"), ("export", "it.npz", "--to", "onnx")):
+        assert_refused(minidl(folder, *arguments, *arch), 2, message)
+    assert_refused(minidl(folder, "eval", "it.npz", *arch), 2, "it.npz was trained on squares, the data of a program, which must give")
 
 
 # ---- weights to begin with ---------------------------------------------------------------------------------------
