@@ -222,7 +222,8 @@ def test_plain_terminals_and_any_folder_name(tmp_path):
     result = train(tmp_path, "--device", "cpu", "--epochs", "1", "--limit-train-batches", "2", "-o", name, "--seed", "5",
                    LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8=None, TERM="dumb", COLUMNS="20")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "This is a demo" in result.stdout and result.stdout.splitlines()[-1].startswith("run folder: ")
+    demo = "This is a demo on 1,797 small digits, because it runs on the CPU and no network or data were asked for.\n"
+    assert demo in result.stdout and result.stdout.splitlines()[-1].startswith("run folder: ")
     assert weights(tmp_path / name)
     assert tomllib.loads((tmp_path / name / "config.toml").read_text(encoding="utf-8"))["seed"] == 5
     assert name in json.loads((tmp_path / name / "env.json").read_text())["command"]

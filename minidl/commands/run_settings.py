@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_demo(args: argparse.Namespace, on_cpu: bool) -> bool:
-    """Whether digits are trained on: there is no GPU, and neither network nor data were asked for."""
+    """Whether digits are trained on: it is on the CPU, and neither network nor data were asked for."""
     return on_cpu and not any((args.arch, args.dataset, args.data_dir, args.config))
 
 

@@ -1,6 +1,6 @@
 """Train one of the architectures on CIFAR-100, CIFAR-10 or the bundled digits.
 
-    minidl train                                    a demo: digits on the CPU
+    minidl train                                    on a CPU a demo, on digits; on a GPU CIFAR-100
     minidl train --arch simplenet-5m --epochs 50    CIFAR-100, downloaded if need be
     minidl train --resume                           go on with the newest run
 
@@ -110,7 +110,7 @@ def train(args: argparse.Namespace, chosen: Settings, team: Team = ALONE) -> Non
     runs.announce(run)
     demo = run_settings.is_demo(args, run.place.name == "cpu")
     if demo:
-        print("This is a demo on 1,797 small digits, because no GPU was found and no network or data were asked for.")
+        print("This is a demo on 1,797 small digits, because it runs on the CPU and no network or data were asked for.")
     if args.overfit_batch:
         print("A trial: one batch again and again, which is also the test set.")
     budget = runs.plan(run, begin)
