@@ -87,7 +87,8 @@ def type_name(dtype: np.dtype[Any]) -> str:
 
 
 def storage_dtype(name: str | np.dtype[Any]) -> np.dtype[Any]:
-    """"float32", "float64", "float16" or "bfloat16" -> NumPy dtype. Raises DeviceError where bfloat16 needs ml_dtypes."""
+    """"float32", "float64", "float16" or "bfloat16" -> NumPy dtype. Raises DeviceError where bfloat16 needs ml_dtypes,
+    ValueError for another type."""
     name = str(name)
     if name not in PRECISIONS:
         raise ValueError(f"type {name!r} is not one of {', '.join(PRECISIONS)}")

@@ -222,8 +222,9 @@ class Layer:
 
         device: a Device, or its name. dtype: type of storage, float32, float64, bfloat16 or float16. The values depend on
         (seed, name of the parameter) alone, not on device or type. rank: of several processes that train the same network;
-        each has dropout masks of its own. Raises DeviceError for a device that is not there or does not have the type, and
-        ValueError for a layer or parameter that is in two places of the network.
+        each has dropout masks of its own. Raises DeviceError for a device that is not there or does not have the type,
+        UsageError for a name that is no device's, and ValueError for another type, and for a layer or parameter that is in
+        two places of the network.
         """
         device = select(device) if isinstance(device, str) else device
         dtype = storage_dtype(dtype)

@@ -15,8 +15,9 @@ def draw(indices: Array, labels: Array, step: Array, image_size: tuple[int, int]
          flips: bool = False, cutout: int = 0) -> tuple[Array, Array]:
     """indices int32 (N) into labels int32 (M) -> draws int32 (5, N), batch labels int32 (N).
 
-    draws, one column per image: shift down and right in -padding..padding, flip, top and left of the cutout square of
-    side `cutout`. A pure function of key (64 bits), the number in step (int64, one element on the device) and n.
+    draws, one column per image: how much further down and right its pixels are read, in -padding..padding; flip; top and left
+    of the cutout square of side `cutout`. A pure function of key (64 bits), the number in step (int64, one element on the
+    device) and n. Raises ValueError for a batch without images.
     """
     batch = indices.shape[0]
     check_batch("augmentation", batch)

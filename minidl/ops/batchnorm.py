@@ -29,7 +29,8 @@ def forward(x: Array, gamma: Array, beta: Array, running_mean: Array, running_va
     In training, mean and rstd = 1 / sqrt(biased variance + eps) are those of the batch, and the running
     statistics move towards it by `momentum` (PyTorch's: 0.1 keeps 90 %), in place, the variance unbiased.
     Otherwise they are the running statistics, which stay. mean and rstd are what `backward` needs.
-    Raises ValueError in training for fewer than 2 values per channel, and for shapes that do not fit.
+    Raises ValueError in training for fewer than 2 values per channel, and for shapes that do not fit; TypeError for a
+    gamma that is not of the type of accumulation of x.
     """
     check_batch("batch norm", x.shape[-1])
     if type_name(x.dtype) not in PRECISIONS or gamma.dtype != acc_dtype(x.dtype):

@@ -44,7 +44,7 @@ def forward(x: Array, weight: Array, bias: Array | None = None, *, stride: int =
 
     H' = floor((H + 2 * padding - kh) / stride) + 1, W' alike. plus (O, H', W', N): another array that is added, or None; it may
     be `out`. Raises ValueError for shapes that do not fit, groups that do not divide the channels, and a window larger than the
-    padded image.
+    padded image; TypeError for x and weight of different types, and an `out` that is not contiguous.
     """
     g = _Geometry(x, weight, stride, padding, groups)
     y = result("conv", "out", out, g.out_shape, x)
@@ -65,7 +65,7 @@ def backward(dy: Array, x: Array, weight: Array, dweight: Array, dbias: Array | 
     The result is written to `dx` if given, which may not be dy: that is read until the end. plus (C, H, W, N): another array
     that is added to it, or None; it may be `dx`. Overwrites dweight (O, C/groups, kh, kw) and dbias (O), of the type of
     accumulation: float32 where the others are 16 bits wide. Raises ValueError as `forward`, and where the shape of dy, dweight
-    or dbias does not fit.
+    or dbias does not fit; TypeError for a dy of another type than x, and for a dweight or dx that is not contiguous.
     """
     g = _Geometry(x, weight, stride, padding, groups)
     if dy.dtype != x.dtype:
