@@ -85,7 +85,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def select(name: str = "auto") -> Device:
-    """"auto", "cpu", "cuda" or "cuda:N" -> Device. "auto" is the first GPU, or the CPU where there is none.
+    """"auto", "cpu", "cuda" or "cuda:N" -> Device. "auto" is the first GPU, or the CPU where none can be used.
 
     Raises DeviceError for a GPU that is not there, saying what is missing, and UsageError for another name.
     """

@@ -108,7 +108,8 @@ class Settings:
     batch_size: int = setting(None, int, "images per step", low=1, flags=("-b",))
     seed: int = setting(0, int, "two runs with one seed are identical, bit for bit", low=0)
 
-    device: str = setting("auto", str, "auto, cpu, cuda or cuda:N", word="NAME", free=True, begins="machine")
+    device: str = setting("auto", str, "cpu, cuda, cuda:N, or auto: the first GPU, or the CPU where none can be used",
+                          word="NAME", free=True, begins="machine")
     precision: str = setting("fp32", str, "of stored activations and of matrix products", choices=tuple(STORAGE))
     ranks: int = setting(1, int, "processes that share each batch; on GPUs, one GPU each", low=1, high=MOST_RANKS)
 

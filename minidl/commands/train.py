@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folder = parser.add_argument_group("the run's folder")
     folder.add_argument("-o", "--output", metavar="FOLDER", help="a new one; default: runs/<arch>-<dataset>-<time>")
     folder.add_argument("--resume", nargs="?", const="", metavar="RUN",
-                        help="go on with a run, its folder or a checkpoint; by default the newest one of --arch")
+                        help="go on with a run, its folder or a checkpoint; by default the newest one, or that of --arch")
     folder.add_argument("--override", action="store_true", help="with --resume: accept settings that differ from the run's")
     parser.add_argument("-q", "--quiet", action="store_true", help="no bar, and no line per epoch")
     trials = parser.add_argument_group("instead of one run").add_mutually_exclusive_group()
