@@ -23,8 +23,8 @@ LISTED = 5  # of the best and of the worst classes
 
 
 def outputs(network: Layer, dataset: Dataset, batch_size: int, path: str) -> Array:
-    """The logits of all images, float32 (K, M), in host memory. Raises CheckpointError, with the path of the weights, where
-    they are not finite, UsageError where the network does not take such images."""
+    """The logits of all images (K, M), of the network's type, in host memory. Raises CheckpointError, with the path of the
+    weights, where they are not finite, UsageError where the network does not take such images."""
     output_for(network, dataset.images.shape[1:])
     network.eval()
     batches = Batches(dataset, network.device, network.dtype, min(batch_size, len(dataset.labels)), seed=0)

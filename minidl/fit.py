@@ -20,8 +20,9 @@ from minidl.wording import aligned, percent
 def fit(run: Run, folder: RunFolder, quiet: bool = False) -> None:
     """Train from where the run stands to its end, write what a run writes, and print what came of it.
 
-    quiet: no bar, and no line per epoch. Raises what ends it early, when all that there is is saved: Stop, DivergedError,
-    DeviceError; and CheckpointError before the first step where the folder takes nothing.
+    quiet: no bar, and no line per epoch. Raises what ends it early: Stop, when where it stands is saved; DivergedError and
+    DeviceError, the last checkpoint being from before; and CheckpointError before the first step where the folder takes
+    nothing, or at the end where a checkpoint could not be written.
     """
     environment = run_folder.environment(run.place)
     if run.epoch == run.step == 0:

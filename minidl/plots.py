@@ -247,7 +247,7 @@ def lr_find(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[
 MAPS = {"output_zeros": "zeros of the output", "gradient_rms": "gradient of the output", "update_ratio": "update over weight"}
 
 
-FURTHEST = 1e4  # what is less than its share of the largest value is drawn as that: the last steps of a cosine are almost 0
+FURTHEST = 1e4  # what is smaller than the largest value over this is drawn as that: the last steps of a cosine are almost 0
 
 
 def layers_over_epochs(epochs: Sequence[int], statistics: Sequence[Mapping[str, Mapping[str, float]]], path: FilePath) -> Figure:

@@ -28,7 +28,7 @@ class Run:
 
     epoch, step: how many epochs are done, and how many steps of the next one; history: {column: text} for each epoch done;
     best: the epoch with the best validation accuracy, and that accuracy, or None; best_lost: why its weights are in no file, ""
-    if they are; seconds: of work before this process.
+    if they are; seconds: of work, of all processes, up to the last checkpoint.
     start: weights to begin with, {name: array}, as far as they fit, or None; fresh: then the names of those that began at random.
     What a trial changes: repeats, how often an epoch goes over the images; evaluation_limit, of batches, None for all.
     """

@@ -1,4 +1,5 @@
-"""Res2NeXt-29: ResNeXt-29 with the Res2Net module. Gao et al., "Res2Net: a new multi-scale backbone", arXiv 1904.01169.
+"""Res2NeXt-29: ResNeXt-29 with the Res2Net module. Gao et al., "Res2Net: a new multi-scale backbone architecture",
+arXiv 1904.01169.
 
 Stem, stages, shortcuts and head are ResNeXt's (resnext.py). "c x w x s" has cardinality c, base width w and scale s; in
 a block, D = floor(n * w / 64) channels a group, W = c * D channels a split, s splits. The 3x3 convolution becomes a ladder:

@@ -209,7 +209,7 @@ def distinct(rng, shape, gap=0.05):
 
 
 # Tolerances. float64 kernels against float64 references; float32 kernels, whose error grows with the square root of
-# the number of terms in a sum; 16-bit storage, whose last bit is 2^-8 (bfloat16) or 2^-11 (float16).
+# the number of terms in a sum; 16-bit storage, which rounds by up to 2^-8 (bfloat16) or 2^-11 (float16) of a value.
 def tolerance(dtype, terms=1):
     """Relative tolerance of a result that sums `terms` products."""
     return {"float64": 1e-6, "float32": min(1e-5 * terms**0.5, 1e-3), "bfloat16": 2.0**-7, "float16": 2.0**-10}[dtype]

@@ -6,7 +6,7 @@
 //   dlogits = scale * (p - q) / valid,     0 in the columns from `valid` on, which pad a last batch
 //
 //   rank_n = number of classes before the label in the order of falling logits; of equal logits the smaller class
-//   comes first, and NaN before everything, so that a network of NaNs is never right
+//   comes first, a NaN before the label, and all before a label whose own logit is NaN: a network of NaNs is never right
 //
 // A label outside 0..K-1 makes the loss NaN: it can neither be missed nor read outside the array.
 // Grid: one block, whose threads run along the batch, in lanes, and which adds it up.

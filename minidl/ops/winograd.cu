@@ -13,9 +13,9 @@
 // The matrices multiply polynomials by their values at n - 1 points and at infinity. Which points decides how much is lost to
 // rounding. For m = 4 they are 0, +-3/4 and +-3/2: in float32, over 16 to 512 channels of normal numbers, y is then twice as far
 // from exact as by the direct sum (root mean square 5e-7 to 2e-6 of a typical value), dg four times (5e-7); with 0, +-1 and
-// +-2, as usually given, six times. m = 2 loses less than the direct sum, so y is computed by that and gradients by m = 4. On
-// points: Barabasz et al., "Error analysis and improving the accuracy of Winograd convolution for deep neural networks", arXiv
-// 1803.10986.
+// +-2, as usually given, six times. m = 2 loses less than the direct sum, so y is computed by that; gradients by m = 4, but for
+// images of one or two rows or columns, where m = 2 multiplies less. On points: Barabasz et al., "Error analysis and improving
+// the accuracy of Winograd convolution for deep neural networks", arXiv 1803.10986.
 //
 // On the CPU the three steps from x to y are one kernel, winograd_conv. On a GPU, and for dU, they are kernels of their own:
 // a launch transforms gridDim.x tiles from tile_begin on; they are counted along the rows of y, tiles_x a row. In matrices
