@@ -75,7 +75,7 @@ def test_draws_depend_on_step_and_position_alone(target):
     assert not np.array_equal(first, later) and not np.array_equal(first, far)
 
 
-def test_no_augmentation_changes_nothing(target, rng):
+def test_without_augmentation_nothing_is_shifted_or_flipped(target):
     draws, _ = draw(target, np.zeros(100), [0])
     assert not draws[:3].any()
 

@@ -113,7 +113,7 @@ def test_a_wrong_result_is_seen():
 
 
 @pytest.mark.parametrize("name", ["simplenet-5m", "wrn-10-1", "resnext29-2x8d", "res2next29-2c8w4s"])
-def test_work_of_a_step_is_that_of_a_real_one(name, launched, monkeypatch):
+def test_work_of_a_step_is_that_of_a_real_one(name, launched):
     """Additions and what batch norm makes again too, which no layer tells by itself."""
     place, batch = device.select("cpu"), 2
     network = models.create(name).initialize(place)

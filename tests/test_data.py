@@ -362,11 +362,11 @@ def test_import_opens_no_data():
     assert own and all(".py" in Path(path).name for path in own)
 
 
-# Faults 1, 9: no data, awkward places
+# No data, awkward places
 
 
 def test_missing_data_message(tmp_path):
-    """Fault 1, where the network is forbidden."""
+    """Where the network is forbidden."""
     start = time.perf_counter()
     with pytest.raises(DataError) as caught:
         data.load("cifar100", tmp_path)
@@ -446,7 +446,7 @@ def test_read_only_folder(copy100):
             assert_holds(copy100, cifar.load(copy100.cifar, [folder]))
 
 
-# Fault 6: pickles
+# Pickles
 
 
 class Call:
@@ -606,7 +606,7 @@ def test_describe_agrees_with_pickle(copy100):
     assert plain_pickle.describe(raw) == plain
 
 
-# Fault 7: archives
+# Archives
 
 
 def test_loose_members_are_passed_over(copy100, tmp_path):
@@ -750,7 +750,7 @@ def test_random_damage_of_a_tar_ends_in_a_message(copy100, tmp_path):
             cifar.read(it, found)
 
 
-# Fault 8: right size, wrong content
+# Right size, wrong content
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["binary", "python"])

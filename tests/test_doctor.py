@@ -190,7 +190,7 @@ def test_compiler_that_does_not_work(doctor, tmp_path, script, name, found):
     assert state(result.checks[name]) == ("wrong", found.format(compiler), ZIG)
 
 
-def test_no_place_for_kernels(doctor, tmp_path):
+def test_no_place_for_kernels(doctor):
     result = doctor("--json", MINIDL_CACHE=None, XDG_CACHE_HOME=None, HOME=None)
     assert result.returncode == 0
     assert state(result.checks["kernel cache"]) == (

@@ -282,7 +282,7 @@ def test_list_of_mirrors(original):
     assert len(set(hosts)) == len(hosts) >= 3 and hosts[-1] == "www.cs.toronto.edu"
 
 
-# Fault 1: offline
+# Offline
 
 
 def test_nobody_can_be_reached(copy, mirrors, tmp_path):
@@ -363,7 +363,7 @@ def test_nothing_is_asked_where_the_network_is_forbidden(copy, mirrors, tmp_path
     assert len(mirror.ranges) == 2 and not (tmp_path / "nowhere").exists()
 
 
-# Fault 2: mirrors that fail
+# Mirrors that fail
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_mirror_that_cuts_off_and_knows_no_ranges(copy, mirrors, tmp_path):
     assert len(mirror.ranges) == 2
 
 
-# Fault 3: damaged archives
+# Damaged archives
 
 
 DAMAGES = {
@@ -487,7 +487,7 @@ def test_mirrors_with_a_wrong_bit(copy, mirrors, tmp_path):
     assert [len(server.ranges) for server in servers] == [1, 1, 0] and files(tmp_path) == [BAD]
 
 
-# Fault 4: what is left of an earlier download
+# What is left of an earlier download
 
 
 @pytest.mark.parametrize("answer", [serve, ignore_range, refuse_range, (shift_range, serve)],
@@ -543,7 +543,7 @@ def test_kill_during_a_download(copy, mirrors, tmp_path):
     assert mirror.ranges == [None, "bytes=5000-"] and files(folder) == [ARCHIVE]
 
 
-# Fault 5: several processes
+# Several processes
 
 
 def test_two_processes_start_cold(copy, mirrors, tmp_path):
@@ -600,7 +600,7 @@ def test_lock_is_held_by_one_at_a_time(tmp_path, monkeypatch):
     assert most == [1] * 200 and waited and not path.exists()
 
 
-# Fault 9: awkward folders
+# Awkward folders
 
 
 @needs_posix

@@ -14,7 +14,7 @@ def step(target, number):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("apply", [dropout.apply, dropout.apply_to_channels])
-def test_kept_values_are_scaled_and_the_mask_repeats(target, rng, apply, dtype):
+def test_kept_values_are_scaled_and_the_mask_repeats(target, apply, dtype):
     shape = (3, 2, 5, 33)
     x = np.ones(shape)
     y = target.host(apply(target.array(x, dtype), 0.5, KEY, LAYER, step(target, 3)))

@@ -148,7 +148,7 @@ def test_huge_logits():
         np.mean((logits.max(axis=0) - logits[dataset.labels, np.arange(200)]).astype(float)) * 1e4, rel=1e-5)
 
 
-def test_images_are_normalized_as_in_training(write, state):
+def test_images_are_normalized_as_in_training(write):
     """By what the file says, whatever the data set says today."""
     place = select("cpu")
     path = write(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
@@ -166,7 +166,7 @@ def test_the_command_takes_the_normalization_of_the_file(write, capsys):
     assert called(capsys, write(mean=None, std=None))["loss"] == first, "that of the data set, where the file has none"
 
 
-def test_data_is_looked_for_where_the_run_found_it(tmp_path, state, monkeypatch, capsys):
+def test_data_is_looked_for_where_the_run_found_it(tmp_path, state, monkeypatch):
     weights.save(tmp_path / "last.npz", state, weights.describe(ARCH, 10, {}, TEST_SET))
     asked = []
     monkeypatch.setattr(data, "load", lambda name, data_dir: (asked.append(data_dir), (None, FEW))[1])
@@ -219,7 +219,7 @@ def test_superclasses_are_shown():
     assert "superclass  recognized  most often taken for\n" in text and "\ng " not in text
 
 
-def test_picture(write, tmp_path, capsys):
+def test_picture(write, tmp_path):
     pytest.importorskip("matplotlib", reason="pictures need it: pip install 'minidl[plot]'")
     call(write(), "--picture", tmp_path / "it.png")
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
@@ -289,7 +289,7 @@ def test_ctrl_c(write, monkeypatch):
         outputs(network, FEW, 8, "it")
 
 
-def test_predictions_of_each_image(write, tmp_path, monkeypatch, capsys):
+def test_predictions_of_each_image(write, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: (None, FEW))
     call(write(), "--predictions", tmp_path / "it.csv")
     with (tmp_path / "it.csv").open(newline="") as file:

@@ -89,7 +89,7 @@ def test_what_is_told_where_to_write_is_seen(place, rng):
     assert inspection.first_nonfinite(network, lambda: a_step(network, *arrays(place, rng, 2, 32))) == f"layer {name}, its output"
 
 
-def test_methods_are_put_back_after_an_error(place, rng):
+def test_methods_are_put_back_after_an_error(place):
     network = residual(place).train()
     with pytest.raises(ZeroDivisionError):
         inspection.first_nonfinite(network, lambda: 1 / 0)

@@ -190,7 +190,7 @@ def test_a_deep_copy_is_a_network_of_its_own(place, rng, dtype):
     assert not all(np.array_equal(array, before[name]) for name, array in network.state_dict().items())
 
 
-def test_an_optimizer_is_copied_with_its_network(place, rng):
+def test_an_optimizer_is_copied_with_its_network(place):
     """The copy trains the copied network; without one it would train arrays that nobody reads."""
     network = every_layer().initialize(place, "float16", seed=3)
     pair = network, SGD(network.parameters)

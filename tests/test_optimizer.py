@@ -69,7 +69,7 @@ def test_steps_equal_the_definition(target, rng, name, dtype):
     assert [state_of(target, stepper, place) for place in (optimizer.STEP, optimizer.CALLS, optimizer.FAILED)] == [4, 4, 0]
 
 
-def test_the_gaps_between_parameters_stay_zero(target, rng):
+def test_the_gaps_between_parameters_stay_zero(target):
     flat = Parameters({"a": Parameter((3,), None), "b": Parameter((5, 2), None)}, target.place, storage_dtype("float32"),
                       target.place.xp.zeros(1, np.int64))
     assert flat.count() == 13 and flat.master.size == 128

@@ -17,7 +17,6 @@ from minidl.settings import Settings, duration, read_toml, resolve, save_interva
 from models.recipes import recipe
 
 ROOT = Path(__file__).parent.parent
-WRN = {"arch": "wrn-28-4", "dataset": "cifar100"}
 
 
 def chosen(*arguments) -> Settings:

@@ -293,7 +293,7 @@ def test_an_interrupt_while_it_is_recorded(gpu, capsys):
 # ---- who looks into a step ---------------------------------------------------------------------------------------
 
 
-def test_an_inspected_step_is_the_same(gpu, monkeypatch):
+def test_an_inspected_step_is_the_same(gpu):
     run, other = new_run(gpu, small(), **ALL), new_run(gpu, small(), **ALL)
     run.trainer.inspects = True
     before_steps = []

@@ -177,7 +177,7 @@ def test_seeds_share_the_number_of_epochs(monkeypatch, tmp_path, capsys):
 # ---- a real clock
 
 
-def test_a_real_run_ends_about_when_it_should(monkeypatch, tmp_path, capsys):
+def test_a_real_run_ends_about_when_it_should(monkeypatch, tmp_path):
     """By the clock of this thread's work, which all but stands still while others have the cores; the bounds are for them.
     Not by that of the process: its other threads spend time while they watch for a task.
     """

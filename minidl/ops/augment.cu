@@ -12,7 +12,7 @@
 //   x[..., n] = share * x[..., n] + (1 - share) * x[..., N-1-n]
 #include "philox.cuh"
 
-enum Draw { SHIFT_Y, SHIFT_X, FLIP, CUT_Y, CUT_X, DRAWS };
+enum Draw { SHIFT_Y, SHIFT_X, FLIP, CUT_Y, CUT_X };
 
 // Draws for one batch: a pure function of (key, *step, position in the batch). Also gathers the labels.
 // The centre of the square is uniform over the pixels, so at borders a part of it is outside.
