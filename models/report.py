@@ -10,8 +10,8 @@ of channels". The report leaves much open; the default is the reading in which a
 That ReLU gives a class whose logit is not positive no gradient; the "-fixed" twins leave it out. Halving the channels
 where the map halves inverts the usual rule, and is the main reason why these networks are weak.
 
-WideResnet1-6 are Wide ResNets with N = 2 or 4 blocks a group, SimpleNet is the 5M network with Caffe's dropout and He's
-initial values.
+WideResnet1-6 are Wide ResNets with N = 2 or 4 blocks a group, SimpleNet is read as the 5M network with Caffe's dropout and
+He's initial values.
 """
 
 from __future__ import annotations
