@@ -50,9 +50,9 @@ PAPER_OF_MEMBER: dict[str, Recipe] = {
     name: dict(PAPER_OF["simplenet"], epochs=155, batch_size=64, weight_decay=1e-4, milestones=[64, 122])
     for name in ("simplenet-310k", "simplenet-460k")}
 
-# Of ResNeXt the report names Adam, He's initial values and no augmentation, of SimpleNet 50 epochs; of Wide ResNets, that a
-# run was stopped early. All else is a reading: Adam as Keras has it, at a constant rate, batches of 128, pixels from 0 to 1, and
-# what stops a run.
+# Of ResNeXt the report names Adam, He's initial values and no augmentation, of SimpleNet 50 epochs; of Wide ResNets, that
+# runs were stopped early. All else is a reading: Adam as Keras has it, at a constant rate, batches of 128, pixels from 0 to 1,
+# and what stops a run.
 REPORT: Recipe = dict(epochs=50, batch_size=128, optimizer="adam", lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-7, weight_decay=0.0,
                       sched="constant", normalize="none")
 REPORT_OF: dict[str, Recipe] = {
