@@ -20,9 +20,10 @@ from minidl import checkpoint, data, run_folder
 from minidl.commands import runs
 from minidl.data.batches import Batches
 from minidl.errors import CheckpointError
+from minidl.run import Run
 from minidl.run_folder import RunFolder
 from minidl.settings import read_toml, resolve
-from minidl.training import evaluate
+from minidl.training import Metrics, evaluate
 from minidl.weights import load
 from models.recipes import recipe
 from small_runs import ARGUMENTS, STEPS, at_step, digests, few_digits, main, rows, send, train  # noqa: F401
@@ -89,6 +90,17 @@ def test_seeds(tmp_path):
                         f"{statistics.stdev(top1):.2f}, top-5 {statistics.mean(top5):.2f}% +- {statistics.stdev(top5):.2f}")
     assert said[-1] == "folder: it"
     assert [line for line in said if line.startswith("seed")] == ["seed 4", "seed 5", "seed 6"]
+
+
+@pytest.mark.parametrize("loss, in_json", [(math.nan, None), (math.inf, None), (2.5, 2.5)])
+def test_seeds_whose_test_has_a_loss_that_is_not_finite(tmp_path, loss, in_json):
+    def patch():
+        Run.test = lambda run: Metrics(2.5 if run.settings.seed == 0 else loss, 0.5, 1.0)
+
+    said = assert_ended_well(train(tmp_path, *RUN, "--epochs", "1", "--runs", "2", "-o", "it", before=patch))
+    assert said[-2:] == ["2 seeds, mean +- standard deviation: test top-1 50.00% +- 0.00, top-5 100.00% +- 0.00", "folder: it"]
+    found = json.loads((tmp_path / "it" / "summary.json").read_text())
+    assert found["test_loss"] == {"mean": in_json, "std": None if in_json is None else 0, "values": [2.5, in_json]}
 
 
 @pytest.mark.parametrize("step", [2, 3 * STEPS - 1])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 from minidl import checkpoint, settings, signals
 from minidl.atomic_file import write_atomically
@@ -38,12 +40,19 @@ def train_with_seeds(args: argparse.Namespace, chosen: Settings) -> None:
         chosen = dataclasses.replace(run.settings, seed=chosen.seed)  # what a time budget came to holds for all
         last.append(run.history[-1])
     results = {name: [float(row[name]) for row in last] for name in ("test_top1", "test_top5", "test_loss")}
-    found = {name: {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
-             for name, values in results.items()}
+    found = {name: _summary(values) for name, values in results.items()}
     write_atomically(parent / "summary.json", lambda file: file.write(json.dumps(found, indent=2).encode() + b"\n"))
     print(f"{args.runs} seeds, mean +- standard deviation: test top-1 {percents(results['test_top1'])}, "
           f"top-5 {percents(results['test_top5'])}")
     print(f"folder: {parent}")
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    """Of one number of all seeds, as what JSON can hold: None for what is not finite, such as the loss of a network that has
+    diverged since its last step of training was looked at."""
+    finite = all(map(math.isfinite, values))
+    return {"mean": statistics.mean(values) if finite else None, "std": statistics.stdev(values) if finite else None,
+            "values": [value if math.isfinite(value) else None for value in values]}
 
 
 def train_seed(path: Path, chosen: Settings, quiet: bool) -> Run:
