@@ -84,10 +84,12 @@ def _float64(device: Device, array: Array) -> Array:
 STATISTICS = ("output_mean", "output_std", "output_zeros", "gradient_rms", "weight_rms", "weight_gradient_rms", "update_ratio")
 
 
-def statistics(network: Layer, step: Callable[[], object], loss_scale: float = 1.0) -> dict[str, dict[str, float]]:
+def statistics(network: Layer, step: Callable[[], object], loss_scale: float = 1.0,
+               share: float = 1.0) -> dict[str, dict[str, float]]:
     """Run step(), a training step, -> {layer: {one of STATISTICS: value}}, layers in the order of their forward.
 
-    loss_scale: what the step multiplies the loss by; gradients are those of the loss without it.
+    loss_scale: what the step multiplies the loss by. share: of the batch, that this network sees; others see the rest, and
+    outputs are those of its images. Gradients are those of the mean loss of the whole batch.
 
     output_zeros: share of zeros; gradient_rms: root mean square of the gradient of the output; of layers with a weight also
     its root mean square, that of its gradient, and update_ratio, the length of its change over its own unless that is 0;
@@ -100,7 +102,7 @@ def statistics(network: Layer, step: Callable[[], object], loss_scale: float = 1
 
     def around(name: str, layer: Layer, kind: str, call: Callable[..., Any], *args: Any, **out: Any) -> Any:
         if kind == "backward":
-            rows[name]["gradient_rms"] = _rms(_float64(network.device, args[0])) / loss_scale
+            rows[name]["gradient_rms"] = _rms(_float64(network.device, args[0])) * share / loss_scale
         result = call(*args, **out)
         if kind == "forward":
             y = _float64(network.device, result)

@@ -154,7 +154,9 @@ class Trainer:
     def _step_of_epoch(self, batches: Sequence[Batch], done: int) -> None:
         if self.inspects and done == len(batches):
             scale = float(self.network.device.to_host(self.optimizer.scale)[0])  # before the step, which may change it
-            self.statistics = inspection.statistics(self.network, lambda: self.step(batches[-1]), scale)
+            part = self.team.part(self.batches.batch_size)
+            self.statistics = inspection.statistics(self.network, lambda: self.step(batches[-1]), scale,
+                                                    (part.stop - part.start) / self.batches.batch_size)
         else:
             self.step(batches[done - 1])
 

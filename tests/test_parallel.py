@@ -124,6 +124,19 @@ def test_batch_norm_takes_the_statistics_of_the_part_and_keeps_the_average(tmp_p
         np.testing.assert_allclose(first[name], sum(s * part[index] for s, part in zip(shares, parts)), rtol=1e-12)
 
 
+def test_inspected_gradients_of_outputs_are_those_of_the_whole_batch():
+    """Without batch norm, the parts' are together those of one process."""
+    squares = []
+    for team in (ALONE, Part(0, 2), Part(1, 2)):
+        trainer = trainer_of(team, norm=False)
+        trainer.inspects = True
+        trainer.epoch([Batch(trainer.batches.epoch(0)[0], 0.05)])
+        part = team.part(BATCH_SIZE)
+        squares.append({name: row["gradient_rms"] ** 2 * (part.stop - part.start) for name, row in trainer.statistics.items()})
+    whole, first, second = squares
+    assert {name: pytest.approx(first[name] + second[name]) for name in whole} == whole and min(whole.values()) > 0
+
+
 @pytest.mark.parametrize("count, size, lengths", [(7, 2, [4, 3]), (8, 3, [3, 3, 2]), (2, 3, [1, 1, 0]), (5, 1, [5])])
 def test_parts(count, size, lengths):
     parts = [range(count)[Part(rank, size).part(count)] for rank in range(size)]
