@@ -38,6 +38,7 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = 
 LARGEST_FILE = 1_000_000  # bytes of a config.toml
 LONGEST_SHOWN = 100  # letters of a value in a message
 LEAST_EPS = 1.2e-38  # which float32 does not make 0
+MOST_BETA = 0.9999999  # which float32 does not make 1: Adam divides by 1 - beta
 LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}  # what kernels take
 SIDE = IMAGE_SHAPE[1]  # pixels
 MOST_RANKS = 64  # of one machine
@@ -117,8 +118,8 @@ class Settings:
     lr: float = setting(None, float, "peak learning rate; default: the recipe's, for sgd in proportion to the batch size", low=0)
     momentum: float | None = setting(None, float, "of sgd", low=0, high=1, excluded=1)
     nesterov: bool | None = setting(None, bool, "momentum of sgd in Nesterov's form")
-    beta1: float | None = setting(None, float, "of adam and adamw", low=0, high=1, excluded=1)
-    beta2: float | None = setting(None, float, "of adam and adamw", low=0, high=1, excluded=1)
+    beta1: float | None = setting(None, float, "of adam and adamw", low=0, high=MOST_BETA)
+    beta2: float | None = setting(None, float, "of adam and adamw", low=0, high=MOST_BETA)
     rho: float | None = setting(None, float, "of adadelta", low=0, high=1, excluded=1)
     eps: float | None = setting(None, float, "of adam, adamw and adadelta", low=LEAST_EPS)
     weight_decay: float | None = setting(None, float, "on every parameter", low=0)

@@ -186,6 +186,8 @@ VALUES = [  # name, value, what is said
     ("momentum", 1.1, "momentum is 1.1: it must be from 0 to 1, but not 1"),
     ("momentum", 1, "momentum is 1: it must be from 0 to 1, but not 1"),
     ("eps", 0, "eps is 0: it must be at least 1.2e-38"),
+    ("beta1", 1, "beta1 is 1: it must be from 0 to 0.9999999"),
+    ("beta2", 0.99999999, "beta2 is 0.99999999: it must be from 0 to 0.9999999"),
     ("data_dir", "a\0b", "data_dir is 'a\\x00b': it must be a text without a NUL"),
     ("padding", 32, "padding is 32: it must be from 0 to 31"),
     ("cutout", 33, "cutout is 33: it must be from 0 to 32"),
