@@ -98,7 +98,8 @@ def train_epoch(run: Run, folder: RunFolder, progress: Progress, saver: Saver) -
     folder.log("epoch", **_numbers(row))
     progress.row(row)
     if run.trainer.statistics:
-        folder.log("inspect", epoch=run.epoch, layers={name: _numbers(values) for name, values in run.trainer.statistics.items()})
+        layers = {name: _numbers(values) for name, values in run.trainer.statistics.items()}
+        folder.log("inspect", epoch=run.epoch, layers=layers)
 
 
 def _numbers(row: Mapping[str, str | float]) -> dict[str, float | None]:
