@@ -46,7 +46,8 @@ LONGEST_WARMUP = 0.2   # of all steps
 ONECYCLE_WARMUP = 0.35  # of all steps; architectures differ in it by 0.3 to 0.4
 NEEDED = ("arch", "dataset", "epochs", "batch_size", "optimizer", "lr", "sched")  # all but the first two are in each recipe
 # Known to optimizers, each with its own defaults: a recipe's values hold with the recipe's optimizer alone.
-HYPERPARAMETERS = ("lr", "momentum", "nesterov", "weight_decay", "beta1", "beta2", "rho", "eps")
+HYPERPARAMETERS = ("lr", *dict.fromkeys(name for optimizer in optim.OPTIMIZERS.values() for name in
+                                        inspect.signature(optimizer).parameters if name not in ("parameters", "clip_norm")))
 OF_MULTISTEP = ("milestones", "factor", "restart_at_milestones")
 
 

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from minidl import gradient_check, initializers, layers
+import minidl
+from minidl import gradient_check, initializers, layers, optim
 from minidl.commands.gradcheck import CASES
 from minidl.gradient_check import LIMIT, STEP, check, check_directions
 from minidl.layer import Layer, Parameter
@@ -227,6 +228,10 @@ def test_every_layer_has_cases():
            and value.__module__ == layers.__name__ and not name.startswith("_")}
     assert set(CASES) == own - {"Layer", "Composition"}
     assert all(type(case.make()).__name__ == name for name in CASES for case in CASES[name])
+
+
+def test_layers_and_optimizers_are_public():
+    assert {*CASES, *(optimizer.__name__ for optimizer in optim.OPTIMIZERS.values())} <= set(minidl.__all__)
 
 
 def test_all_layers_are_right():

@@ -7,13 +7,14 @@ import pytest
 
 import models
 from minidl import initializers, optim, weights
+from minidl.commands import gradcheck
 from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
 from minidl.errors import CheckpointError, UsageError
-from minidl.layer import Parameter
+from minidl.layer import Composition, Parameter
 from minidl.layers import (AvgPool2d, BatchNorm2d, Conv2d, Dropout, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Residual, Sequential,
                            ZeroPadChannels)
-from minidl.onnx_export import export
+from minidl.onnx_export import WRITERS, export
 from minidl.training import Batch, Trainer
 from reference import assert_close
 
@@ -96,6 +97,11 @@ def test_what_may_follow_features(tmp_path, rng):
     export(network.initialize().eval(), tmp_path / "it.onnx", (3, 2, 2))
     onnx.checker.check_model(str(tmp_path / "it.onnx"), full_check=True)
     assert_close(run(tmp_path / "it.onnx", images), network.forward(images), 1e-5)
+
+
+def test_every_layer_has_a_form():
+    made = [case.make() for cases in gradcheck.CASES.values() for case in cases]
+    assert WRITERS.keys() == {type(layer) for layer in made if not isinstance(layer, Composition)}
 
 
 def test_a_layer_that_onnx_does_not_know(tmp_path):

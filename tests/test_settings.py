@@ -119,6 +119,10 @@ def test_a_hyperparameter_of_another_optimizer_is_refused(optimizer, name, value
         resolved(optimizer=optimizer, **{name: value})
 
 
+def test_every_hyperparameter_is_a_setting():
+    assert set(settings.HYPERPARAMETERS) <= settings.FIELDS.keys()
+
+
 def test_milestones_keep_their_place_in_proportion(tmp_path):
     assert resolved("paper", epochs=100).milestones == [30, 60, 80]  # of 59, 119, 159 in 200
     assert resolved("paper", epochs=400).milestones == [118, 238, 318]

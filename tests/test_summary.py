@@ -9,6 +9,7 @@ import pytest
 
 import models
 from minidl import device, initializers, inspection, summary
+from minidl.commands.gradcheck import CASES
 from minidl.layer import Parameter
 from minidl.layers import BatchNorm2d, Conv2d, Dropout, Residual, Sequential
 from minidl.ops import chunks, conv, conv_product, winograd
@@ -36,6 +37,15 @@ def test_memory_is_what_the_layers_keep(name, options, dtype):
     computed = summary.summarize(network, batch_size=3, dtype=dtype)
     network.initialize(dtype=dtype).forward(np.zeros((3, 32, 32, 3), network.dtype))
     assert kept_bytes(network) == computed.activation_bytes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_what_each_layer_keeps(name):
+    """Those that no architecture has, too."""
+    case = CASES[name][0]
+    layer = case.make().initialize()
+    layer.forward(np.zeros(case.shape, np.float32))
+    assert kept_bytes(layer) == summary.summarize(layer, case.shape[:-1], batch_size=case.shape[-1]).activation_bytes
 
 
 def test_a_part_that_begins_with_dropout_keeps_no_input(rng):
