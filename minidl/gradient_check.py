@@ -19,6 +19,7 @@ import numpy as np
 
 from minidl import signals
 from minidl.device import Array, Device, select
+from minidl.errors import UserError
 from minidl.layer import Layer
 
 LIMIT = 1e-6  # of relative errors; those of the differences themselves are near 1e-9
@@ -28,6 +29,10 @@ GAP = 0.01
 # Along a direction through a network, some of whose many ReLUs are near 0: the first with no kink within reach.
 DIRECTION_STEPS = (1e-7, 1e-8, 1e-9)
 DIRECTIONS = 3
+
+
+class Unfit(UserError, ValueError):
+    """A layer does what a network cannot do with."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,9 @@ def check(layer: Layer, shape: tuple[int, ...], *, device: Device | None = None,
     default the CPU); then its parameters are moved off their initial values, at which a forgotten factor of 1 does not
     show. Values of x are distinct, up to 400 of them within -2..2.
 
-    A backward that returns None, as after `skip_input_gradient`, has no gradient to x. Raises ValueError for what a network
-    cannot do with: y is not finite, or of another shape than `output_shape` says; a gradient has another shape than its
-    argument; forward changes x, or backward dy.
+    A backward that returns None, as after `skip_input_gradient`, has no gradient to x. Raises Unfit for what a network
+    cannot do with: y is not finite, or of another shape than `output_shape` says; y or dx is not contiguous, or of another type
+    than x; a gradient has another shape than its argument; forward changes x, or backward dy.
     """
     return _Trial(layer, shape, device, seed).elements()
 
@@ -88,6 +93,7 @@ class _Trial:
 
     def __init__(self, layer: Layer, shape: tuple[int, ...], device: Device | None, seed: int) -> None:
         self.layer, self.device, self.rng = layer, device or select("cpu"), np.random.default_rng(seed)
+        self._check_arrays(shape)
         layer.initialize(self.device, "float64", seed).train()
         self.parameters = layer.named_parameters()
         for parameter in self.parameters.values():
@@ -99,18 +105,34 @@ class _Trial:
 
         y = layer.forward(self.values["x"])
         self._stays("forward", "x", self.values["x"], self.start["x"])
-        said = (*layer.output_shape(shape[:-1]), shape[-1])
-        if y.shape != said:
-            raise ValueError(f"{type(layer).__name__}: forward gives {tuple(y.shape)}, and output_shape says {said}")
         self.u = self.device.array(self.rng.normal(size=y.shape))
         size = float(abs(self.u * y).sum())
         if not np.isfinite(size):
-            raise ValueError(f"{type(layer).__name__}: forward gives values that are not finite")
+            raise Unfit(f"{type(layer).__name__}: forward gives values that are not finite")
         self.noise = 16 * np.finfo(np.float64).eps * size  # what two equal losses may differ by
         self.gradients = self._backward()
         layer.forward(self.values["x"])
         self.unrepeatable = {name for name, gradient in self._backward().items()
                              if not np.array_equal(gradient, self.gradients[name], equal_nan=True)}
+
+    def _check_arrays(self, shape: tuple[int, ...]) -> None:
+        """What forward and backward give can be read by other layers. In float32: float64 of a layer that makes nothing else would
+        not be seen."""
+        x = self.device.array(_distinct(np.random.default_rng(0), shape).astype(np.float32))
+        y = self.layer.initialize(self.device, "float32").train().forward(x)
+        said = (*self.layer.output_shape(shape[:-1]), shape[-1])
+        if y.shape != said:
+            raise Unfit(f"{type(self.layer).__name__}: forward gives {tuple(y.shape)}, and output_shape says {said}")
+        self._can_be_read("forward", y)
+        dx = self.layer.backward(y.copy())
+        if dx is not None:
+            self._can_be_read("backward", dx)
+
+    def _can_be_read(self, method: str, array: Array) -> None:
+        if array.dtype != np.float32:
+            raise Unfit(f"{type(self.layer).__name__}: {method} gives {array.dtype} where x is float32, whose type it must have")
+        if not array.flags.c_contiguous:
+            raise Unfit(f"{type(self.layer).__name__}: {method} gives an array that is not contiguous")
 
     def _backward(self) -> dict[str, Array]:
         dy = self.u.copy()
@@ -120,13 +142,13 @@ class _Trial:
         gradients |= {name: parameter.grad for name, parameter in self.parameters.items()}
         for name, gradient in gradients.items():
             if gradient.shape != self.values[name].shape:
-                raise ValueError(f"{type(self.layer).__name__}: the gradient to {name} has shape {tuple(gradient.shape)}, "
+                raise Unfit(f"{type(self.layer).__name__}: the gradient to {name} has shape {tuple(gradient.shape)}, "
                                  f"{name} {tuple(self.values[name].shape)}")
         return {name: np.array(self.device.to_host(gradient)) for name, gradient in gradients.items()}
 
     def _stays(self, method: str, argument: str, array: Array, before: Array) -> None:
         if not bool((array == before).all()):  # other layers read it, too
-            raise ValueError(f"{type(self.layer).__name__}: {method} changes {argument}, which must stay as it is")
+            raise Unfit(f"{type(self.layer).__name__}: {method} changes {argument}, which must stay as it is")
 
     def elements(self) -> list[Result]:
         """A Result for each argument, of all its elements."""

@@ -144,12 +144,12 @@ class Layer:
 
     def forward(self, x: Array) -> Array:
         """x (C, H, W, N), which stays as it is -> y."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def backward(self, dy: Array) -> Any:  # an Array; None after skip_input_gradient; a pair from a BatchNorm2d given z
         """dy, shaped like the last forward's y, which stays as it is -> dx, shaped like its x. Overwrites the parameters'
         gradients."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def output_shape(self, shape: Shape) -> Shape:
         """Shape of the input, without the batch -> shape of the output. Raises ValueError where they do not fit."""

@@ -56,6 +56,11 @@ class Thrice(Twice):
     def forward(self, x):
         return 3 * x
 
+class Greedy(Twice):
+    def backward(self, dy):
+        dy *= 2
+        return dy
+
 wrn_10_1 = tiny
 number = 7
 """
@@ -93,6 +98,7 @@ def test_an_architecture_of_a_file_is_one_of_all_commands(folder):
     for name, code in (("tiny", 0), ("Twice", 0), ("Thrice", 1)):
         checked = minidl(folder, "gradcheck", f"nets.py:{name}", "--device", "cpu")
         assert checked.returncode == code and name in checked.stdout, checked.stderr
+    assert_refused(minidl(folder, "gradcheck", "nets.py:Greedy"), 1, "Greedy: backward changes dy, which must stay as it is")
 
 
 def test_weights_of_a_network_whose_last_layer_has_another_name(folder):
