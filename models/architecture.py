@@ -25,16 +25,23 @@ class Architecture:
 
     def options(self) -> list[str]:
         """What may be chosen besides the settings of this name."""
-        return [name for name in inspect.signature(self.builder).parameters if name not in ("classes", *self.settings)]
+        return [name for name, parameter in inspect.signature(self.builder).parameters.items()
+                if name not in ("classes", *self.settings) and parameter.kind != parameter.VAR_KEYWORD]
 
     def create(self, classes: int, options: Mapping[str, Any]) -> Layer:
         """The network, not initialized, with {name: value} of options besides its own settings.
 
         Raises UsageError for an option that the builder does not have or whose value it refuses.
         """
+        builder = inspect.signature(self.builder)
+        takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in builder.parameters.values())
         for name in options:
-            if name not in self.options():
+            if name not in self.options() and not takes_any:
                 raise UsageError(f"unknown model option {name!r}: this architecture has {', '.join(self.options()) or 'none'}")
+        try:
+            builder.bind(classes, **self.settings, **options)
+        except TypeError as error:
+            raise UsageError(f"{self.builder.__name__} cannot be called with classes and options: {error}") from None
         try:
             network = self.builder(classes, **self.settings, **options)
             if not isinstance(network, Layer):

@@ -61,6 +61,19 @@ class Greedy(Twice):
         dy *= 2
         return dy
 
+class Times(Twice):
+    def __init__(self, factor):
+        self.factor = factor
+
+def two(classes, width):
+    return tiny(classes, width)
+
+def none():
+    return tiny(10)
+
+def any_options(classes, **options):
+    return tiny(classes, **options)
+
 wrn_10_1 = tiny
 number = 7
 """
@@ -123,6 +136,14 @@ def test_what_is_no_architecture(folder, monkeypatch, text, message):
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match=message):
         models.named(text)
+
+
+def test_what_cannot_be_called(folder):
+    for name, message in (("two", "two cannot be called with classes and options: missing a required argument: 'width'"),
+                          ("none", "none cannot be called with classes and options: too many positional arguments")):
+        assert_refused(minidl(folder, "summary", f"nets.py:{name}"), 2, message)
+    assert minidl(folder, "summary", "nets.py:any_options", "--model-kwargs", "width=3").returncode == 0
+    assert_refused(minidl(folder, "gradcheck", "nets.py:Times"), 2, "nets.py:Times needs arguments: name a class derived from it")
 
 
 @pytest.fixture

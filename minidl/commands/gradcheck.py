@@ -9,6 +9,7 @@ import argparse
 import collections
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -131,6 +132,9 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case, Callable[..., list
         raise UsageError(f"unknown layer {args.name!r}: did you mean {spelled[near]}?")
     yours = models.from_file(args.name)
     if isinstance(yours, type) and issubclass(yours, Layer):
+        if any(it.default is it.empty and it.kind not in (it.VAR_POSITIONAL, it.VAR_KEYWORD)
+               for it in inspect.signature(yours).parameters.values()):
+            raise UsageError(f"{args.name} needs arguments: name a class derived from it that needs none")
         return [(yours.__name__, Case("yours", yours, YOUR_SHAPE), check)]
     name, architecture = models.find(args.name if yours is None else models.register_found(args.name, yours))
     network = architecture.create(CLASSES, models.parse_options(args.model_kwargs))
