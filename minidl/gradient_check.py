@@ -116,8 +116,8 @@ class _Trial:
                              if not np.array_equal(gradient, self.gradients[name], equal_nan=True)}
 
     def _check_arrays(self, shape: tuple[int, ...]) -> None:
-        """What forward and backward give can be read by other layers. In float32: float64 of a layer that makes nothing else would
-        not be seen."""
+        """What forward and backward give can be read by other layers. In float32: else a layer that makes float64 of everything
+        would not be seen."""
         x = self.device.array(_distinct(np.random.default_rng(0), shape).astype(np.float32))
         y = self.layer.initialize(self.device, "float32").train().forward(x)
         said = (*self.layer.output_shape(shape[:-1]), shape[-1])
@@ -130,7 +130,8 @@ class _Trial:
 
     def _can_be_read(self, method: str, array: Array) -> None:
         if array.dtype != np.float32:
-            raise Unfit(f"{type(self.layer).__name__}: {method} gives {array.dtype} where x is float32, whose type it must have")
+            raise Unfit(f"{type(self.layer).__name__}: {method} gives {array.dtype} where x is float32, whose type it must "
+                        "have")
         if not array.flags.c_contiguous:
             raise Unfit(f"{type(self.layer).__name__}: {method} gives an array that is not contiguous")
 

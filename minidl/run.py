@@ -53,8 +53,8 @@ class Run:
                                  f"{dataset.name}")
         outputs, classes = output_for(network, train_set.images.shape[1:]), len(train_set.classes)
         if outputs != (classes,):
-            raise UsageError(f"the network gives {outputs} for an image, {train_set.name} has {classes} classes: ({classes},) is "
-                             "needed, as of a Linear")
+            raise UsageError(f"the network gives {outputs} for an image, {train_set.name} has {classes} classes: ({classes},) "
+                             "is needed, as of a Linear")
         self.train_set = train_set
         dtype = storage_dtype(STORAGE[settings.precision])
         tf32 = settings.precision == "tf32"

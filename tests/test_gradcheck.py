@@ -160,7 +160,7 @@ class Wrapped(Layer):
     (lambda x: x[:, :, ::2].copy(), lambda dy: dy.repeat(2, axis=2),
      r"Wrapped: forward gives \(3, 2, 2, 2\), and output_shape says \(3, 2, 4, 2\)"),
     (lambda x: x * np.ones(1), lambda dy: dy, "Wrapped: forward gives float64 where x is float32, whose type it must have"),
-    (lambda x: 1 * x, lambda dy: dy * np.ones(1), "Wrapped: backward gives float64 where x is float32, whose type it must have"),
+    (lambda x: 1 * x, lambda dy: dy * np.ones(1), "Wrapped: backward gives float64 where x is float32"),
     (lambda x: x[:, :, ::-1], lambda dy: dy[:, :, ::-1].copy(), "Wrapped: forward gives an array that is not contiguous"),
     (lambda x: x[:, :, ::-1].copy(), lambda dy: dy[:, :, ::-1], "Wrapped: backward gives an array that is not contiguous"),
     (lambda x: np.multiply(x, 2, out=x), lambda dy: 2 * dy, "Wrapped: forward changes x, which must stay as it is"),

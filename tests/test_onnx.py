@@ -12,8 +12,8 @@ from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
 from minidl.errors import CheckpointError, UsageError
 from minidl.layer import Composition, Parameter
-from minidl.layers import (AvgPool2d, BatchNorm2d, Conv2d, Dropout, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Residual, Sequential,
-                           ZeroPadChannels)
+from minidl.layers import (AvgPool2d, BatchNorm2d, Conv2d, Dropout, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Residual,
+                           Sequential, ZeroPadChannels)
 from minidl.onnx_export import WRITERS, export
 from minidl.training import Batch, Trainer
 from reference import assert_close

@@ -43,8 +43,8 @@ def main(args: argparse.Namespace) -> None:
     if name is None:
         raise UsageError(f"{args.checkpoint} does not say what data it was trained on: name a data set with --dataset")
     if name not in data.NAMES:
-        raise UsageError(f"{args.checkpoint} was trained on {name}, the data of a program, which must give it: see \"Your own\" in "
-                         "docs/guide.md")
+        raise UsageError(f"{args.checkpoint} was trained on {name}, the data of a program, which must give it: see "
+                         "\"Your own\" in docs/guide.md")
     test_set = data.load(name, args.data_dir or data_dir_of(args.checkpoint, name))[1]
     classes = metadata["class_names"] or test_set.classes
     if len(test_set.classes) != metadata["classes"] or tuple(classes) != test_set.classes:

@@ -59,15 +59,15 @@ def described(args: argparse.Namespace, state: weights.State, metadata: weights.
 
 
 def _classes(state: weights.State, arch: str, dataset: str | None) -> int:
-    """How many classes a state knows, by minidl's name of the last layer, which a user's network need not have, or by its data."""
+    """How many classes a state knows: by minidl's name of the last layer, which a user's need not have, or by its data."""
     classifier = state.get("classifier.weight", np.empty(0))
     if classifier.size and classifier.ndim:
         return classifier.shape[0]
     if dataset:
         return data.CLASSES[dataset]
     if models.find(arch)[1].source == models.YOURS:
-        raise UsageError("the file does not say how many classes its network has: `minidl import FILE --arch NAME --dataset NAME` "
-                         "writes one that does")
+        raise UsageError("the file does not say how many classes its network has: `minidl import FILE --arch NAME --dataset "
+                         "NAME` writes one that does")
     return 1  # which fits none of minidl's, and the message shows what is missing
 
 
