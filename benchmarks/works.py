@@ -737,7 +737,7 @@ class _Tracer:
         elif isinstance(layer, (layers.GlobalMaxPool2d, layers.GlobalAvgPool2d)):
             mode = "max" if isinstance(layer, layers.GlobalMaxPool2d) else "avg"
             self.counts[Pool(mode, shape, x.shape[1:], 1, 0)] += 1
-        elif not isinstance(layer, layers.ZeroPadChannels):  # which copies, without a kernel
+        elif not isinstance(layer, (layers.Flatten, layers.ZeroPadChannels)):  # which have no kernel
             raise TypeError(f"{type(layer).__name__}: benchmarks/works.py does not know what it does")
         return y
 

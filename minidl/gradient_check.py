@@ -144,7 +144,7 @@ class _Trial:
         for name, gradient in gradients.items():
             if gradient.shape != self.values[name].shape:
                 raise Unfit(f"{type(self.layer).__name__}: the gradient to {name} has shape {tuple(gradient.shape)}, "
-                                 f"{name} {tuple(self.values[name].shape)}")
+                            f"{name} {tuple(self.values[name].shape)}")
         return {name: np.array(self.device.to_host(gradient)) for name, gradient in gradients.items()}
 
     def _stays(self, method: str, argument: str, array: Array, before: Array) -> None:

@@ -272,6 +272,21 @@ class GlobalAvgPool2d(Layer):
         return avgpool.backward(dy, x_shape, x_shape[1:3], stride=1)
 
 
+class Flatten(Layer):
+    """The features of an image, channel by channel: x (C, H, W, N) -> y (C*H*W, N), the same memory. A Linear does without."""
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return (math.prod(shape),)
+
+    def forward(self, x: Array) -> Array:
+        self._save(x.shape)
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+    def backward(self, dy: Array) -> Array:
+        (x_shape,) = self._take()
+        return dy.reshape(x_shape)
+
+
 class ZeroPadChannels(Layer):
     """Channels of zeros after the given ones: x (C, H, W, N) -> y (channels, H, W, N), and of features (F, N) alike."""
 

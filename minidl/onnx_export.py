@@ -13,8 +13,8 @@ from minidl.atomic_file import FilePath, write_atomically
 from minidl.errors import UsageError
 from minidl.extras import library
 from minidl.layer import Layer, Shape, output_for
-from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Linear,
-                           MaxPool2d, ReLU, ZeroPadChannels)
+from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, Flatten, GlobalAvgPool2d, GlobalMaxPool2d,
+                           Linear, MaxPool2d, ReLU, ZeroPadChannels)
 from minidl.weights import Metadata
 
 OPSET, IR_VERSION = 17, 8  # of ONNX 1.12, 2022; a later IR is refused by runtimes that know the operators
@@ -152,5 +152,5 @@ WRITERS: dict[type[Layer], Callable[..., str]] = {
     Conv2d: _write_conv, BatchNorm2d: _write_batch_norm, Linear: _write_linear, ZeroPadChannels: _write_pad,
     Dropout: _write_nothing, ChannelDropout: _write_nothing, ReLU: _writer("Relu"), MaxPool2d: _writer("MaxPool", _window),
     AvgPool2d: _writer("AveragePool", lambda layer: dict(count_include_pad=1, **_window(layer))),
-    GlobalMaxPool2d: _writer("GlobalMaxPool"), GlobalAvgPool2d: _writer("GlobalAveragePool"),
+    GlobalMaxPool2d: _writer("GlobalMaxPool"), GlobalAvgPool2d: _writer("GlobalAveragePool"), Flatten: _writer("Flatten"),
 }

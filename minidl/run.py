@@ -54,7 +54,7 @@ class Run:
         outputs, classes = output_for(network, train_set.images.shape[1:]), len(train_set.classes)
         if outputs != (classes,):
             raise UsageError(f"the network gives {outputs} for an image, {train_set.name} has {classes} classes: ({classes},) "
-                             "is needed, as of a Linear")
+                             "is needed, as a Linear or a Flatten gives it")
         self.train_set = train_set
         dtype = storage_dtype(STORAGE[settings.precision])
         tf32 = settings.precision == "tf32"

@@ -13,7 +13,7 @@ from minidl.data.dataset import IMAGE_SHAPE
 from minidl.device import Device, select
 from minidl.kernels import acc_dtype, storage_dtype
 from minidl.layer import Layer, Shape
-from minidl.layers import Conv2d
+from minidl.layers import Conv2d, Flatten
 from minidl.ops import conv
 from minidl.wording import aligned, megabytes
 
@@ -77,6 +77,7 @@ class _Costs:
 
     def layer(self, layer: Layer, x: _Tensor, z: _Tensor | None = None) -> _Tensor:
         y = _Tensor(layer.output_shape(x.shape), layer.remakes_output(x.again) and z is None)
+        y.kept = isinstance(layer, Flatten) and x.kept  # the same memory
         parameters = sum(parameter.size for parameter in layer.named_parameters().values())
         self.rows.append(Row(self.names[id(layer)], type(layer).__name__, y.shape, parameters, layer.macs(x.shape),
                              self._kept_bytes(layer, x, y, z), self._workspace_bytes(layer, x)))

@@ -12,7 +12,7 @@ from minidl.data.batches import Batches
 from minidl.data.dataset import Dataset
 from minidl.errors import CheckpointError, UsageError
 from minidl.layer import Composition, Parameter
-from minidl.layers import (AvgPool2d, BatchNorm2d, Conv2d, Dropout, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Residual,
+from minidl.layers import (AvgPool2d, BatchNorm2d, Conv2d, Dropout, Flatten, GlobalMaxPool2d, Linear, MaxPool2d, ReLU, Residual,
                            Sequential, ZeroPadChannels)
 from minidl.onnx_export import WRITERS, export
 from minidl.training import Batch, Trainer
@@ -84,7 +84,7 @@ def test_networks_of_ones_own(tmp_path, rng):
     assert_close(run(tmp_path / "it.onnx", images.astype(np.float32)), network.forward(images).reshape(8, 4), 1e-5)
 
 
-@pytest.mark.parametrize("layer, shape", [(Linear(12, 5), (3, 2, 2)), (ReLU(), (3, 2, 2))])
+@pytest.mark.parametrize("layer, shape", [(Linear(12, 5), (3, 2, 2)), (ReLU(), (3, 2, 2)), (Flatten(), (3, 2, 2))])
 def test_a_layer_is_a_network_too(tmp_path, rng, layer, shape):
     images = rng.normal(size=(*shape, 2)).astype(np.float32)
     export(layer.initialize().eval(), tmp_path / "it.onnx", shape)

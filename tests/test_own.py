@@ -14,7 +14,7 @@ from minidl.commands import runs
 from minidl.data.dataset import Dataset
 from minidl.errors import CheckpointError, DataError, UsageError
 from minidl.fit import fit
-from minidl.layers import Conv2d, GlobalAvgPool2d, Linear, Sequential
+from minidl.layers import Conv2d, Flatten, GlobalAvgPool2d, Linear, Sequential
 from minidl.run import Run
 from models import recipes
 from test_train import assert_refused, environment
@@ -184,6 +184,15 @@ def test_networks_that_do_not_fit_the_data(registry, layers, message):
     chosen = settings.resolve({"arch": "mine", "dataset": "digits"}, recipes.recipe("fast", "mine", "digits"))
     with pytest.raises(UsageError, match=f"^{message}"):
         runs.new_run(chosen)
+
+
+def test_a_network_without_a_linear_layer_trains(registry):
+    models.register("mine", lambda classes: Sequential(Conv2d(3, classes, 3, stride=2), GlobalAvgPool2d(), Flatten()))
+    chosen = settings.resolve({"arch": "mine", "dataset": "digits"}, recipes.recipe("fast", "mine", "digits"))
+    run = runs.new_run(chosen)
+    before = run.test().loss
+    metrics = run.trainer.epoch(run.batches(0))
+    assert metrics.loss < before and run.test().loss < before
 
 
 # ---- data --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import models
 from minidl import device, initializers, inspection, summary
 from minidl.commands.gradcheck import CASES
 from minidl.layer import Parameter
-from minidl.layers import BatchNorm2d, Conv2d, Dropout, Residual, Sequential
+from minidl.layers import BatchNorm2d, Conv2d, Dropout, Flatten, Linear, ReLU, Residual, Sequential
 from minidl.ops import chunks, conv, conv_product, winograd
 from models import listing
 
@@ -46,6 +46,12 @@ def test_memory_is_what_each_layer_keeps(name):
     layer = case.make().initialize()
     layer.forward(np.zeros(case.shape, np.float32))
     assert kept_bytes(layer) == summary.summarize(layer, case.shape[:-1], batch_size=case.shape[-1]).activation_bytes
+
+
+def test_features_that_flatten_gives_are_the_memory_of_the_image():
+    network = Sequential(ReLU(), Flatten(), Linear(12, 3), Flatten()).initialize()
+    network.forward(np.zeros((3, 2, 2, 5), np.float32))
+    assert kept_bytes(network) == summary.summarize(network, (3, 2, 2), batch_size=5).activation_bytes == 4 * 12 * 5
 
 
 def test_a_part_that_begins_with_dropout_keeps_no_input(rng):

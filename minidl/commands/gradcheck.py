@@ -22,8 +22,8 @@ from minidl.data.dataset import IMAGE_SHAPE
 from minidl.errors import UsageError, UserError
 from minidl.gradient_check import LIMIT, Result, check, check_directions
 from minidl.layer import Layer, output_for
-from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, GlobalAvgPool2d, GlobalMaxPool2d, Linear,
-                           MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
+from minidl.layers import (AvgPool2d, BatchNorm2d, ChannelDropout, Conv2d, Dropout, Flatten, GlobalAvgPool2d, GlobalMaxPool2d,
+                           Linear, MaxPool2d, ReLU, Residual, Sequential, ZeroPadChannels)
 
 CLASSES, BATCH = 10, 2  # of networks
 YOUR_SHAPE = (3, 4, 5, 2)  # (C, H, W, N) for a layer of a user
@@ -71,6 +71,7 @@ CASES = {
     ],
     "GlobalMaxPool2d": [Case("odd sizes", GlobalMaxPool2d, (3, 5, 3, 2))],
     "GlobalAvgPool2d": [Case("odd sizes", GlobalAvgPool2d, (3, 5, 3, 2))],
+    "Flatten": [Case("odd sizes", Flatten, (3, 5, 3, 2))],
     "ZeroPadChannels": [Case("3 to 5 channels", lambda: ZeroPadChannels(5), (3, 3, 2, 2))],
     "Dropout": [
         Case("rate 0.4", lambda: Dropout(0.4), (3, 3, 3, 3)),
