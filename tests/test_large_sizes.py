@@ -241,6 +241,33 @@ def test_packed_products(on_host, rng):
     assert_same_when_spread(launch, {"x": values(rng, 6, 4, 9, 16)}, {"y": (2, 5, 5 * 16)}, {"x": (6, 4, FAR, 16)})
 
 
+def test_packed_products_of_the_last_pixels(on_host, rng):
+    """Of an image with more than 2^31 of them."""
+    side, product = 46342, conv_product.product_for(np.zeros(1, np.float32))
+    x, corner, weight = reserved((1, side, side, 1)), values(rng, 1, 2, 8, 1), values(rng, 5, 1, 3, 3)
+    x[:, -2:, -8:] = corner
+    windows = conv._Geometry(x, weight, stride=1, padding=1, groups=1)
+    assert windows.pixels > LIMIT
+    y = np.full((1, 5, 6), np.nan, np.float32)
+    product.convolve(product.pack(windows.weight_matrix(weight)), x, windows, y, pixels=(windows.pixels - 6, windows.pixels))
+    assert np.array_equal(y[0], conv.forward(corner, weight, padding=1)[:, -1, -6:, 0])
+
+
+def test_packed_products_with_strides_over_many_images(on_host, rng):
+    """From the last images of a pixel to the first of the next, which two strides of images lie behind."""
+    batch, count = 2**30 + 64, 5
+    sizes = np.empty(8, np.int32)
+    conv_product.KERNELS.gemm_sizes[1, 1](np.empty(1, np.float32), sizes)
+    panel, x, weight = int(sizes[1]), reserved((1, 1, 3, batch)), values(rng, 2, 1, 1, 1)
+    x[0, 0, 0, -count:], x[0, 0, 2, :count] = ends = values(rng, 2, count)
+    y = np.full((2, 2 * count), np.nan, np.float32)
+    packed = conv_product.product_for(x).pack(weight.reshape(1, 2, 1))
+    conv_product.KERNELS.conv_panels[1, 32](
+        packed, x, np.empty((1, panel), np.float32), y, None, None, 1, 2, 1, 1, 3, 2, batch, 1, 1, 2, 0, batch - count, 2 * count,
+        panel, panel, 1)
+    assert np.array_equal(y, weight.reshape(2, 1) * ends.reshape(1, -1))
+
+
 def test_packed_products_of_rows(on_host, rng):
     product = conv_product.product_for(np.zeros(1, np.float32))
     assert_same_when_spread(

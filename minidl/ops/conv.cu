@@ -18,9 +18,10 @@ extern "C" __global__ void im2col(const real* __restrict__ x, real* __restrict__
                                   int pixel_count, int stretch, long long pitch) {
     const Windows windows{height, width, out_width, batch, kernel_h, kernel_w, stride, padding};
     const int begin = blockIdx.y * stretch, count = pixel_count - begin < stretch ? pixel_count - begin : stretch;
+    const int pixel = pixel_begin + begin, oy = pixel / out_width, ox = pixel % out_width;
     const int run = (stride > 1 ? 1 : count < out_width ? count : out_width) * batch;
-    unfold_row(x, cols + blockIdx.x * pitch + (long long)begin * batch, windows, blockIdx.x, pixel_begin + begin, 0,
-               count * batch, share_of<true>(run));
+    unfold_row(x, cols + blockIdx.x * pitch + (long long)begin * batch, windows, blockIdx.x, oy, ox, 0, count * batch,
+               share_of<true>(run));
 }
 
 template <bool WHOLE>

@@ -11,14 +11,14 @@ struct Windows {
     __device__ long long channel() const { return (long long)height * width * batch; }
 };
 
-// Row `row` of the channels `x`: `count` columns to `out`, the first of which is image n of the output pixel `pixel`. The threads
-// of `share` have its runs of memory, as share_of tells.
+// Row `row` of the channels `x`: `count` columns to `out`, the first of which is image n of the output pixel (oy, ox). The
+// threads of `share` have its runs of memory, as share_of tells.
 __device__ __forceinline__ void unfold_row(const real* __restrict__ x, real* __restrict__ out, const Windows& windows, int row,
-                                           int pixel, int n, int count, const Share& share) {
+                                           int oy, int ox, int n, int count, const Share& share) {
     const int width = windows.width, batch = windows.batch, stride = windows.stride;
     const int kx = row % windows.kernel_w, ky = row / windows.kernel_w % windows.kernel_h;
     const real* channel = x + row / windows.kernel_w / windows.kernel_h * windows.channel();
-    int oy = pixel / windows.out_width, ox = pixel % windows.out_width, runs_before = share.pixel;  // this thread's next run
+    int runs_before = share.pixel;  // this thread's next run
     while (count > 0) {
         const int iy = oy * stride - windows.padding + ky, ix = ox * stride - windows.padding + kx;
         const bool inside = iy >= 0 && iy < windows.height && ix >= 0 && ix < width;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void unfold_row(const real* __restrict__ x, real* __r
             out += length;
             count -= length;
             n = 0;
-            if (apart) source += stride * batch;
+            if (apart) source += (long long)stride * batch;
         }
         ox += pixels;
         if (ox == windows.out_width) ox = 0, ++oy;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void unfold_row(const real* __restrict__ x, real* __r
 
 // What the windows of the output pixels first .. last see of a channel. Processors foresee the next lines of a row, but not the
 // next row or channel.
-__device__ __forceinline__ void prefetch_windows(const real* channel, const Windows& windows, int first, int last) {
+__device__ __forceinline__ void prefetch_windows(const real* channel, const Windows& windows, long long first, long long last) {
     const int oy_first = first / windows.out_width, oy_last = last / windows.out_width;
     int top = oy_first * windows.stride - windows.padding, bottom = oy_last * windows.stride - windows.padding + windows.kernel_h;
     int left = 0, right = windows.width;
@@ -69,13 +69,14 @@ __device__ __forceinline__ void prefetch_windows(const real* channel, const Wind
 // which lie `pitch` elements apart.
 __device__ __forceinline__ void unfold(const real* __restrict__ x, real* __restrict__ out, const Windows& windows, int begin,
                                        int end, long long column, int count, int pitch) {
-    const int pixel = column / windows.batch, n = column % windows.batch, last_pixel = (column + count - 1) / windows.batch;
+    const long long pixel = column / windows.batch, last_pixel = (column + count - 1) / windows.batch;
+    const int oy = pixel / windows.out_width, ox = pixel % windows.out_width, n = column % windows.batch;
     const long long channel_bytes = (long long)count * windows.stride * windows.stride * sizeof(real);
     const int window = windows.kernel_h * windows.kernel_w, ahead = 1 + AHEAD / channel_bytes;  // in channels
     const Share share = share_of<true>(count);
     for (int row = begin; row < end; ++row, out += pitch) {
         if (row % window == 0 && end - row > ahead * window)
             prefetch_windows(x + (row / window + ahead) * windows.channel(), windows, pixel, last_pixel);
-        unfold_row(x, out, windows, row, pixel, n, count, share);
+        unfold_row(x, out, windows, row, oy, ox, n, count, share);
     }
 }
