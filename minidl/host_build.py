@@ -153,6 +153,8 @@ def library(source: Path, text: str, mode: str, defines: Iterable[str] = (), epi
     """
     command = [*compiler(), *FLAGS[mode], f"-I{source.parent}", f"-I{OPS}", *(f"-D{define}" for define in defines)]
     key = hashlib.sha256(os.fsencode("\0".join([sources_digest(source, text), epilogue, _machine(), *command]))).hexdigest()
+    if not cache_folder().is_dir():  # removed since, by who made room, or as a temporary one by the end of a forked child
+        cache_folder.cache_clear()
     path = cache_folder() / f"{source.stem}-{mode}-{key[:24]}.so"
     # An emulated block lives in global state: PyDLL keeps the interpreter's lock while it runs.
     load = ctypes.CDLL if mode == "fast" else ctypes.PyDLL

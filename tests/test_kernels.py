@@ -580,6 +580,19 @@ def test_read_only_cache_folder(tmp_path):
     assert len(list(tmp_path.glob("other/minidl/kernels/*.so"))) == 2 and list(tmp_path.glob("cache/*")) == []
 
 
+@pytest.mark.parametrize("removal, places", [
+    ("shutil.rmtree(os.environ['MINIDL_CACHE'])", {"MINIDL_CACHE": "cache"}),
+    ("os.fork() == 0 and sys.exit(); os.wait()", {"MINIDL_CACHE": None, "TMPDIR": "."}),
+], ids=["by who makes room", "a temporary one, by the end of a forked child"])
+def test_cache_folder_that_is_removed_while_the_process_runs(tmp_path, removal, places):
+    """What is built later goes to a new one."""
+    places = {name: place and str(tmp_path / place) for name, place in places.items()}
+    code = f"import os, shutil, sys\n{LAUNCH}\n{removal}\nrelu.forward(np.ones(5, np.float16))"
+    child = process(code, XDG_CACHE_HOME=None, HOME=None, **places)
+    assert child.returncode == 0, child.error  # Python may warn of the fork
+    assert [path.name.split("-")[0] for path in tmp_path.glob("cache/kernels/*.so")] == ["relu"] * bool(places["MINIDL_CACHE"])
+
+
 def test_what_a_killed_compilation_left_is_swept(tmp_path):
     """An hour later: what is younger may be the work of a process that still runs."""
     child, left, end = process(LAUNCH, wait=False, MINIDL_CACHE=str(tmp_path)), [], time.monotonic() + 30
