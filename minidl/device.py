@@ -292,3 +292,6 @@ def _fresh(size: int) -> Array:
 
 
 _host_pool = HostPool()
+# A forked child has none of the threads that could give the lock back.
+os.register_at_fork(before=_host_pool._lock.acquire, after_in_parent=_host_pool._lock.release,
+                    after_in_child=_host_pool._lock.release)

@@ -666,6 +666,36 @@ work()
     assert child.returncode == 0, child.error  # Python may warn of the fork
 
 
+def test_forked_child_of_a_process_with_threads_has_memory(built_cache):
+    """Also when one of the others, which the child does not have, was in the middle of the pool."""
+    code = """
+import os, signal, threading, time
+import numpy as np
+from minidl import device
+
+inside = threading.Event()
+
+def work():
+    with device._host_pool._lock:
+        inside.set()
+        time.sleep(0.5)
+
+thread = threading.Thread(target=work)
+thread.start()
+inside.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    device.empty((1 << 20,), "float32", device.select("cpu"))
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+thread.join()
+device.empty((1 << 20,), "float32", device.select("cpu"))
+"""
+    child = process(code, MINIDL_CACHE=str(built_cache))
+    assert child.returncode == 0, child.error  # Python may warn of the fork
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
 def test_without_memory_for_another_thread(built_cache):
     """The thread that asks does the work; an exception of C++ would end the process."""
