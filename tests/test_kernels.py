@@ -307,33 +307,40 @@ def test_every_block_runs_once_in_a_team_of_any_size(team):
 
 
 TEAM = """
-#include <stdio.h>
+#include <atomic>
 #include <thread>
 #include <vector>
+#include "cuda_on_host.h"
 extern "C" void run_on_team(void (*body)(void*, long long, long long), void* context, long long blocks);
 extern "C" void set_team_size(int threads);
 
-static void visit(void* visits, long long begin, long long end) {
-    for (long long i = begin; i < end; ++i) ++((char*)visits)[i];
-}
+extern "C" __global__ void visit(char* visits) { ++visits[blockIdx.x]; }
+EXPORT(visit)
 
-static int wrong = 0;
+static std::atomic<int> wrong{0};
 
 static void launch_again_and_again() {
-    for (int blocks : {1, 2, 3, 1000, 5})
+    for (unsigned blocks : {1, 2, 3, 1000, 5})
         for (int repeat = 0; repeat < 40; ++repeat) {
             std::vector<char> visits(blocks);
-            run_on_team(visit, visits.data(), blocks);
+            char* slot = visits.data();
+            launch_visit(blocks, 1, 1, (const char*)&slot);
             for (char count : visits) wrong += count != 1;
         }
 }
 
 int main() {
+    set_team(run_on_team);
     for (int size : {2, 5, 1, 7, 3}) {  // larger and smaller
         set_team_size(size);
         launch_again_and_again();
     }
     std::thread another(launch_again_and_again);
+    for (int size : {1, 4, 2}) {  // meanwhile
+        set_team(run_on_team);  // as by each thread that loads a library at the same time
+        set_team_size(size);
+        launch_again_and_again();
+    }
     another.join();
     return wrong != 0;
 }
@@ -346,8 +353,9 @@ def test_threads_of_the_team_do_not_race(tmp_path, watched):
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     (tmp_path / "team.cpp").write_text(TEAM)
-    built = subprocess.run(["g++", "-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={watched}", OPS / "host_threads.cpp",
-                            tmp_path / "team.cpp", "-o", tmp_path / "team"], capture_output=True, text=True)
+    built = subprocess.run(["g++", "-std=c++17", "-O1", "-g", "-pthread", "-DMINIDL_FAST", f"-I{OPS}", f"-fsanitize={watched}",
+                            OPS / "host_threads.cpp", tmp_path / "team.cpp", "-o", tmp_path / "team"],
+                           capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip(f"g++ has no library of -fsanitize={watched}")
     assert built.returncode == 0, built.stderr

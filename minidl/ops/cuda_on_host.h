@@ -105,7 +105,9 @@ static thread_local dim3 blockIdx, gridDim;
 // host_threads.cpp: run body(context, begin, end) for ranges of the blocks 0 .. blocks-1, on all cores, and wait for all.
 typedef void (*Team)(void (*body)(void* context, long long begin, long long end), void* context, long long blocks);
 static Team team;
-extern "C" void set_team(Team of_process) { team = of_process; }
+extern "C" void set_team(Team of_process) {
+    if (team != of_process) team = of_process;  // threads that load a library at the same time: one may be launching already
+}
 
 template <class Block>
 const char* run_grid(const Launch& launch, const Block& block) {
