@@ -1,10 +1,12 @@
 """Batches of a data set, epochs of training, and evaluation, against loops a child could follow."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import reference
-from minidl import blas, optim
+from minidl import blas, optim, random_keys
 from minidl.data.batches import Augmentation, Batches
 from minidl.data.dataset import Dataset
 from minidl.device import select
@@ -54,6 +56,7 @@ def test_an_epoch_shows_every_image_at_most_once_in_whole_batches():
     assert len(set(seen)) == 20 and seen.min() >= 0 and seen.max() < 23 and seen.dtype == np.int32
     everything = {index for number in range(30) for index in np.concatenate(batches().epoch(number))}
     assert everything == set(range(23)), "the images left out change"
+    assert sorted(np.concatenate(batches(20).epoch(0))) == list(range(20)), "where they fill the batches, none is"
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
@@ -91,11 +94,27 @@ def test_augmentation_depends_on_seed_and_step():
     assert len({images(seed, step) for seed in (0, 1) for step in (0, 1)}) == 4
 
 
+@pytest.mark.parametrize("varied", [
+    Augmentation(padding=2), Augmentation(padding=2, reflect=True), Augmentation(flips=True), Augmentation(cutout=3)])
+def test_images_vary_as_their_augmentation_says(varied):
+    data, indices, step = dataset(), np.array([4, 0, 22, 4, 7], np.int32), np.array([3])
+    x, _ = batches(seed=9).load(indices, step, varied)
+    draws, _ = augment.draw(indices, data.labels, step, (6, 6), key=random_keys.philox_key(9, random_keys.AUGMENT),
+                            padding=varied.padding, flips=varied.flips, cutout=varied.cutout)
+    expected = [reference.augment(data.images[i], *draws[:, n], data.mean, data.std, varied.padding, varied.reflect, varied.cutout)
+                for n, i in enumerate(indices)]
+    assert_close(x, np.stack(expected, axis=-1), 1e-12)
+    assert not np.array_equal(x, batches(seed=9).load(indices, step)[0])
+
+
 def test_refused():
     with pytest.raises(ValueError, match="batch size 24 is more than the 23 images of random"):
         batches(batch_size=24)
     with pytest.raises(ValueError, match="mirrored padding 6 reaches beyond images of 6x6"):
         batches().load(np.arange(5, dtype=np.int32), np.zeros(1, np.int64), Augmentation(padding=6, reflect=True))
+    flat = replace(dataset(), images=np.zeros((23, 3, 4, 6), np.uint8))
+    with pytest.raises(ValueError, match="mirrored padding 4 reaches beyond images of 4x6"):
+        Batches(flat, CPU, "float64", 5, seed=0).load(np.arange(5), np.zeros(1, np.int64), Augmentation(padding=4, reflect=True))
 
 
 # ---- training
