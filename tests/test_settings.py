@@ -12,9 +12,11 @@ import pytest
 import models
 from minidl import data, settings
 from minidl.commands import run_settings, train
+from minidl.data.batches import Augmentation
 from minidl.errors import UsageError
 from minidl.settings import Settings, duration, read_toml, resolve, save_interval, scaled
 from models.recipes import recipe
+from test_failures import run_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -291,6 +293,21 @@ def test_no_file_and_a_folder(tmp_path):
         read_toml(tmp_path)
     with pytest.raises(UsageError, match=f"^{tmp_path}/none cannot be read: No such file or directory$"):
         read_toml(tmp_path / "none")
+
+
+# ---- what a run makes of them ------------------------------------------------------------------------------------
+
+
+def test_settings_reach_what_they_set():
+    run = run_of("wrn-10-1", 8, padding=3, reflect=True, flip=False, cutout=5, label_smoothing=0.1, ema=0.75, clip_norm=0.5,
+                 momentum=0.6, nesterov=False, weight_decay=0.01, val_split=30, seed=7)
+    trainer = run.trainer
+    assert trainer.augmentation == Augmentation(padding=3, reflect=True, flips=False, cutout=5)
+    assert (trainer.label_smoothing, trainer.average.decay, trainer.optimizer.clip_norm) == (0.1, 0.75, 0.5)
+    assert trainer.optimizer.settings == {"momentum": 0.6, "nesterov": False, "weight_decay": 0.01}
+    assert (run.val_batches.size, run.train_batches.size) == (30, 1437 - 30)
+    state, of_seed = run.network.state_dict(), models.create("wrn-10-1", 10).initialize(seed=7).state_dict()
+    assert all(np.array_equal(array, of_seed[name]) for name, array in state.items())
 
 
 # ---- TOML ----------------------------------------------------------------------------------------------------------

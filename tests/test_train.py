@@ -169,6 +169,8 @@ def test_metrics_have_a_row_per_epoch(run):
         assert all(0 <= values[name] <= 1 for name in ("train_top1", "test_top1", "test_top5"))
         assert values["test_top1"] <= values["test_top5"]
         assert min(values[name] for name in ("lr", "train_loss", "test_loss", "images_per_second", "seconds")) > 0
+        assert 2 * 16 / values["images_per_second"] < values["seconds"] + 0.01, "of which the evaluation takes the rest"
+    assert sum(float(row["seconds"]) for row in rows(folder)) < events(folder)[-1]["total_seconds"] + 0.02
 
 
 def test_events_are_lines_of_json(run):
