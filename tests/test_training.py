@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import reference
-from minidl import blas, optim, random_keys
+from minidl import blas, inspection, optim, random_keys
 from minidl.data.batches import Augmentation, Batches
 from minidl.data.dataset import Dataset
 from minidl.device import select
@@ -233,6 +233,22 @@ def test_a_loss_that_is_no_number_is_found_before_the_epoch_ends(monkeypatch):
     with pytest.raises(DivergedError, match="^step 1: layer classifier, its output is not finite"):
         it.epoch(epoch(it, 0.1), lambda steps, metrics: done.append(steps))
     assert done == [1], "of four, the second was the last"
+
+
+def test_a_step_that_failed_is_looked_at_again_with_its_own_images_and_draws(monkeypatch):
+    """Though it was not the last when its loss was read."""
+    it, steps = trainer(), []
+    batches, look = epoch(it, 0.1), inspection.first_nonfinite
+    batches[1] = replace(batches[1], share=np.array([np.nan]))
+
+    def observed(network, step):
+        steps.append(int(network.step[0]))
+        return look(network, step)
+
+    monkeypatch.setattr(inspection, "first_nonfinite", observed)
+    with pytest.raises(DivergedError, match="^step 2: layer conv, its output is not finite"):
+        it.epoch(batches)
+    assert steps == [1]
 
 
 def test_float16_gives_up_after_too_many_skipped_steps():
