@@ -1,5 +1,7 @@
 """Batch norm, alone and fused, in training and evaluation. Formulas: minidl/ops/batchnorm.cu."""
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -260,3 +262,16 @@ def test_nan_stays_nan(target, place, z):
     y, _, _ = batchnorm.forward(target.array(x), *ones, training=False, momentum=0.1, eps=1e-5, relu=not z,
                                 z=target.array(np.ones(x.shape)) if z else None)
     assert np.array_equal(np.isnan(target.host(y)), np.isnan(x))
+
+
+@pytest.mark.parametrize("function, name", [
+    *((batchnorm.forward, name) for name in ("gamma", "beta", "running_mean", "running_var", "z", "out")),
+    *((batchnorm.backward, name) for name in ("dy", "gamma", "beta", "mean", "rstd", "dgamma", "dbeta", "y", "plus"))])
+def test_arrays_of_other_shapes_are_refused(function, name):
+    """Kernels would read and write beyond them."""
+    channels = {name: np.ones(2) for name in ("gamma", "beta", "running_mean", "running_var", "mean", "rstd", "dgamma", "dbeta")}
+    known = inspect.signature(function).parameters
+    given = {"momentum": 0.1, "eps": 1e-5, **channels, "x": np.ones((2, 3, 3, 4)), "dy": np.ones((2, 3, 3, 4)), "training": True}
+    given[name] = given.get(name, np.ones((2, 3, 3, 4)))[:1]
+    with pytest.raises(ValueError, match=f"batch norm: {name} has shape"):
+        function(**{argument: value for argument, value in given.items() if argument in known})

@@ -71,6 +71,13 @@ def test_bias(target, rng, shape, dtype):
     assert_close(target.host(dbias), y.sum(axis=(1, 2, 3)), tolerance("float64" if dtype == "float64" else "float32", y[0].size))
 
 
+@pytest.mark.parametrize("of", [bias.add, bias.gradient])
+@pytest.mark.parametrize("count", [1, 3])
+def test_bias_refuses_another_number_of_rows(of, count):
+    with pytest.raises(ValueError, match=rf"bias: \({count},\) is not one number for each of the 2 rows"):
+        of(np.zeros((2, 3, 3, 4)), np.zeros(count))
+
+
 def test_bias_of_some_columns(target):
     y = target.array(np.zeros((2, 3, 4)))
     bias.add(y, target.array(np.array([1.0, 2.0])), slice(5, 9))

@@ -451,6 +451,7 @@ def test_features_in_place_of_images(machine, layer):
     (BatchNorm2d(3), (4, 8, 8), "BatchNorm2d: 3 input channels are needed"),
     (BatchNorm2d(3), (3,), "BatchNorm2d: an input (C, H, W, N) is needed, got one of 2 dimensions"),
     (Linear(10, 2), (3, 2, 2), "Linear: 10 input features are needed, got (3, 2, 2)"),
+    (Linear(10, 2), (5, 2, 2), "Linear: 10 input features are needed, got (5, 2, 2)"),  # not two images for each
     (MaxPool2d(5), (3, 4, 4), "MaxPool2d: window 5x5 is larger than the padded image 4x4"),
     (Residual(Conv2d(3, 4, 1)), (3, 4, 4), "the branches of a sum have different shapes (C, H, W): (4, 4, 4) and (3, 4, 4)"),
     (Residual(Linear(3, 3)), (3, 1, 1), "the branches of a sum have different shapes (C, H, W): (3,) and (3, 1, 1)"),

@@ -156,3 +156,8 @@ def test_refused(target, logits, labels, settings, message):
 def test_a_scale_that_is_no_array_of_one_element(scale):
     with pytest.raises(TypeError, match="loss: scale must be an array of one element, such as an optimizer's, got "):
         loss.forward_backward(np.zeros((5, 3), np.float32), np.zeros(3, np.int32), np.zeros(4), scale)
+
+
+def test_totals_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"loss: totals \(3,\) are not 4 numbers"):
+        loss.forward_backward(np.zeros((5, 3), np.float32), np.zeros(3, np.int32), np.zeros(3), np.ones(1, np.float32))
