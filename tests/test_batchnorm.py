@@ -269,9 +269,10 @@ def test_nan_stays_nan(target, place, z):
     *((batchnorm.backward, name) for name in ("dy", "gamma", "beta", "mean", "rstd", "dgamma", "dbeta", "y", "plus"))])
 def test_arrays_of_other_shapes_are_refused(function, name):
     """Kernels would read and write beyond them."""
-    channels = {name: np.ones(2) for name in ("gamma", "beta", "running_mean", "running_var", "mean", "rstd", "dgamma", "dbeta")}
+    channels = "gamma", "beta", "running_mean", "running_var", "mean", "rstd", "dgamma", "dbeta"
+    images = np.ones((2, 3, 3, 4))
+    given = {**dict.fromkeys(channels, np.ones(2)), "x": images, "dy": images, "training": True, "momentum": 0.1, "eps": 1e-5}
+    given[name] = given.get(name, images)[:1]
     known = inspect.signature(function).parameters
-    given = {"momentum": 0.1, "eps": 1e-5, **channels, "x": np.ones((2, 3, 3, 4)), "dy": np.ones((2, 3, 3, 4)), "training": True}
-    given[name] = given.get(name, np.ones((2, 3, 3, 4)))[:1]
     with pytest.raises(ValueError, match=f"batch norm: {name} has shape"):
         function(**{argument: value for argument, value in given.items() if argument in known})

@@ -19,7 +19,7 @@ from minidl.commands import evaluate, trained
 from minidl.data.dataset import Dataset
 from minidl.device import select
 from minidl.errors import CheckpointError, UsageError
-from minidl.evaluation import Evaluation, outputs
+from minidl.evaluation import Evaluation, outputs, probabilities_of
 from minidl.layer import Layer
 from minidl.ops import loss
 from minidl.settings import resolve
@@ -287,6 +287,12 @@ def test_ctrl_c(write, monkeypatch):
     monkeypatch.setattr(signals, "_asked", [signal.SIGINT])
     with pytest.raises(signals.Stop):
         outputs(network, FEW, 8, "it")
+
+
+def test_probabilities_of_large_logits():
+    """Whose exponentials are beyond float64."""
+    shares = probabilities_of(np.array([[1000, -1000], [999, -999]], np.float32))
+    assert np.allclose(shares, [[0.7310585786, 0.2689414214], [0.2689414214, 0.7310585786]], rtol=1e-9)
 
 
 def test_predictions_of_each_image(write, tmp_path, monkeypatch):

@@ -121,6 +121,13 @@ def test_a_kink_within_reach_is_no_fault(place, steps):
     assert str(result).endswith("0 of 48 wrong, 1 at kinks")
 
 
+def test_rounding_where_a_derivative_is_0_is_no_kink(place):
+    """Batch norm takes the bias in front of it away: differences along it are rounding alone."""
+    network = Sequential(conv=Conv2d(2, 3, 1), norm=BatchNorm2d(3))
+    results = [result for seed in range(2) for result in check(network, (2, 3, 2, 3), device=place, seed=seed)]
+    assert {result.verdict for result in results} == {"ok"}
+
+
 def test_kinks_out_of_reach_and_faults_beside_kinks(place):
     assert verdicts(check(Hinge(4.1 * STEP), SHAPE, device=place)) == {"x": "ok"}
     result, = check(Hinge(0, factor=1.001), SHAPE, device=place)

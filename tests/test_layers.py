@@ -183,7 +183,8 @@ def test_a_deep_copy_is_a_network_of_its_own(place, rng, dtype):
         it.parameters.master -= it.parameters.grad
         it.parameters.cast()
         it.step += 1
-        outcomes.append([np.array(place.to_host(array)) for array in (y, dx, it.forward(x))] + list(it.state_dict().values()))
+        arrays = y, dx, it.forward(x), it.parameters.buffers
+        outcomes.append([np.array(place.to_host(array)) for array in arrays] + list(it.state_dict().values()))
         if it is copied:
             assert all(np.array_equal(array, before[name]) for name, array in network.state_dict().items())
     assert all(np.array_equal(*pair) for pair in zip(*outcomes))

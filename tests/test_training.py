@@ -101,8 +101,8 @@ def test_images_vary_as_their_augmentation_says(varied):
     x, _ = batches(seed=9).load(indices, step, varied)
     draws, _ = augment.draw(indices, data.labels, step, (6, 6), key=random_keys.philox_key(9, random_keys.AUGMENT),
                             padding=varied.padding, flips=varied.flips, cutout=varied.cutout)
-    expected = [reference.augment(data.images[i], *draws[:, n], data.mean, data.std, varied.padding, varied.reflect, varied.cutout)
-                for n, i in enumerate(indices)]
+    how = data.mean, data.std, varied.padding, varied.reflect, varied.cutout
+    expected = [reference.augment(data.images[i], *draws[:, n], *how) for n, i in enumerate(indices)]
     assert_close(x, np.stack(expected, axis=-1), 1e-12)
     assert not np.array_equal(x, batches(seed=9).load(indices, step)[0])
 
@@ -112,9 +112,9 @@ def test_refused():
         batches(batch_size=24)
     with pytest.raises(ValueError, match="mirrored padding 6 reaches beyond images of 6x6"):
         batches().load(np.arange(5, dtype=np.int32), np.zeros(1, np.int64), Augmentation(padding=6, reflect=True))
-    flat = replace(dataset(), images=np.zeros((23, 3, 4, 6), np.uint8))
+    flat = Batches(replace(dataset(), images=np.zeros((23, 3, 4, 6), np.uint8)), CPU, "float64", 5, seed=0)
     with pytest.raises(ValueError, match="mirrored padding 4 reaches beyond images of 4x6"):
-        Batches(flat, CPU, "float64", 5, seed=0).load(np.arange(5), np.zeros(1, np.int64), Augmentation(padding=4, reflect=True))
+        flat.load(np.arange(5, dtype=np.int32), np.zeros(1, np.int64), Augmentation(padding=4, reflect=True))
 
 
 # ---- training
