@@ -328,6 +328,23 @@ def test_refused_options(name, options, message):
         models.create(name, **options)
 
 
+@pytest.mark.parametrize("arch, name, fan", [
+    ("wrn-10-4", "group2.0.body.conv1", 9 * 64), ("wrn-10-4", "group2.0.shortcut", 64), ("report-resnext1", "halve1.conv", 9 * 32),
+    ("resnext29-2x64d", "stage2.0.body.conv1", 256), ("resnext29-2x64d", "stage2.0.body.conv2", 9 * 256),
+    ("resnext29-2x64d", "stage2.0.shortcut.conv", 512)])
+def test_the_first_weights_of_convolutions(arch, name, fan):
+    """He's, normal: of Wide ResNets and the report's over the inputs, of ResNeXts over the outputs of all groups."""
+    weight = models.create(arch).named_parameters()[f"{name}.weight"]
+    values = weight.initializer(np.random.default_rng(0), weight.shape)
+    assert values.std() == pytest.approx(math.sqrt(2 / fan), rel=0.05) and abs(values).max() > 2.5 * values.std()
+
+
+@pytest.mark.parametrize("arch", ["wrn-10-1", "resnext", "res2net"])
+def test_the_first_bias_of_a_classifier_is_0(arch):
+    bias = models.create(arch, 10).classifier.bias
+    assert not bias.initializer(np.random.default_rng(0), bias.shape).any()
+
+
 def test_the_first_weights_of_simplenet():
     """Xavier's, uniform, with a gain of sqrt(2)."""
     weight = models.create("simplenet-310k").initialize().conv3.weight
