@@ -76,7 +76,7 @@ def train_epoch(run: Run, folder: RunFolder, progress: Progress, saver: Saver) -
             run.step = done
             show(metrics)
             if done < len(batches):
-                saver.after_step(batches, done)
+                saver.after_step(batches)
 
         train = run.trainer.epoch(batches, on_step, first)
     train_seconds = time.perf_counter() - begin

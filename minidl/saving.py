@@ -29,11 +29,10 @@ class Saver:
         self._cost = 0.0
         self._saved = (0, 0)  # where the run stood
 
-    def after_step(self, batches: Sequence[Batch], done: int) -> None:
-        """`done` of the batches of the epoch are done."""
-        if self.steps and done % self.steps == 0 or time.perf_counter() - self._last >= self.seconds:
-            self.run.step = done
-            self.run.trainer.read(batches, done)  # a step that failed is found now, not in what was saved
+    def after_step(self, batches: Sequence[Batch]) -> None:
+        """The run stands behind one of the batches of its epoch."""
+        if self.steps and self.run.step % self.steps == 0 or time.perf_counter() - self._last >= self.seconds:
+            self.run.trainer.read(batches, self.run.step)  # a step that failed is found now, not in what was saved
             self.save()
 
     def after_epoch(self) -> None:

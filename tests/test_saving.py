@@ -39,9 +39,9 @@ def test_ends_of_epochs_are_saved_for_a_hundredth_of_the_time(monkeypatch):
 def test_ten_minutes_are_the_most_between_two_saves(monkeypatch):
     it, clock, saves = saver(monkeypatch)
     it.run.trainer = SimpleNamespace(read=lambda *_: None)
-    for done in range(1, 8):
+    for it.run.step in range(1, 8):
         clock[0] += 199
-        it.after_step([None] * 9, done)
+        it.after_step([None] * 9)
     assert saves == [4 * 199], "and the next one ten minutes after the end of that"
 
 
