@@ -74,7 +74,7 @@ def compiler() -> list[str]:
 @functools.cache
 def _machine() -> str:
     """What a library built here depends on besides its sources: the compiler's version and the CPU."""
-    version = _run([*compiler(), "--version"]).stdout
+    version = run([*compiler(), "--version"]).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
@@ -92,8 +92,8 @@ def cpu_name() -> str:
     return name or platform.processor() or platform.machine()
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a compiler -> its end. Raises DeviceError where it cannot be run."""
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a compiler -> its end. Raises DeviceError where it cannot be run, and as `cache_folder`."""
     # zig keeps its C++ library, built at the first call, in a cache of its own: where ours is, it can write.
     environment = {"ZIG_GLOBAL_CACHE_DIR": str(cache_folder() / "zig"), **os.environ}
     try:
@@ -190,7 +190,7 @@ def _compile(command: list[str], source: Path, text: str, path: Path) -> None:
     try:
         place = json.dumps(str(source), ensure_ascii=False)  # a text of JSON is one of C++
         unit.write_text(f"#line 1 {place}\n{text}", encoding="utf-8", errors="surrogateescape")
-        result = _run([*command, str(unit), "-o", temporary])
+        result = run([*command, str(unit), "-o", temporary])
         if result.returncode:
             first = _first_error(result.stderr) or f"code {result.returncode}"
             raise CompileError(first if source.name in first else f"{source.name}: {command[0]}: {first}")

@@ -7,6 +7,7 @@ driver is a small library in place of NVIDIA's; CuPy is a stand-in that fails as
 import ctypes
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -74,12 +75,13 @@ def stub(tmp_path_factory):
 def doctor(packages, stub, tmp_path):
     """A function that runs the command and returns its result; .checks: {name: check}, from --json.
 
-    gpus, cuda, capability, status: of the driver; without gpus there is none. `tmp_path/packages` may hold more packages.
+    gpus, cuda, capability, status: of the driver; without gpus there is none. before: called in the process before
+    the command. `tmp_path/packages` may hold more packages.
     """
     (tmp_path / "no driver").mkdir()
     (tmp_path / "no driver" / "libcuda.so.1").write_text("not a library")  # found before a real one, and refused
 
-    def run(*arguments, gpus=None, cuda=13000, capability=89, status=0, as_user=False, **environment):
+    def run(*arguments, gpus=None, cuda=13000, capability=89, status=0, before=None, **environment):
         environment = {
             **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path / "packages", packages))),
             "MINIDL_CACHE": CACHE, "XDG_CACHE_HOME": tmp_path / "cache", "MINIDL_DATA": tmp_path / "data",
@@ -89,7 +91,7 @@ def doctor(packages, stub, tmp_path):
             [sys.executable, "-S", "-m", "minidl", "doctor", *arguments], cwd=tmp_path, timeout=60,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={name: str(value) for name, value in environment.items() if value is not None},
-            preexec_fn=drop_override if as_user else None)
+            preexec_fn=before)
         assert "Traceback" not in result.stderr
         if "--json" in arguments:
             result.checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
@@ -190,6 +192,35 @@ def test_compiler_that_does_not_work(doctor, tmp_path, script, name, found):
     assert state(result.checks[name]) == ("wrong", found.format(compiler), ZIG)
 
 
+def test_compiler_that_cannot_be_run(doctor, tmp_path):
+    (tmp_path / "c++").write_text("no program")
+    (tmp_path / "c++").chmod(0o755)
+    result = doctor("--json", CXX=tmp_path / "c++")
+    assert result.returncode == 4
+    assert state(result.checks["C++ compiler"]) == (
+        "wrong", f"the compiler {tmp_path}/c++ cannot be run: Exec format error; set $CXX to another", ZIG)
+
+
+def test_compiler_that_needs_a_cache_and_speaks_in_other_letters(doctor, tmp_path):
+    """As zig's, which does not even tell its version where it has no folder of its own."""
+    (tmp_path / "c++").write_text(r"""#!/bin/sh
+        [ -d "${ZIG_GLOBAL_CACHE_DIR%/zig}" ] && printf 'caf\351 1.0\n'""")
+    (tmp_path / "c++").chmod(0o755)
+    result = doctor("--json", CXX=tmp_path / "c++", HOME=None)
+    assert state(result.checks["C++ compiler"]) == ("ok", rf"caf\xe9 1.0, {tmp_path}/c++", None)
+
+
+def test_no_place_for_anything(doctor):
+    """No folder takes a byte, not even one of temporary files."""
+    result = doctor("--json", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+                    MINIDL_CACHE=None, XDG_CACHE_HOME=None, HOME=None)
+    assert result.returncode == 4
+    assert result.stderr == "error: training cannot run on cpu, the best device here: see what is missing or wrong above\n"
+    assert state(result.checks["kernel cache"]) == (
+        "missing", "there is no folder to build the kernels in: set MINIDL_CACHE to one that can be written", None)
+    assert "kernel on cpu" not in result.checks and result.checks["disk"]["state"] == "ok"
+
+
 def test_no_place_for_kernels(doctor):
     result = doctor("--json", MINIDL_CACHE=None, XDG_CACHE_HOME=None, HOME=None)
     assert result.returncode == 0
@@ -200,7 +231,7 @@ def test_no_place_for_kernels(doctor):
 def test_read_only_place_for_kernels(doctor, tmp_path):
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o555)
-    result = doctor("--json", as_user=True, MINIDL_CACHE=folder, XDG_CACHE_HOME=None, HOME=None)
+    result = doctor("--json", before=drop_override, MINIDL_CACHE=folder, XDG_CACHE_HOME=None, HOME=None)
     assert result.returncode == 0
     assert state(result.checks["kernel cache"]) == (
         "wrong", f"cannot write to {folder / 'kernels'}; each process compiles anew", "export MINIDL_CACHE=$(mktemp -d)")

@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -76,10 +75,9 @@ def main(args: argparse.Namespace) -> None:
     for check in (*environment(), *gpus(driver, failure)):
         add(check)
     cupy_works = all([add(check).state == "ok" for check in cupy(driver)])
-    compiler_works = add(compiler()).state == "ok"
-    add(cache())
+    builds = add(cache()).state != "missing" and add(compiler()).state == "ok"  # a compiler keeps things in the folder, too
     for name in ("cpu", *(f"cuda:{index}" for index in range(len(driver.gpus) if driver else 0))):
-        if compiler_works if name == "cpu" else cupy_works:
+        if builds if name == "cpu" else cupy_works:
             kernels[name] = add(kernel(name)).state == "ok"
     for check in (*data_sets(args.data_dir), *extras(), *room()):
         add(check)
@@ -165,24 +163,30 @@ def cupy(driver: Driver | None) -> Iterator[Check]:
             yield Check(name, "missing", first_line(error), install)
 
 
+def cache() -> Check:
+    """Where compiled kernels are kept."""
+    try:
+        folder, lasting = host_build.cache_folder(), host_build.lasting_cache_folders()
+    except DeviceError as error:
+        return Check("kernel cache", "missing", str(error))
+    if folder in lasting:
+        return Check("kernel cache", "ok", str(folder))
+    places = f"cannot write to {' or '.join(map(str, lasting))}" if lasting else "neither MINIDL_CACHE nor HOME is set"
+    return Check("kernel cache", "wrong", f"{places}; each process compiles anew", f"export MINIDL_CACHE={NEW_FOLDER}")
+
+
 def compiler() -> Check:
     try:
         command = host_build.compiler()
     except DeviceError as error:
         return Check("C++ compiler", "missing", str(error), "unset CXX" if os.environ.get("CXX") else "pip install ziglang")
-    result = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    try:
+        result = host_build.run([*command, "--version"])
+    except DeviceError as error:
+        return Check("C++ compiler", "wrong", str(error), USE_ZIG)
     if result.returncode:
         return Check("C++ compiler", "wrong", f"{' '.join(command)} --version fails", USE_ZIG)
     return Check("C++ compiler", "ok", f"{result.stdout.partition(chr(10))[0]}, {shutil.which(command[0])}")
-
-
-def cache() -> Check:
-    """Where compiled kernels are kept."""
-    folder, lasting = host_build.cache_folder(), host_build.lasting_cache_folders()
-    if folder in lasting:
-        return Check("kernel cache", "ok", str(folder))
-    places = f"cannot write to {' or '.join(map(str, lasting))}" if lasting else "neither MINIDL_CACHE nor HOME is set"
-    return Check("kernel cache", "wrong", f"{places}; each process compiles anew", f"export MINIDL_CACHE={NEW_FOLDER}")
 
 
 def kernel(name: str) -> Check:
