@@ -94,7 +94,8 @@ def launch(size: int, work: Callable[[Any, Team], None], arguments: Any) -> int:
     """Run work(arguments, team) in `size` processes and wait for them -> exit code, 0 if all end with 0.
 
     work: a function of a module, which other processes can import; arguments: whatever can be pickled. Where one rank fails
-    the others are ended; its traceback, or its error in one line, is on stderr. Signals go to the rank 0.
+    the others are ended; its traceback, or its error in one line, is on stderr. Signals go to the rank 0. Raises
+    DeviceError where the system has no room for them.
     """
     # Each rank has its share of the cores, which BLAS reads when it is imported.
     os.environ["OMP_NUM_THREADS"] = str(max(1, device.cpu_threads() // size))
@@ -111,8 +112,11 @@ def launch(size: int, work: Callable[[Any, Team], None], arguments: Any) -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
         try:
             signals.obey()
-            for rank in ranks:
-                rank.start()
+            try:
+                for rank in ranks:
+                    rank.start()
+            except OSError as error:
+                raise DeviceError(f"{size} ranks cannot be started: {error.strerror}") from None
             with _signals_passed_on(ranks[0]):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
                 return _wait(ranks)

@@ -3,12 +3,14 @@
 What the ranks do in these tests is in functions of this module, which they import: see `parallel.launch`.
 """
 
+import errno
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,23 @@ def test_ranks_have_the_same_bits_and_those_of_one_but_for_rounding(tmp_path, si
         assert all(np.array_equal(first[name], other[name]) for name in expected)
     for name in expected:
         np.testing.assert_allclose(first[name], expected[name], rtol=1e-6, atol=1e-12, err_msg=name)
+
+
+def test_ranks_that_cannot_be_started(monkeypatch, tmp_path):
+    """As the second, where `ulimit -u` allows no more processes; the first goes, too."""
+    start, started = SpawnProcess._Popen, []
+
+    def limited(process):
+        if started:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(start(process))
+        return started[0]
+
+    monkeypatch.setattr(SpawnProcess, "_Popen", staticmethod(limited))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which launch sets
+    with pytest.raises(DeviceError, match=f"^2 ranks cannot be started: {os.strerror(errno.EAGAIN)}$"):
+        parallel.launch(2, wait_for_ever, str(tmp_path))
+    assert started[0].wait(SECONDS) == -signal.SIGKILL
 
 
 class Part(Team):
