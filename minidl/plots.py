@@ -1,6 +1,6 @@
 """Pictures of results: .png, .svg or .pdf, written whole or not at all. The only module that knows matplotlib.
 
-Each function that draws returns the Figure that it has written. All raise UsageError where `check` does, and
+Each function that draws returns the Figure that it has written. All raise what `check` does, and
 CheckpointError where the file cannot be written. Nothing depends on the settings of matplotlib that a user may have.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from minidl.atomic_file import FilePath, write_atomically
 from minidl.device import Array
-from minidl.errors import UsageError
+from minidl.errors import CheckpointError, UsageError
 from minidl.extras import library
 from minidl.wording import words
 
@@ -47,11 +47,15 @@ GRAY = "0.4"
 
 
 def check(path: FilePath) -> None:
-    """Raises UsageError where no picture can be written to `path`: another suffix, or no matplotlib."""
+    """Raises UsageError where no picture can be written to `path`: another suffix, or no matplotlib;
+    CheckpointError where no folder can be written at all."""
     if Path(path).suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: a picture is one of {', '.join(FORMATS)}")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep a cache in the user's folder
-    library("matplotlib", "plot")
+    try:
+        library("matplotlib", "plot")
+    except OSError as error:  # it finds no folder for its cache
+        raise CheckpointError(f"{path} cannot be drawn: {error}") from None
 
 
 @contextlib.contextmanager

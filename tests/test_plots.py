@@ -4,7 +4,9 @@ import argparse
 import itertools
 import json
 import math
+import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +283,15 @@ def test_with_what_cannot_be_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UsageError, match="^the package picky cannot be imported: backend: what is that.$"):
         library("picky", "plot")
+
+
+def test_without_any_folder_for_what_matplotlib_keeps():
+    nowhere = {name: text for name, text in os.environ.items() if name not in ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
+    result = subprocess.run([sys.executable, "-m", "minidl", "plot", "it"], env=nowhere | {"HOME": os.devnull}, text=True,
+                            capture_output=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert result.returncode == 5
+    assert re.fullmatch("error: it/curves.png cannot be drawn: Matplotlib requires access to a writable cache directory.*\n",
+                        result.stderr)
 
 
 def test_it_is_imported_only_where_a_picture_is_drawn():
