@@ -222,7 +222,7 @@ def mixup(target, rng):
 
 
 def dropout_values(target, rng):
-    test_dropout.test_kept_values_are_scaled_and_the_mask_repeats(target, rng, test_dropout.dropout.apply, "float64")
+    test_dropout.test_kept_values_are_scaled_and_the_mask_repeats(target, test_dropout.dropout.apply, "float64")
 
 
 def dropout_of_channels(target, rng):
