@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +104,8 @@ def launch(size: int, work: Callable[[Any, Team], None], arguments: Any) -> int:
     os.environ["OMP_NUM_THREADS"] = str(max(1, device.cpu_threads() // size))
     context = multiprocessing.get_context("spawn")
     try:
+        if not (_has_room("/dev/shm") or _has_room(tempfile.gettempdir())):  # RawArray takes it there, or dies of SIGBUS
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         memory = context.RawArray(ctypes.c_char, CAPACITY)
         barrier, spoken = context.Barrier(size), context.Value("b", 0)
     except OSError as error:
@@ -126,6 +131,10 @@ def launch(size: int, work: Callable[[Any, Team], None], arguments: Any) -> int:
         for rank in ranks:
             if rank.pid:
                 rank.kill()
+
+
+def _has_room(folder: str) -> bool:
+    return os.path.isdir(folder) and shutil.disk_usage(folder).free >= CAPACITY
 
 
 def _rank(rank: int, size: int, memory: Any, barrier: Any, spoken: Any, work: Callable[[Any, Team], None],

@@ -122,6 +122,20 @@ def test_ranks_that_cannot_be_started(monkeypatch, tmp_path):
     assert started[0].wait(SECONDS) == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("folder", ["/dev/shm", "the temporary one"])
+def test_memory_that_ranks_share_is_where_there_is_room(monkeypatch, tmp_path, folder):
+    """In memory, or on a disk; where there is none the launcher would die of SIGBUS."""
+    room = {folder}
+    monkeypatch.setattr(parallel, "_has_room", lambda it: ("/dev/shm" if it == "/dev/shm" else "the temporary one") in room)
+    monkeypatch.setattr(SpawnProcess, "_Popen", staticmethod(lambda process: 1 / 0))  # so far it comes
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(ZeroDivisionError):
+        parallel.launch(2, wait_for_ever, str(tmp_path))
+    room.clear()
+    with pytest.raises(DeviceError, match="^2 ranks need 32 MB that processes can share: No space left on device$"):
+        parallel.launch(2, wait_for_ever, str(tmp_path))
+
+
 class Part(Team):
     """A rank whose exchange with others is left out."""
 
