@@ -35,7 +35,7 @@ _EMULATOR = [*_COMMON, "-O1", "-D_XOPEN_SOURCE=700", "-D_DARWIN_C_SOURCE"]
 FLAGS = {
     "fast": [*_COMMON, "-O3", flag_for_all_instructions(platform.machine()), "-fopenmp-simd", "-DMINIDL_FAST"],
     "emulate": _EMULATOR,
-    "sanitize": [*_EMULATOR, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "sanitize": [*_EMULATOR, "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 _UNFINISHED, _ABANDONED_SECONDS = "unfinished-", 3600
 _DIGEST_BYTES = hashlib.sha256().digest_size

@@ -9,8 +9,11 @@
 //   * an asynchronous copy that is read before it is waited for
 #pragma once
 #include <stdlib.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -30,6 +33,34 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 namespace {  // else macOS makes functions of all libraries one, as it is allowed to, and what they keep is not
 
+// What a fiber needs to go on: switch_context leaves that of the running one in `from`, and goes on with `to`; make_context gives
+// that of a function which begins on a stack of its own, and never returns.
+#if defined(__x86_64__)
+// swapcontext asks the system for the mask of signals each time, which took three quarters of an emulated kernel's time.
+using Context = void*;  // the stack pointer, where the registers lie that a function has to leave as they were
+__attribute__((naked, noinline)) inline void switch_context(Context& /*from: rdi*/, const Context& /*to: rsi*/) {
+    asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15; movq %rsp, (%rdi);"
+        "movq (%rsi), %rsp; popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
+}
+inline void make_context(Context& context, char* stack, size_t bytes, void (*function)()) {
+    void** top = (void**)((size_t)(stack + bytes) / 16 * 16);
+    *--top = nullptr;  // where it would return to
+    *--top = (void*)function;
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    context = top;
+}
+#else
+using Context = ucontext_t;
+inline void switch_context(Context& from, const Context& to) { swapcontext(&from, &to); }
+inline void make_context(Context& context, char* stack, size_t bytes, void (*function)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = bytes;
+    context.uc_link = nullptr;
+    makecontext(&context, function, 0);
+}
+#endif
+
 enum State { RUNNABLE, WAITING, WAITING_FOR_WARP, FINISHED };
 
 struct Copy {  // asynchronous
@@ -40,8 +71,8 @@ struct Copy {  // asynchronous
 };
 
 struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+    Context context;
+    std::unique_ptr<char[]> stack;  // while the fiber lives, which goes on from block to block, up to a fault
     State state;
     const char* file;  // and line of the barrier, or operation of its warp, where it waits
     int line;
@@ -51,10 +82,10 @@ struct Fiber {
     void* asan_stack;
 };
 
-static const size_t STACK_BYTES = 64 * 1024;  // the sanitizer marks all of a stack at each switch
+static const size_t STACK_BYTES = 64 * 1024;  // where the sanitizer knows swapcontext, it marks all of a stack each time
 static const int WARP_SIZE = 32;
-static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static std::deque<Fiber> fibers;  // which stay where they are when there are more
+static Context scheduler;
 static void* scheduler_asan_stack;
 static const void* scheduler_bottom;
 static size_t scheduler_bytes;
@@ -71,9 +102,9 @@ inline void to_scheduler(bool for_ever) {
 #ifdef MINIDL_ASAN
     __sanitizer_start_switch_fiber(for_ever ? nullptr : &self.asan_stack, scheduler_bottom, scheduler_bytes);
 #endif
-    swapcontext(&self.context, &scheduler);
+    switch_context(self.context, scheduler);
 #ifdef MINIDL_ASAN
-    __sanitizer_finish_switch_fiber(self.asan_stack, nullptr, nullptr);
+    __sanitizer_finish_switch_fiber(self.asan_stack, &scheduler_bottom, &scheduler_bytes);
 #endif
 }
 
@@ -83,7 +114,7 @@ inline void to_fiber(int index) {
 #ifdef MINIDL_ASAN
     __sanitizer_start_switch_fiber(&scheduler_asan_stack, fibers[index].stack.get(), STACK_BYTES);
 #endif
-    swapcontext(&scheduler, &fibers[index].context);
+    switch_context(scheduler, fibers[index].context);
 #ifdef MINIDL_ASAN
     __sanitizer_finish_switch_fiber(scheduler_asan_stack, nullptr, nullptr);
 #endif
@@ -93,9 +124,16 @@ inline void fiber_main() {
 #ifdef MINIDL_ASAN
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_bytes);
 #endif
-    block_body(block_context);
-    fibers[current].state = FINISHED;
-    to_scheduler(true);
+    for (;;) {  // a block each time
+        block_body(block_context);
+        fibers[current].state = FINISHED;
+        to_scheduler(false);
+    }
+}
+
+inline void begin(Fiber& fiber) {
+    fiber.stack.reset(new char[STACK_BYTES]);  // not zeroed: what is not touched costs no memory
+    make_context(fiber.context, fiber.stack.get(), STACK_BYTES, fiber_main);
 }
 
 template <class... Values>
@@ -142,7 +180,7 @@ struct Place {
 
 inline bool same_place(const Fiber& a, const Fiber& b) {
     if (a.state != b.state) return false;
-    return a.state == FINISHED || (a.line == b.line && !strcmp(a.file, b.file));
+    return a.state == FINISHED || (a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)));
 }
 
 // That the threads begin .. end-1 all wait at one place, or are all at their end.
@@ -183,12 +221,7 @@ inline void run_block() {
         fiber.exchanges = 0;
         fiber.copies.clear();
         fiber.copy_group = 0;
-        if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);  // not zeroed: what is not touched costs no memory
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = STACK_BYTES;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiber_main, 0);
+        if (!fiber.stack) begin(fiber);
     }
     do {
         ++phase;
@@ -311,5 +344,6 @@ const char* run_grid(const Launch& launch, const Block& block) {
         blockIdx = {(unsigned)(b % launch.grid_x), (unsigned)(b / launch.grid_x)};
         run_block();
     }
+    if (faulted) fibers.clear();  // they stand in the middle of the block
     return faulted ? message : nullptr;
 }
