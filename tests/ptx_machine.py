@@ -251,22 +251,29 @@ class Launch:
                 continue
             number = at[running].min()
             together = running & (at == number)
-            of_all = together.all()
+            of_all, alone = together.all(), np.array_equal(together, running)
             while True:
-                it, frame.mask, frame.of_all = function.instructions[number], together, of_all
+                it, frame.mask, frame.of_all, any_of_them = function.instructions[number], together, of_all, True
                 if it.predicate:
                     frame.mask = together & (frame.register(it.predicate) != it.negated)
-                    frame.of_all = frame.mask.all()
+                    frame.of_all, any_of_them = of_all and frame.mask.all(), frame.mask.any()
                 number += 1
                 if it.name in ("bra", "ret"):
+                    target = function.labels[it.operands[0]] if it.name == "bra" else len(function.instructions)
+                    if alone and it.name == "bra" and (not any_of_them or np.array_equal(frame.mask, together)):
+                        number = target if any_of_them else number  # all are still together, wherever that is
+                        continue
                     at[together] = number
-                    at[frame.mask] = function.labels[it.operands[0]] if it.name == "bra" else len(function.instructions)
+                    at[frame.mask] = target
                     break
                 if it.name == "bar":
                     waiting[frame.mask] = True
-                elif frame.mask.any():
-                    getattr(self, f"do_{it.name}", functools.partial(self.do_elementwise, it.name))(frame, it.of, it.operands)
-                if number in function.leaders:
+                    at[together] = number
+                    break
+                if any_of_them:
+                    (getattr(self, f"do_{it.name}", None) or functools.partial(self.do_elementwise, it.name))(
+                        frame, it.of, it.operands)
+                if number in function.leaders and not alone:
                     at[together] = number
                     break
 
@@ -274,13 +281,15 @@ class Launch:
 
     def value(self, frame, operand, dtype):
         """An operand as elements of that type, of which registers may hold more."""
-        if operand in self.special:
-            return self.special[operand].view(dtype)
-        if operand in frame.function.shared:
-            return np.array(frame.function.shared[operand], dtype)
-        if operand[0] in "-0123456789":
-            return literal(operand, dtype)
-        values = frame.register(operand)
+        values = frame.registers.get(operand)
+        if values is None:
+            if operand in self.special:
+                return self.special[operand].view(dtype)
+            if operand in frame.function.shared:
+                return np.array(frame.function.shared[operand], dtype)
+            if operand[0] in "-0123456789":
+                return literal(operand, dtype)
+            values = frame.register(operand)
         if values.dtype.itemsize > dtype.itemsize:
             values = values.astype(f"u{dtype.itemsize}")
         return values.view(dtype)
