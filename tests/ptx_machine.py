@@ -251,7 +251,7 @@ class Launch:
                 continue
             number = at[running].min()
             together = running & (at == number)
-            of_all, alone = together.all(), np.array_equal(together, running)
+            of_all, alone = together.all(), np.array_equal(together, running)  # alone: nobody to wait for, or to be met
             while True:
                 it, frame.mask, frame.of_all, any_of_them = function.instructions[number], together, of_all, True
                 if it.predicate:
